@@ -1,0 +1,220 @@
+"""`FederatedDataModule`: one task, tokenised once, divided among clients."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fedtune.errors import UsageError, at_least, one_of
+from fedtune.pretrained import load_config, load_tokenizer
+from fedtune.randomness import stream
+from fedtune.splits import Columns, Split, divide, entropy_bits
+from fedtune.tasks import IntArray, TextTask, load_task
+from fedtune.tokens import LengthGroupedBatches, TokenStore, tokenise
+
+PADDING = ("longest", "max_length")
+
+
+class FederatedDataModule(pl.LightningDataModule):
+    """The texts of a task as batches: for each client, pooled, for validation and for test.
+
+    It is an ordinary `LightningDataModule`: in a plain `Trainer` the clients' data are pooled. Nothing is read before
+    the first use; `num_labels` and the like count as a use.
+
+    Args:
+        task: a name of `fedtune.TASKS`, or a `TextTask`.
+        model: the model whose tokenizer is used: a name of `fedtune.MODELS`, a local folder or a hub id.
+        num_clients: number of clients.
+        split: a name of `fedtune.SPLITS`, or a callable (columns, num_clients, seed) -> list of row arrays.
+        skew: for `by_author`: the probability that a text goes to its author's home client.
+        alpha: for `dirichlet`: the concentration; small is skewed.
+        batch_size: texts in a training batch.
+        eval_batch_size: texts in a validation or test batch.
+        max_length: longest sequence in tokens, special ones included; longer texts are cut.
+        padding: "longest" (of the batch; batches group texts of similar length) or "max_length" (plain random batches).
+        limit: at most so many training texts, drawn at random; all by default.
+        tokenizer: another tokenizer than the model's, named like a model.
+        seed: seed of the split and of `limit`.
+        task_options: keyword arguments for the task's builder, for example {"path": "my.csv", "label": "stars"}.
+
+    Raises:
+        UsageError: a value outside of what is allowed; on first use also what task, tokenizer and split refuse.
+
+    Batches are dicts: "input_ids" and "attention_mask" (B, L) int64, "labels" (B,) int64.
+    """
+
+    def __init__(
+        self,
+        task: str | TextTask = "authors",
+        model: str = "minilm",
+        num_clients: int = 8,
+        split: str | Split = "iid",
+        skew: float = 1.0,
+        alpha: float = 0.5,
+        batch_size: int = 32,
+        eval_batch_size: int = 64,
+        max_length: int = 128,
+        padding: str = "longest",
+        limit: int | None = None,
+        tokenizer: str | None = None,
+        seed: int = 0,
+        task_options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        for name in ("num_clients", "batch_size", "eval_batch_size"):
+            at_least(name, locals()[name], 1)
+        at_least("max_length", max_length, 3)
+        at_least("seed", seed, 0)
+        if limit is not None:
+            at_least("limit", limit, 1)
+        if padding not in PADDING:
+            raise one_of("padding", padding, PADDING)
+        self.save_hyperparameters(ignore=["task", "split"])
+        self._task, self._split = task, split
+        self.hparams["task"] = task.name if isinstance(task, TextTask) else task
+        self.hparams["split"] = split if isinstance(split, str) else getattr(split, "__name__", repr(split))
+
+    @functools.cached_property
+    def task(self) -> TextTask:
+        """The task, loaded."""
+        return load_task(self._task, self.hparams["task_options"])
+
+    @functools.cached_property
+    def tokens(self) -> TokenStore:
+        """All texts of the task as tokens; rows as in the task."""
+        options = self.hparams
+        longest = getattr(load_config(options["model"]), "max_position_embeddings", options["max_length"])
+        if options["max_length"] > longest:
+            raise UsageError("max_length", options["max_length"], f"at most {longest}, the maximum of {options['model']}")
+        tokenizer = load_tokenizer(options["tokenizer"] or options["model"])
+        return tokenise(self.task.texts, tokenizer, options["max_length"])
+
+    @functools.cached_property
+    def client_indices(self) -> list[IntArray]:
+        """For each client the row numbers of its texts in the task."""
+        options = self.hparams
+        rows = self.task.parts["train"]
+        if options["limit"] is not None:
+            rows = np.sort(stream(options["seed"], "limit").permutation(rows)[: options["limit"]])
+        authors = None if self.task.authors is None else self.task.authors[rows]
+        columns = Columns(self.task.labels[rows], authors)
+        choice = {name: options[name] for name in ("num_clients", "seed", "skew", "alpha")}
+        parts = [rows[part] for part in divide(self._split, columns, **choice)]
+        smallest = min(map(len, parts))
+        if smallest < options["batch_size"]:
+            warnings.warn(
+                f"batch_size {options['batch_size']} is larger than the smallest client ({smallest} texts), "
+                "which trains with smaller batches",
+                stacklevel=2,
+            )
+        return parts
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments, as the command line takes them: there the model is named once, for the module."""
+        options = dict(self.hparams)
+        model = options.pop("model")
+        return options | {"tokenizer": options["tokenizer"] or model}
+
+    @property
+    def num_clients(self) -> int:
+        """Number of clients."""
+        return int(self.hparams["num_clients"])
+
+    @property
+    def num_labels(self) -> int:
+        """Number of classes."""
+        return len(self.task.label_names)
+
+    def majority_accuracy(self, part: str = "test") -> float:
+        """Accuracy on a part of always answering the most frequent training label."""
+        train = np.concatenate([self.task.labels[rows] for rows in self.client_indices])
+        return float(np.mean(self.task.labels[self.task.parts[part]] == np.bincount(train).argmax()))
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load, tokenise and divide, where that has not been done."""
+        self.tokens, self.client_indices  # noqa: B018 - reading them makes them
+
+    def client_dataloader(self, client: int) -> DataLoader[dict[str, Tensor]]:
+        """Training batches of one client, in a new random order each time it is iterated."""
+        return self._training(self.client_indices[client])
+
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Training batches of all clients' texts, pooled."""
+        return self._training(np.concatenate(self.client_indices))
+
+    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """The validation part, sorted by length."""
+        return self._evaluation(self.task.parts["validation"])
+
+    def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """The test part, sorted by length."""
+        return self._evaluation(self.task.parts["test"])
+
+    def describe(self) -> list[dict[str, Any]]:
+        """The split as a table, one row a client; `pandas.DataFrame(data.describe())` shows it.
+
+        Returns:
+            rows with `client`, `examples`, `tokens`, `label_entropy_bits`, and `labels` and `authors`: examples by name.
+        """
+        rows = []
+        for client, chosen in enumerate(self.client_indices):
+            labels = self.task.labels[chosen]
+            row = {
+                "client": client,
+                "examples": len(chosen),
+                "tokens": int(self.tokens.lengths[torch.from_numpy(chosen)].sum()),
+                "label_entropy_bits": entropy_bits(labels),
+                "labels": _counts(labels, self.task.label_names),
+            }
+            if self.task.authors is not None:
+                row["authors"] = _counts(self.task.authors[chosen], self.task.author_names)
+            rows.append(row)
+        return rows
+
+    def _training(self, rows: IntArray) -> DataLoader[dict[str, Tensor]]:
+        texts, size = self._texts(rows), self.hparams["batch_size"]
+        if self.hparams["padding"] == "max_length":
+            return DataLoader(texts, batch_size=size, shuffle=True, collate_fn=_as_is)
+        return DataLoader(texts, batch_sampler=LengthGroupedBatches(texts.lengths, size), collate_fn=_as_is)
+
+    def _evaluation(self, rows: IntArray) -> DataLoader[dict[str, Tensor]]:
+        texts = self._texts(rows)
+        by_length = texts.lengths.argsort(stable=True).split(self.hparams["eval_batch_size"])
+        return DataLoader(texts, batch_sampler=[batch.tolist() for batch in by_length], collate_fn=_as_is)
+
+    def _texts(self, rows: IntArray) -> _Texts:
+        pad_to = self.hparams["max_length"] if self.hparams["padding"] == "max_length" else None
+        return _Texts(self.tokens, torch.from_numpy(self.task.labels), torch.from_numpy(rows), pad_to)
+
+
+class _Texts(Dataset[dict[str, Tensor]]):
+    """Some rows of a task; the loader asks for whole batches, so no Python runs per text."""
+
+    def __init__(self, tokens: TokenStore, labels: Tensor, rows: Tensor, pad_to: int | None) -> None:
+        self.tokens, self.labels, self.rows, self.pad_to = tokens, labels, rows, pad_to
+        self.lengths = tokens.lengths[rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, places: list[int]) -> dict[str, Tensor]:
+        chosen = self.rows[places]
+        return self.tokens.batch(chosen, self.pad_to) | {"labels": self.labels[chosen]}
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _counts(numbers: IntArray, names: tuple[str, ...]) -> Mapping[str, int]:
+    values, counts = np.unique(numbers, return_counts=True)
+    return {names[value]: int(count) for value, count in zip(values, counts, strict=True)}

@@ -1,0 +1,42 @@
+"""The two errors a user can meet: what they asked for is not possible, or a run had to stop."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UsageError(ValueError):
+    """A value that the user chose cannot be used.
+
+    Args:
+        argument: name of the constructor argument (the command line turns it into a flag).
+        came: what was given.
+        allowed: what may be given instead, in words.
+    """
+
+    def __init__(self, argument: str, came: object, allowed: str) -> None:
+        self.argument, self.came, self.allowed = argument, came, allowed
+        super().__init__(f"{argument}: got {came!r}; allowed: {allowed}")
+
+
+class RunError(RuntimeError):
+    """A run stopped for a reason outside its configuration (a loss that became NaN, a full disk, damaged files)."""
+
+
+def one_of(argument: str, came: object, names: Iterable[str], also: str = "") -> UsageError:
+    """The error for a name that is in no registry; the nearest names come first.
+
+    >>> print(one_of("split", "idd", ["iid", "by_author"]))
+    split: got 'idd'; allowed: iid (nearest), by_author
+    """
+    known = list(names)
+    near = difflib.get_close_matches(str(came), known, n=2, cutoff=0.5)
+    listed = [f"{name} (nearest)" for name in near] + [name for name in known if name not in near]
+    return UsageError(argument, came, ", ".join(listed) + also)
+
+
+def at_least(argument: str, came: int | float, least: int | float) -> None:
+    """Raise `UsageError` when the number `came` is below `least` (or is not a number at all)."""
+    if not came >= least:
+        raise UsageError(argument, came, f"{least} or more")

@@ -1,0 +1,40 @@
+"""What this machine can do."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+
+from fedtune.errors import one_of
+
+PRECISIONS = ("auto", "32-true", "bf16-mixed")
+
+
+def resolve_precision(precision: str, accelerator: str = "auto") -> str:
+    """Turn "auto" into "bf16-mixed" where the hardware multiplies bfloat16 natively, else into "32-true".
+
+    Natively means a GPU with bf16, or a CPU with AMX or AVX512-BF16 instructions (docs/performance.md has the ratio).
+
+    Raises:
+        UsageError: none of "auto", "32-true", "bf16-mixed". Half precision needs a loss scaler, whose state would pass
+            from client to client.
+    """
+    if precision not in PRECISIONS:
+        raise one_of("precision", precision, PRECISIONS)
+    if precision != "auto":
+        return precision
+    if accelerator != "cpu" and torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported()  # every CPU with AMX has these instructions, too
+    return "bf16-mixed" if native else "32-true"
+
+
+def peak_memory_bytes() -> int:
+    """Highest memory use so far: of the GPU where there is one, else resident memory of the process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,346 @@
+"""`FederatedLoop`: a `LightningModule` and clients' data in, round records and averaged weights out.
+
+One round is four files: this one, which drives it and keeps its record; `aggregation`, where the algorithm stands as in
+the paper; `client`, the local epochs; `weights`, the arithmetic.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from lightning_fabric import Fabric
+from pytorch_lightning.utilities.model_helpers import is_overridden
+
+from fedtune.aggregation import RoundResult, ServerState, cohort, fedavg
+from fedtune.baselines import centralised, local
+from fedtune.callbacks import FederatedCallback
+from fedtune.client import ClientReport, Resident, num_examples
+from fedtune.errors import UsageError, at_least, one_of
+from fedtune.evaluation import attached, evaluate
+from fedtune.figures import plot_curves
+from fedtune.hardware import peak_memory_bytes, resolve_precision
+from fedtune.records import RoundRecord
+from fedtune.rundir import RunDirectory, fingerprint
+from fedtune.summary import mean_of, summarise
+from fedtune.tracking import LOGGERS, Progress, WandbMirror
+from fedtune.weights import Weights, assign_, snapshot, travelling
+
+BASELINES = ("centralised", "local")
+PARTS = ("validation", "test")
+_NOT_CONFIG = ("callbacks", "run_dir", "logger")  # not a plain value, or no part of what makes the numbers
+Advance = Callable[[ServerState], RoundResult]
+
+
+@dataclass(eq=False)
+class FederatedLoop:
+    """Federated averaging of any `LightningModule`, used like a `Trainer`.
+
+    Args:
+        max_rounds: rounds in all, those before a resume included.
+        local_epochs: epochs of a client in a round.
+        clients_per_round: size of the cohort drawn each round; every client by default.
+        seed: seed of the cohorts, of the order of batches and of dropout.
+        run_dir: directory of the run: configuration, records, checkpoints, picture. Where it holds an interrupted run of
+            the same configuration, that run goes on. None writes nothing.
+        precision: "auto" (bf16 mixed where the hardware has it, else fp32), "32-true" or "bf16-mixed".
+        accelerator: as in Lightning: "auto", "cpu", "gpu".
+        evaluate_on: the part that the rounds are evaluated on: "validation", or "test" as in the paper.
+        gradient_clip_val: largest norm of a gradient; no clipping by default.
+        baselines: what the result is compared with: "centralised" (pooled data, the same number of examples a round)
+            and "local" (each client alone, its own epochs). They run after the rounds; () leaves them out.
+        baseline_dir: where baselines are kept, so that runs that differ only in the split share the centralised one; by
+            default within `run_dir`.
+        keep: checkpoints that stay.
+        logger: "none", or "wandb" to mirror the run.
+        progress: a line a round and a progress bar.
+        callbacks: told how it goes.
+
+    Raises:
+        UsageError: a value outside of what is allowed; in `fit` also a run directory of another configuration.
+
+    After `fit`: `history` (round records), `summary` (as in summary.json), `baseline_runs` (name -> records).
+    """
+
+    max_rounds: int = 10
+    local_epochs: int = 1
+    clients_per_round: int | None = None
+    seed: int = 0
+    run_dir: str | None = None
+    precision: str = "auto"
+    accelerator: str = "auto"
+    evaluate_on: str = "validation"
+    gradient_clip_val: float | None = None
+    baselines: Sequence[str] = BASELINES
+    baseline_dir: str | None = None
+    keep: int = 2
+    logger: str = "none"
+    progress: bool = True
+    callbacks: Sequence[FederatedCallback] = ()
+
+    should_stop: bool = field(default=False, init=False)
+    config: dict[str, Any] = field(default_factory=dict, init=False)
+    history: list[RoundRecord] = field(default_factory=list, init=False)
+    baseline_runs: dict[str, list[Any]] = field(default_factory=dict, init=False)
+    summary: dict[str, Any] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        for name in ("max_rounds", "local_epochs", "keep"):
+            at_least(name, getattr(self, name), 1)
+        at_least("seed", self.seed, 0)
+        if self.clients_per_round is not None:
+            at_least("clients_per_round", self.clients_per_round, 1)
+        if self.gradient_clip_val is not None and not self.gradient_clip_val > 0:
+            raise UsageError("gradient_clip_val", self.gradient_clip_val, "a number above 0")
+        for name, values, allowed in (
+            ("evaluate_on", [self.evaluate_on], PARTS),
+            ("logger", [self.logger], LOGGERS),
+            ("baselines", self.baselines, BASELINES),
+        ):
+            for value in values:
+                if value not in allowed:
+                    raise one_of(name, value, allowed)
+        resolve_precision(self.precision, self.accelerator)
+        self.display = Progress(self.progress)
+        self._hooks = [*self.callbacks, *([WandbMirror()] if self.logger == "wandb" else [])]
+
+    def fit(self, module: pl.LightningModule, data: Any) -> list[RoundRecord]:
+        """Run the rounds, then the baselines; afterwards `module` holds the averaged weights.
+
+        Args:
+            module: any module with `training_step`, `validation_step` and `configure_optimizers`. What it logs in
+                `validation_step` is in the records, averaged over examples.
+            data: a data module with `num_clients`, `client_dataloader(k)` and `val_dataloader()`, and where there is one
+                `test_dataloader()`; for the centralised baseline also `train_dataloader()`.
+
+        Returns:
+            one record a round, those before a resume included.
+
+        Raises:
+            UsageError: the data lack one of these, the cohort is larger than `num_clients`, `run_dir` cannot be used.
+            RunError: the run had to stop; every complete round is kept.
+        """
+        self._check(data)
+        data.setup("fit")
+        self.config, self.should_stop, self.baseline_runs = self._describe(module, data), False, {}
+        run = RunDirectory(Path(self.run_dir) if self.run_dir else None, self.config, self.keep)
+        precision = resolve_precision(self.precision, self.accelerator)
+        fabric = Fabric(accelerator=self.accelerator, devices=1, precision=precision)
+        with attached(fabric, module):
+            work = _Work(Resident(fabric, module, self.seed, self.gradient_clip_val), data, self.evaluate_on)
+            initial = snapshot(travelling(module))
+            final = self._federated(work, run, ServerState(0, initial))
+            test = work.evaluate("test")
+            baselines = self._baselines(work, initial)
+            assign_(travelling(module), final.weights)
+            self.summary = summarise(self.history, self.evaluate_on, test, baselines)
+            self.summary["peak_memory_bytes"] = peak_memory_bytes()
+            self._draw(run)
+            run.write_json("summary.json", self.summary)
+            for hook in self._hooks:
+                hook.on_fit_end(self, module)
+        return self.history
+
+    def _federated(self, work: _Work, run: RunDirectory, start: ServerState) -> ServerState:
+        def told(report: ClientReport) -> None:
+            self.display.client(report)
+            for hook in self._hooks:
+                hook.on_client_end(self, work.resident.module, report)
+
+        def advance(state: ServerState) -> RoundResult:
+            clients = self._cohort(work.data, state.round + 1)
+            return fedavg(work.resident, state, clients, work.data.client_dataloader, self.local_epochs, told)
+
+        size = min(self.clients_per_round or work.data.num_clients, work.data.num_clients)
+        course = _Course(run, self.max_rounds, self.history, self._hooks)
+        with self.display.phase("federated", self.max_rounds, size):
+            return self._rounds(work, course, start, advance)
+
+    def _rounds(self, work: _Work, course: _Course, start: ServerState, advance: Advance) -> ServerState:
+        """Rounds one after the other, each evaluated, recorded and kept; from where the run stopped, if it did."""
+        module = work.resident.module
+        found, course.history[:] = course.run.resume()
+        state = start
+        if found is not None:
+            assign_(travelling(module), found.weights)
+            state = dataclasses.replace(found, weights=snapshot(travelling(module)))
+        self.display.resumed(state.round)
+        for hook in course.hooks:
+            hook.on_fit_start(self, module)
+        while state.round < course.rounds and not self.should_stop:
+            for hook in course.hooks:
+                hook.on_round_start(self, module, state.round + 1)
+            began = time.perf_counter()
+            result = advance(state)
+            state = result.state
+            assign_(travelling(module), state.weights)
+            record = work.record(result, began)
+            course.run.complete(record, state)
+            course.history.append(record)
+            self.display.round(record)
+            for hook in course.hooks:
+                hook.on_round_end(self, module, record)
+        return state
+
+    def _baselines(self, work: _Work, initial: Weights) -> dict[str, Any]:
+        """Run the baselines that were asked for; returns what the summary says of them."""
+        found: dict[str, Any] = {}
+        self.should_stop = False
+        if hasattr(work.data, "majority_accuracy"):
+            found["majority_accuracy"] = work.data.majority_accuracy("test")
+        if "centralised" in self.baselines:
+            final = self._centralised(work, ServerState(0, initial))
+            assign_(travelling(work.resident.module), final.weights)
+            found["centralised_test"] = work.evaluate("test")
+        if "local" in self.baselines:
+            self.baseline_runs["local"] = self._local(work, initial)
+        return found | self.baseline_runs
+
+    def _centralised(self, work: _Work, start: ServerState) -> ServerState:
+        sizes = [num_examples(work.data.client_dataloader(client)) for client in range(work.data.num_clients)]
+
+        def advance(state: ServerState) -> RoundResult:
+            clients = self._cohort(work.data, state.round + 1)
+            examples = self.local_epochs * sum(sizes[client] for client in clients)
+            return centralised(work.resident, state, work.data.train_dataloader(), examples)
+
+        history: list[RoundRecord] = []
+        self.baseline_runs["centralised"] = history
+        everyone = self.clients_per_round is None or self.clients_per_round >= work.data.num_clients
+        course = _Course(self._baseline_run("centralised", split_matters=not everyone), self.history[-1].round, history)
+        with self.display.phase("centralised", course.rounds, 1):
+            return self._rounds(work, course, start, advance)
+
+    def _local(self, work: _Work, initial: Weights) -> list[dict[str, Any]]:
+        rounds = self.history[-1].round
+        run = self._baseline_run("local", split_matters=True, rounds=rounds)
+        done = run.read("local.jsonl")
+        taken = [client for number in range(1, rounds + 1) for client in self._cohort(work.data, number)]
+        with self.display.phase("local", 1, work.data.num_clients):
+            for client in range(len(done), work.data.num_clients):
+                epochs = self.local_epochs * max(1, taken.count(client))
+                record = local(work.resident, initial, client, work.data.client_dataloader(client), epochs, work.loaders())
+                run.append("local.jsonl", record)
+                done.append(record)
+                self.display.local(record)
+        return done
+
+    def _baseline_run(self, name: str, split_matters: bool, rounds: int | None = None) -> RunDirectory:
+        """The directory of a baseline, named after all of the configuration that its numbers depend on."""
+        folder = self.baseline_dir or (self.run_dir and str(Path(self.run_dir) / "baselines"))
+        ignored = {"max_rounds", "keep", "progress", "baselines", "baseline_dir"}
+        ignored |= set() if split_matters else {"num_clients", "split", "skew", "alpha"}
+        config = {
+            part: {key: value for key, value in options.items() if key not in ignored}
+            for part, options in self.config.items()
+        }
+        config["baseline"] = {"name": name, "rounds": rounds}
+        return RunDirectory(Path(folder) / f"{name}-{fingerprint(config)}" if folder else None, config, self.keep)
+
+    def _cohort(self, data: Any, number: int) -> list[int]:
+        return cohort(self.seed, number, data.num_clients, self.clients_per_round)
+
+    def _draw(self, run: RunDirectory) -> None:
+        if run.path is None:
+            return
+        curves = {"federated": self.history, "centralised": self.baseline_runs.get("centralised", [])}
+        alone = mean_of(self.baseline_runs.get("local", []), self.evaluate_on, "accuracy")
+        plot_curves(
+            {name: history for name, history in curves.items() if history},
+            run.path / "curves.png",
+            levels={} if alone is None else {"each client alone, mean": alone},
+            title=f"{Path(run.path).name}: {self.evaluate_on} part",
+        )
+
+    def _describe(self, module: pl.LightningModule, data: Any) -> dict[str, Any]:
+        """The resolved configuration, in the words of the command line."""
+        own = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.init}
+        return {
+            "model": _config(module),
+            "data": _config(data),
+            "loop": _plain({name: value for name, value in own.items() if name not in _NOT_CONFIG}),
+        }
+
+    def _check(self, data: Any) -> None:
+        needed = ["client_dataloader", "num_clients", "val_dataloader"]
+        needed += ["train_dataloader"] if "centralised" in self.baselines else []
+        missing = [name for name in needed if not hasattr(data, name)]
+        if missing:
+            raise UsageError("data", type(data).__name__, f"a data module that has {', '.join(missing)}")
+        if self.clients_per_round is not None and self.clients_per_round > data.num_clients:
+            raise UsageError("clients_per_round", self.clients_per_round, f"at most num_clients, {data.num_clients}")
+
+
+@dataclass
+class _Course:
+    """A sequence of rounds: where it is kept, how long it is, its records so far, and who is told."""
+
+    run: RunDirectory
+    rounds: int
+    history: list[RoundRecord]
+    hooks: Sequence[FederatedCallback] = ()
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What every phase of a fit works with: the resident module, the data, and the part that rounds are evaluated on."""
+
+    resident: Resident
+    data: Any
+    part: str
+
+    def loaders(self) -> dict[str, Any]:
+        """Part -> its batches, for the parts that the data have."""
+        has_test = not isinstance(self.data, pl.LightningDataModule) or is_overridden("test_dataloader", self.data)
+        names = {"validation": "val_dataloader"} | ({"test": "test_dataloader"} if has_test else {})
+        return {part: getattr(self.data, name)() for part, name in names.items()}
+
+    def evaluate(self, part: str) -> dict[str, float]:
+        """What the module logs on a part, as it stands; nothing where the data have no such part."""
+        loader = self.loaders().get(part)
+        return {} if loader is None else evaluate(self.resident.fabric, self.resident.module, loader)
+
+    def record(self, result: RoundResult, began: float) -> RoundRecord:
+        """Evaluate the module, which holds the round's result, and put down all that is known of the round."""
+        trained = time.perf_counter()
+        metrics = self.evaluate(self.part)
+        ended = time.perf_counter()
+        reports = result.clients
+        examples = sum(report.num_examples for report in reports)
+        return RoundRecord(
+            round=result.state.round,
+            metrics=metrics,
+            train_loss_nats=sum(report.train_loss_nats * report.num_examples for report in reports) / examples,
+            num_clients=len(reports),
+            num_examples=examples,
+            num_steps=sum(report.num_steps for report in reports),
+            num_tokens=sum(report.num_tokens for report in reports),
+            seconds=ended - began,
+            seconds_train=trained - began - result.seconds_aggregate,
+            seconds_aggregate=result.seconds_aggregate,
+            seconds_evaluate=ended - trained,
+            bytes_up=result.bytes_up,
+            bytes_down=result.bytes_down,
+            clients=reports,
+        )
+
+
+def _config(part: Any) -> dict[str, Any]:
+    """The configuration of ours as the command line takes it; of another's class its name and hyperparameters."""
+    if hasattr(part, "config"):
+        return _plain(part.config)
+    return {"class": type(part).__name__} | _plain(dict(getattr(part, "hparams", {})))
+
+
+def _plain(values: Any) -> Any:
+    """Values as YAML keeps them: numbers, text, lists and dictionaries; anything else by its name."""
+    if isinstance(values, Mapping):
+        return {str(key): _plain(value) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [_plain(value) for value in values]
+    return values if isinstance(values, (int, float, str, bool, type(None))) else getattr(values, "__name__", repr(values))

@@ -1,0 +1,28 @@
+"""BERT (Devlin et al. 2019): pretrained pooler with tanh, then a fresh linear layer."""
+
+from __future__ import annotations
+
+from typing import final
+
+from torch import nn
+from transformers import BertForSequenceClassification, PretrainedConfig
+
+from fedtune.models.text_classifier import TextClassifier
+
+
+@final
+class BertClassifier(TextClassifier):
+    """A BERT sequence classifier; arguments and errors as in `TextClassifier`."""
+
+    model_type = "bert"
+    model_class = BertForSequenceClassification
+
+    def embeddings(self) -> nn.Module:
+        return self.network.bert.embeddings
+
+    def layers(self) -> nn.ModuleList:
+        return self.network.bert.encoder.layer
+
+    def set_dropout(self, config: PretrainedConfig, probability: float) -> None:
+        config.hidden_dropout_prob = config.attention_probs_dropout_prob = probability
+        config.classifier_dropout = probability

@@ -1,0 +1,148 @@
+"""A run directory: the configuration it belongs to, its records, its checkpoints, its summary. Or nothing at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedtune import checkpoint, records
+from fedtune.aggregation import ServerState
+from fedtune.errors import RunError, UsageError
+from fedtune.records import RoundRecord
+
+# what may differ between the start of a run and its continuation: no number of a finished round depends on it
+_FREE = ("loop.max_rounds", "loop.keep", "loop.progress", "loop.run_dir", "loop.baseline_dir", "loop.baselines")
+_FREE += ("loop.logger", "run_dir", "logger")
+
+
+class RunDirectory:
+    """Where one run is kept; with `path` None everything stays in memory.
+
+    Args:
+        path: the directory; made when it does not exist.
+        config: the resolved configuration, nested dictionaries of plain values.
+        keep: checkpoints that stay.
+
+    Raises:
+        UsageError: the directory cannot be written, or belongs to a run of another configuration.
+    """
+
+    def __init__(self, path: Path | None, config: Mapping[str, Any], keep: int) -> None:
+        self.path, self.keep = path, keep
+        if path is None:
+            return
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._claim(path / "config.yaml", config)
+        except OSError as error:
+            raise UsageError("run_dir", str(path), f"a directory that can be written ({error.strerror})") from error
+
+    def resume(self) -> tuple[ServerState | None, list[RoundRecord]]:
+        """The state after the last complete round and the records up to it; records of a later, unfinished round are dropped."""
+        if self.path is None:
+            return None, []
+        state = checkpoint.latest(self.path / "checkpoints")
+        done = [record for record in records.read_rounds(self.path / "rounds.jsonl") if state and record.round <= state.round]
+        if state and len(done) < state.round:
+            raise RunError(f"{self.path / 'rounds.jsonl'} lacks rounds up to {state.round}; it has {len(done)}")
+        if (self.path / "rounds.jsonl").exists():
+            records.rewrite(self.path / "rounds.jsonl", [record.to_dict() for record in done])
+        return state, done
+
+    def complete(self, record: RoundRecord, state: ServerState) -> None:
+        """Keep a finished round: first its record, then its checkpoint, which is what makes it count."""
+        self.append("rounds.jsonl", record.to_dict())
+        if self.path is not None:
+            checkpoint.save(self.path / "checkpoints", state, self.keep)
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file of the run, at once."""
+        if self.path is not None:
+            checkpoint.write_text(self.path / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+    def read(self, name: str) -> list[dict[str, Any]]:
+        """The records of a JSON-lines file of the run; a line that a crash left unfinished is removed from it."""
+        if self.path is None or not (self.path / name).exists():
+            return []
+        found = records.read(self.path / name)
+        records.rewrite(self.path / name, found)
+        return found
+
+    def append(self, name: str, record: dict[str, Any]) -> None:
+        """Add a record to a JSON-lines file of the run."""
+        if self.path is None:
+            return
+        try:
+            records.append(self.path / name, record)
+        except OSError as error:
+            raise RunError(f"a record could not be written to {self.path / name} ({error})") from error
+
+    def _claim(self, file: Path, config: Mapping[str, Any]) -> None:
+        if file.exists():
+            before = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+            different = differences(before, config)
+            if different:
+                allowed = f"a new directory, or the configuration of the run in it, which differs in {'; '.join(different)}"
+                raise UsageError("run_dir", str(self.path), allowed)
+        text = yaml.safe_dump({**config, "versions": versions()}, sort_keys=False, allow_unicode=True)
+        checkpoint.write_text(file, text)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The keys in which two configurations differ in a way that changes results, as "key: before -> now".
+
+    >>> differences({"data": {"seed": 0}, "loop": {"max_rounds": 2}}, {"data": {"seed": 1}, "loop": {"max_rounds": 4}})
+    ['data.seed: 0 -> 1']
+    """
+    old, new = _flat(before), _flat(now)
+    keys = [key for key in {**old, **new} if key not in _FREE and not key.startswith("versions")]
+    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
+
+
+def fingerprint(config: Mapping[str, Any]) -> str:
+    """Eight hexadecimal digits that name a configuration."""
+    return hashlib.sha256(json.dumps(_flat(config), sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def versions() -> dict[str, Any]:
+    """What the numbers of a run may depend on beside its configuration."""
+    import lightning_fabric
+    import torch
+    import transformers
+
+    import fedtune
+
+    return {
+        "fedtune": fedtune.__version__,
+        "torch": str(torch.__version__),  # it is a subclass of str that YAML does not know
+        "lightning": lightning_fabric.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "git_commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the fedtune that runs, where it runs from a checkout."""
+    folder = Path(__file__).parent
+    try:
+        command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+        tracked = subprocess.run(["git", "-C", str(folder), "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found if tracked.returncode == 0 else None

@@ -1,0 +1,160 @@
+"""Texts tokenised once into one flat array; a batch is a slice of it.
+
+Legend: N texts, T tokens in all, B texts of a batch, L its padded length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_CHUNK = 10_000  # texts handed to the tokenizer at once: bounds the memory of Python lists
+_MEGABATCH = 64  # batches that are sorted by length together
+_JITTER = 0.1  # relative noise on lengths, so that a client with few batches does not see the same ones each epoch
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """N token sequences, end to end.
+
+    Args:
+        ids_T: (T,) int32 token ids, special tokens included.
+        offsets: (N + 1,) int64; text i is ids_T[offsets[i] : offsets[i + 1]].
+        pad_id: the id that fills a batch.
+    """
+
+    ids_T: Tensor
+    offsets: Tensor
+    pad_id: int
+
+    @property
+    def lengths(self) -> Tensor:
+        """(N,) tokens of each text."""
+        return self.offsets.diff()
+
+    def batch(self, rows: Tensor, pad_to: int | None = None) -> dict[str, Tensor]:
+        """Padded ids and mask of some texts.
+
+        Args:
+            rows: (B,) row numbers.
+            pad_to: padded length L; the longest of the rows by default.
+
+        Returns:
+            "input_ids" and "attention_mask", each (B, L) int64; the mask is 1 where there is text.
+        """
+        starts, lengths = self.offsets[rows], self.lengths[rows]
+        steps_L = torch.arange(pad_to or int(lengths.max()))
+        mask_BL = steps_L < lengths[:, None]
+        places_BL = (starts[:, None] + steps_L).clamp_(max=len(self.ids_T) - 1)
+        ids_BL = self.ids_T[places_BL].long().masked_fill_(~mask_BL, self.pad_id)
+        return {"input_ids": ids_BL, "attention_mask": mask_BL.long()}
+
+
+def tokenise(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> TokenStore:
+    """Tokenise all texts, cut at `max_length` tokens (special ones included), or read the result from the cache.
+
+    The cache (folder `FEDTUNE_CACHE`, by default ~/.cache/fedtune) is keyed by the content of the texts and of the
+    tokenizer; a damaged entry is made anew, and a folder that cannot be written only costs time.
+    """
+    path = cache_folder() / f"tokens-{_key(texts, tokenizer, max_length)}.safetensors"
+    ids_T, offsets = _read(path) or _tokenise(texts, tokenizer, max_length, path)
+    return TokenStore(ids_T, offsets, pad_id=int(tokenizer.pad_token_id or 0))
+
+
+def cache_folder() -> Path:
+    """Where tokenised texts are kept between runs."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fedtune"
+    return Path(os.environ.get("FEDTUNE_CACHE", default))
+
+
+def _key(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
+    digest = hashlib.sha256(f"1 {max_length} {type(tokenizer).__name__}".encode())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    digest.update((backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))).encode())
+    for text in texts:
+        encoded = text.encode("utf-8", "surrogatepass")
+        digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    return digest.hexdigest()[:32]
+
+
+def _read(path: Path) -> tuple[Tensor, Tensor] | None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        found = load_file(path)
+        return found["ids"], found["offsets"]
+    except (OSError, SafetensorError, KeyError):
+        return None
+
+
+def _tokenise(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, most: int, path: Path) -> tuple[Tensor, Tensor]:
+    pieces, lengths = [], []
+    for start in range(0, len(texts), _CHUNK):
+        encoded = tokenizer(list(texts[start : start + _CHUNK]), truncation=True, max_length=most)["input_ids"]
+        lengths += [len(ids) for ids in encoded]
+        pieces.append(np.fromiter((token for ids in encoded for token in ids), dtype=np.int32, count=sum(map(len, encoded))))
+    ids_T = torch.from_numpy(np.concatenate(pieces))
+    offsets = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int64))
+    _write(path, {"ids": ids_T, "offsets": offsets})
+    return ids_T, offsets
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        os.close(handle)
+        save_file(tensors, temporary)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        warnings.warn(f"tokens were not cached, the next start tokenises again: {error}", stacklevel=2)
+
+
+class LengthGroupedBatches:
+    """A batch sampler: random batches of texts of similar length, so that little is padding. Every text occurs once.
+
+    It draws from torch's global generator, like torch's own random sampler, so whoever seeds that gets the same batches.
+    Grouping as in Transformers' `LengthGroupedSampler`, with noise on the lengths.
+
+    Args:
+        lengths: (M,) lengths of the texts in tokens.
+        batch_size: texts in a batch; the last may be smaller.
+
+    Yields:
+        lists of places in `lengths`.
+    """
+
+    def __init__(self, lengths: Tensor, batch_size: int) -> None:
+        self.lengths, self.batch_size = lengths, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.lengths) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = torch.randperm(len(self.lengths))
+        noisy = self.lengths * torch.empty(len(self.lengths)).uniform_(1 - _JITTER, 1 + _JITTER)
+        batches: list[list[int]] = []
+        for group in order.split(_MEGABATCH * self.batch_size):
+            by_length = group[noisy[group].argsort(stable=True)]
+            batches += [batch.tolist() for batch in by_length.split(self.batch_size)]
+        return iter([batches[i] for i in torch.randperm(len(batches)).tolist()])

@@ -1,0 +1,145 @@
+"""Who is told how a run goes, beside `rounds.jsonl`: the terminal, and Weights & Biases on request.
+
+Both are callbacks; neither changes a number.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytorch_lightning as pl
+
+from fedtune.callbacks import FederatedCallback
+from fedtune.client import ClientReport
+from fedtune.errors import UsageError
+from fedtune.records import RoundRecord
+from fedtune.rundir import fingerprint
+
+if TYPE_CHECKING:
+    from fedtune.loop import FederatedLoop
+
+LOGGERS = ("none", "wandb")
+
+
+class Progress:
+    """A line for every round, and where the output is a terminal a bar over clients with the time left.
+
+    It also follows the baselines, which are no concern of the callbacks of a user.
+    """
+
+    def __init__(self, enabled: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        self._console = Console(quiet=not enabled, highlight=False)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Bar(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
+        self._note = ""
+
+    @contextmanager
+    def phase(self, name: str, rounds: int, clients: int) -> Iterator[None]:
+        """A stretch of work: the federated rounds, or a baseline.
+
+        Args:
+            rounds, clients: how many rounds it has, and clients in each.
+        """
+        self._name, self._rounds, self._clients, self._steps, self._note = name, rounds, clients, 0, ""
+        self._task = self._bar.add_task(name, total=rounds * clients)
+        try:
+            with self._bar:
+                yield
+        finally:
+            self._bar.remove_task(self._task)
+
+    def resumed(self, done: int) -> None:
+        """So many rounds were done in an earlier start."""
+        if done:
+            self.line(f"{self._name}: {done} of {self._rounds} rounds were done before")
+            self._bar.reset(self._task, completed=done * self._clients)
+
+    def client(self, report: ClientReport) -> None:
+        """One more client is done."""
+        self._steps += report.num_steps
+        text = f"{self._name}: client {report.client}, {self._steps} steps{self._note}"
+        self._bar.update(self._task, advance=1, description=text)
+
+    def round(self, record: RoundRecord) -> None:
+        """One more round is done."""
+        metrics = "  ".join(f"{name} {value:.3f}" for name, value in record.metrics.items())
+        number = f"{record.round:>{len(str(self._rounds))}}/{self._rounds}"
+        losses = f"{metrics}  train_loss_nats {record.train_loss_nats:.3f}"
+        self.line(f"{self._name} round {number}  {losses}  {record.seconds:.1f} s")
+        accuracy = record.metrics.get("accuracy")
+        self._note = "" if accuracy is None else f", accuracy {accuracy:.3f}"
+        self._bar.update(self._task, completed=record.round * self._clients)
+
+    def local(self, record: Mapping[str, Any]) -> None:
+        """One more client has trained alone."""
+        metrics = "  ".join(f"{name} {value:.3f}" for name, value in record["validation"].items())
+        self.line(f"local client {record['client']}  {metrics}  {record['seconds']:.1f} s")
+        self._bar.update(self._task, advance=1)
+
+    def line(self, text: str) -> None:
+        """Print a line, above the bar."""
+        self._console.print(text, markup=False, soft_wrap=True)
+
+
+class WandbMirror(FederatedCallback):
+    """Mirrors a run into Weights & Biases: the round is the only step axis. Without a key it writes offline files.
+
+    Runs of one sweep are grouped by wandb's own variable WANDB_RUN_GROUP.
+
+    Raises:
+        UsageError: wandb is not installed.
+    """
+
+    def __init__(self) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise UsageError("logger", "wandb", "after: pip install wandb (it is not installed)") from error
+        self._wandb = wandb
+        self._run: Any = None
+
+    def on_fit_start(self, loop: FederatedLoop, module: pl.LightningModule) -> None:
+        """Open the run; a resumed run directory continues the same W&B run."""
+        config, tagged = loop.config, (("model", "name"), ("data", "task"), ("data", "split"))
+        self._run = self._wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "fedtune"),
+            dir=loop.run_dir,
+            id=fingerprint(config | {"directory": str(loop.run_dir)}) if loop.run_dir else None,
+            resume="allow",
+            config=config,
+            mode=_mode(),
+            tags=[str(config[part][key]) for part, key in tagged if key in config.get(part, {})],
+        )
+        self._run.define_metric("round")
+        self._run.define_metric("*", step_metric="round")
+
+    def on_round_end(self, loop: FederatedLoop, module: pl.LightningModule, record: RoundRecord) -> None:
+        """Log every number of the record."""
+        self._run.log({name: value for name, value in record.to_dict().items() if name != "clients"})
+
+    def on_fit_end(self, loop: FederatedLoop, module: pl.LightningModule) -> None:
+        """Log the last round's clients as a table and the summary, and close the run."""
+        reports = loop.history[-1].to_dict()["clients"]
+        rows = [list(report.values()) for report in reports]
+        self._run.log({"clients": self._wandb.Table(columns=list(reports[0]), data=rows), "round": loop.history[-1].round})
+        self._run.summary.update(loop.summary)
+        folder, offline = self._run.dir, self._run.settings.mode == "offline"
+        self._run.finish(quiet=True)
+        if offline:
+            loop.display.line(f"W&B wrote offline files; send them with: wandb sync {os.path.dirname(folder)}")
+
+
+def _mode() -> str | None:
+    """wandb's own choice where WANDB_MODE or a key decides it, else offline."""
+    import wandb
+
+    if os.environ.get("WANDB_MODE"):
+        return None
+    return None if wandb.api.api_key else "offline"
