@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from fedtune.pretrained import MODELS
     from fedtune.records import RoundRecord
     from fedtune.splits import SPLITS
-    from fedtune.tasks import TASKS, TextTask
+    from fedtune.tasks import TASKS
+    from fedtune.texttask import TextTask
 
 __version__ = "0.1.0"
 
@@ -36,7 +37,7 @@ _HOME = {
     "SPLITS": "splits",
     "TASKS": "tasks",
     "TextClassifier": "models.text_classifier",
-    "TextTask": "tasks",
+    "TextTask": "texttask",
     "UsageError": "errors",
     "build_classifier": "models",
     "plot_curves": "figures",

@@ -18,7 +18,7 @@ import numpy as np
 
 from fedtune.errors import UsageError
 from fedtune.randomness import stream
-from fedtune.tasks import PARTS, TextTask
+from fedtune.texttask import PARTS, TextTask
 
 WORDS = 50  # of one passage
 GAP = 10  # passages dropped between two parts that are cut from one document
@@ -145,12 +145,12 @@ def _documents(author: str) -> Iterator[list[Passage]]:
 def clean(text: str) -> str:
     """Drop what gives the author or the typist away: notices, the head and foot of a Federalist paper, typography.
 
-    >>> clean("Produced by A. B.\\n\\nTo the People of the State of New York:\\n\\nWhen we reflect.\\n\\nPUBLIUS.\\n\\nTHE FEDERALIST.")
+    >>> clean("To the People of the State of New York:\\n\\nWhen we reflect.\\n\\nPUBLIUS.\\n\\nTHE FEDERALIST.")
     'When we reflect.'
     """
     body = re.split(r"To the People of the State of New York[:.]?", text, maxsplit=1)[-1]
-    body = re.sub(r"\s*(PUBLIUS\.?\s*)?THE FEDERALIST\.?\s*$", "", body)
-    body = re.sub(r"(\s*PUBLIUS\.?)+\s*$", "", body)
+    body = re.split(r"\n\s*PUBLIUS\b", body, maxsplit=1)[0]  # footnotes follow the signature
+    body = re.sub(r"\s*THE FEDERALIST\.?\s*$", "", body)
     return "\n".join(line for line in body.splitlines() if not _NOTICE.search(line)).strip().translate(_TYPOGRAPHY)
 
 

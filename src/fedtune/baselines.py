@@ -59,7 +59,8 @@ def local(
     start = time.perf_counter()
     assign_(travelling(resident.module), initial)
     report = train_client(resident, client, loader, epochs, (0, 0, 0))
-    parts = {part: evaluate(resident.fabric, resident.module, batches) for part, batches in evaluations.items()}
+    with seeded(resident.seed, "evaluate"):
+        parts = {part: evaluate(resident.fabric, resident.module, batches) for part, batches in evaluations.items()}
     return {
         "client": client,
         "num_examples": report.num_examples,

@@ -86,7 +86,7 @@ def load(path: Path) -> ServerState:
             if found != expected:
                 raise RunError(f"{file} has sha256 {found[:12]}…, {expected[:12]}… was written")
             tensors[name] = load_file(file)
-        return ServerState(**{name: notes[name] for name in _COUNTERS}, **tensors)
+        return ServerState(**{name: notes[name] for name in _COUNTERS} | tensors)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise RunError(f"{path} cannot be read: {error}") from error
 

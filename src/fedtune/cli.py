@@ -80,7 +80,9 @@ def _parser() -> _Parser:
     run.add_class_arguments(FederatedLoop, "loop", skip={"run_dir", "logger", "callbacks"})
     run.add_argument("--run_dir", type=str | None, default=None, help="directory of the run; nothing is written without it")
     run.add_argument("--logger", type=str, default="none", help=f"one of {', '.join(LOGGERS)}")
-    run.add_argument("--versions", type=dict | None, default=None, help="ignored: so that a run's config.yaml can be given to --config")
+    run.add_argument(
+        "--versions", type=dict | None, default=None, help="ignored: so that a run's config.yaml can be given to --config"
+    )
     commands.add_subcommand("run", run, help="one federated run")
 
     describe = _Parser(description="The client split, as a table and a picture.")

@@ -6,11 +6,12 @@ what it would send is read from it. No client has a module of its own, so memory
 
 from __future__ import annotations
 
+import operator
 import time
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -70,7 +71,7 @@ class Optimisation:
     def __init__(self, module: pl.LightningModule, steps: int, epochs: int) -> None:
         if not module.automatic_optimization:
             raise RunError(f"{type(module).__name__} optimises manually; a federated client needs automatic optimisation")
-        optimizers, schedulers, monitor = _configure_optimizers(module.configure_optimizers())
+        optimizers, schedulers, monitor = _configure_optimizers(cast(Any, module.configure_optimizers()))
         if len(optimizers) != 1:
             raise RunError(f"{type(module).__name__} has {len(optimizers)} optimizers; a federated client needs one")
         self.optimizer = optimizers[0]
@@ -86,7 +87,7 @@ class Optimisation:
         self._done[interval] += 1
         for schedule in self._schedules:
             if schedule.interval == interval and self._done[interval] % schedule.frequency == 0:
-                schedule.scheduler.step()
+                schedule.scheduler.step()  # type: ignore[call-arg]  # the one that takes a metric is refused above
 
 
 def _forward(scheduler: Any, count: int) -> None:
@@ -127,9 +128,7 @@ def _epochs(loader: Any, epochs: int, module: pl.LightningModule, optimisation: 
         optimisation.end("epoch")
 
 
-def run_steps(
-    resident: Resident, optimisation: Optimisation, batches: Iterable[Any], number: int, client: int
-) -> ClientReport:
+def run_steps(resident: Resident, optimisation: Optimisation, batches: Iterable[Any], number: int, client: int) -> ClientReport:
     """Optimizer steps over some batches. Nothing waits for the device before the last one.
 
     Args:
@@ -143,6 +142,8 @@ def run_steps(
     try:
         for batch in batches:
             loss = _step(resident, optimisation, batch, len(losses))
+            if loss is None:
+                continue
             losses.append(loss)
             sizes.append(extract_batch_size(batch))
             tokens.append(_count_tokens(batch))
@@ -165,10 +166,13 @@ def run_steps(
     )
 
 
-def _step(resident: Resident, optimisation: Optimisation, batch: Any, index: int) -> Tensor:
+def _step(resident: Resident, optimisation: Optimisation, batch: Any, index: int) -> Tensor | None:
+    """One optimizer step; None where the module skips the batch, as it may in a `Trainer`."""
     fabric, module = resident.fabric, resident.module
     with fabric.autocast():
-        output = module.training_step(fabric.to_device(batch), index)
+        output: Any = module.training_step(fabric.to_device(batch), index)
+    if output is None:
+        return None
     loss: Tensor = output["loss"] if isinstance(output, dict) else output
     loss.backward()
     if resident.gradient_clip_val is not None:
@@ -202,11 +206,10 @@ def exactly(loader: Any, examples: int) -> Iterator[Any]:
         for batch in loader:
             size = extract_batch_size(batch)
             if size > left:
-                batch = apply_to_collection(batch, Tensor, lambda tensor: tensor[:left])
+                batch = apply_to_collection(batch, Tensor, operator.itemgetter(slice(left)))
             yield batch
             left -= size
             if left <= 0:
                 return
         if left == before:
             raise RunError("the pooled training data have no batch")
-

@@ -17,7 +17,8 @@ from fedtune.errors import UsageError, at_least, one_of
 from fedtune.pretrained import load_config, load_tokenizer
 from fedtune.randomness import stream
 from fedtune.splits import Columns, Split, divide, entropy_bits
-from fedtune.tasks import IntArray, TextTask, load_task
+from fedtune.tasks import load_task
+from fedtune.texttask import IntArray, TextTask
 from fedtune.tokens import LengthGroupedBatches, TokenStore, tokenise
 
 PADDING = ("longest", "max_length")

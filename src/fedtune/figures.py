@@ -27,9 +27,16 @@ def plot_curves(
         levels: name -> accuracy, drawn as dotted lines (the majority class, clients alone).
         title: what the runs have in common.
     """
+    from matplotlib.ticker import MaxNLocator
+
     figure, (left, right) = _figure(1, 2, (10, 4.2))
     for colour, (name, history) in zip(PALETTE, runs.items(), strict=False):
-        style = {"color": colour, "linestyle": "--" if name == "centralised" else "-", "marker": "o", "markersize": 3}
+        style: dict[str, Any] = {
+            "color": colour,
+            "linestyle": "--" if name == "centralised" else "-",
+            "marker": "o",
+            "markersize": 3,
+        }
         for axes, metric in ((left, "accuracy"), (right, "loss_nats")):
             points = [(record.round, record.metrics[metric]) for record in history if metric in record.metrics]
             if points:
@@ -40,7 +47,7 @@ def plot_curves(
     right.set(ylabel="loss in nats")
     for axes in (left, right):
         axes.set_xlabel("round")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     left.legend(fontsize=8)
     figure.suptitle(title)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import resource
 import sys
+from typing import Literal, cast
 
 import torch
 
 from fedtune.errors import one_of
 
+Resolved = Literal["32-true", "bf16-mixed"]
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
 
 
-def resolve_precision(precision: str, accelerator: str = "auto") -> str:
+def resolve_precision(precision: str, accelerator: str = "auto") -> Resolved:
     """Turn "auto" into "bf16-mixed" where the hardware multiplies bfloat16 natively, else into "32-true".
 
     Natively means a GPU with bf16, or a CPU with AMX or AVX512-BF16 instructions (docs/performance.md has the ratio).
@@ -24,7 +26,7 @@ def resolve_precision(precision: str, accelerator: str = "auto") -> str:
     if precision not in PRECISIONS:
         raise one_of("precision", precision, PRECISIONS)
     if precision != "auto":
-        return precision
+        return cast(Resolved, precision)
     if accelerator != "cpu" and torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

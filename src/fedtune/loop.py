@@ -25,6 +25,7 @@ from fedtune.errors import UsageError, at_least, one_of
 from fedtune.evaluation import attached, evaluate
 from fedtune.figures import plot_curves
 from fedtune.hardware import peak_memory_bytes, resolve_precision
+from fedtune.randomness import seeded
 from fedtune.records import RoundRecord
 from fedtune.rundir import RunDirectory, fingerprint
 from fedtune.summary import mean_of, summarise
@@ -236,8 +237,7 @@ class FederatedLoop:
         ignored = {"max_rounds", "keep", "progress", "baselines", "baseline_dir"}
         ignored |= set() if split_matters else {"num_clients", "split", "skew", "alpha"}
         config = {
-            part: {key: value for key, value in options.items() if key not in ignored}
-            for part, options in self.config.items()
+            part: {key: value for key, value in options.items() if key not in ignored} for part, options in self.config.items()
         }
         config["baseline"] = {"name": name, "rounds": rounds}
         return RunDirectory(Path(folder) / f"{name}-{fingerprint(config)}" if folder else None, config, self.keep)
@@ -303,7 +303,10 @@ class _Work:
     def evaluate(self, part: str) -> dict[str, float]:
         """What the module logs on a part, as it stands; nothing where the data have no such part."""
         loader = self.loaders().get(part)
-        return {} if loader is None else evaluate(self.resident.fabric, self.resident.module, loader)
+        if loader is None:
+            return {}
+        with seeded(self.resident.seed, "evaluate"):  # a loader draws a seed, even when nothing is random
+            return evaluate(self.resident.fabric, self.resident.module, loader)
 
     def record(self, result: RoundResult, began: float) -> RoundRecord:
         """Evaluate the module, which holds the round's result, and put down all that is known of the round."""

@@ -18,8 +18,8 @@ from fedtune.errors import RunError, UsageError
 from fedtune.records import RoundRecord
 
 # what may differ between the start of a run and its continuation: no number of a finished round depends on it
-_FREE = ("loop.max_rounds", "loop.keep", "loop.progress", "loop.run_dir", "loop.baseline_dir", "loop.baselines")
-_FREE += ("loop.logger", "run_dir", "logger")
+_FREE = {"run_dir", "logger"}
+_FREE |= {f"loop.{name}" for name in ("max_rounds", "keep", "progress", "baselines", "baseline_dir")}
 
 
 class RunDirectory:
@@ -45,7 +45,7 @@ class RunDirectory:
             raise UsageError("run_dir", str(path), f"a directory that can be written ({error.strerror})") from error
 
     def resume(self) -> tuple[ServerState | None, list[RoundRecord]]:
-        """The state after the last complete round and the records up to it; records of a later, unfinished round are dropped."""
+        """The state after the last complete round and the records up to it; a later, unfinished round is dropped."""
         if self.path is None:
             return None, []
         state = checkpoint.latest(self.path / "checkpoints")
@@ -120,7 +120,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def versions() -> dict[str, Any]:
     """What the numbers of a run may depend on beside its configuration."""
-    import lightning_fabric
+    import pytorch_lightning
     import torch
     import transformers
 
@@ -129,7 +129,7 @@ def versions() -> dict[str, Any]:
     return {
         "fedtune": fedtune.__version__,
         "torch": str(torch.__version__),  # it is a subclass of str that YAML does not know
-        "lightning": lightning_fabric.__version__,
+        "lightning": pytorch_lightning.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "git_commit": _git_commit(),
@@ -142,7 +142,9 @@ def _git_commit() -> str | None:
     try:
         command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
         found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
-        tracked = subprocess.run(["git", "-C", str(folder), "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=5)
+        tracked = subprocess.run(
+            ["git", "-C", str(folder), "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=5
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return found if tracked.returncode == 0 else None

@@ -9,7 +9,7 @@ import numpy as np
 
 from fedtune.errors import UsageError, at_least, one_of
 from fedtune.randomness import stream
-from fedtune.tasks import IntArray
+from fedtune.texttask import IntArray
 
 _DRAWS = 100  # attempts of a Dirichlet split before it is given up
 
@@ -100,7 +100,9 @@ def dirichlet(columns: Columns, num_clients: int, seed: int, alpha: float = 0.5)
         parts = [np.flatnonzero(client == k) for k in range(num_clients)]
         if all(len(part) for part in parts):
             return parts
-    raise UsageError("alpha", alpha, f"a larger alpha or fewer clients ({_DRAWS} draws for {num_clients} clients left one empty)")
+    raise UsageError(
+        "alpha", alpha, f"a larger alpha or fewer clients ({_DRAWS} draws for {num_clients} clients left one empty)"
+    )
 
 
 SPLITS: dict[str, Split] = {

@@ -41,8 +41,8 @@ def summarise(
     return {
         **test,
         "majority_accuracy": baselines.get("majority_accuracy"),
-        "centralised_accuracy": baselines.get("centralised_test", {}).get("accuracy"),
-        "local_accuracy": mean_of(baselines.get("local", ()), "test", "accuracy"),
+        **{f"centralised_{name}": baselines.get("centralised_test", {}).get(name) for name in ("accuracy", "macro_f1")},
+        **{f"local_{name}": mean_of(baselines.get("local", ()), "test", name) for name in ("accuracy", "macro_f1")},
         "rounds": history[-1].round,
         "evaluated_on": evaluated_on,
         "best_round": best.round if best else None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytorch_lightning as pl
 
@@ -136,7 +136,7 @@ class WandbMirror(FederatedCallback):
             loop.display.line(f"W&B wrote offline files; send them with: wandb sync {os.path.dirname(folder)}")
 
 
-def _mode() -> str | None:
+def _mode() -> Literal["offline"] | None:
     """wandb's own choice where WANDB_MODE or a key decides it, else offline."""
     import wandb
 

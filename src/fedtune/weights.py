@@ -18,9 +18,7 @@ def travelling(module: nn.Module) -> Weights:
     """The tensors of `module` that travel: live references, not copies (tied parameters once)."""
     parameters = {name: tensor.detach() for name, tensor in module.named_parameters() if tensor.requires_grad}
     persistent = module.state_dict(keep_vars=True).keys()
-    buffers = {
-        name: tensor for name, tensor in module.named_buffers() if name in persistent and tensor.is_floating_point()
-    }
+    buffers = {name: tensor for name, tensor in module.named_buffers() if name in persistent and tensor.is_floating_point()}
     return parameters | buffers
 
 

@@ -18,11 +18,14 @@ class BertClassifier(TextClassifier):
     model_class = BertForSequenceClassification
 
     def embeddings(self) -> nn.Module:
+        """Word, position and token-type embeddings."""
         return self.network.bert.embeddings
 
     def layers(self) -> nn.ModuleList:
+        """The encoder layers, lowest first."""
         return self.network.bert.encoder.layer
 
     def set_dropout(self, config: PretrainedConfig, probability: float) -> None:
+        """Of hidden states, of attention, and before the head."""
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = probability
         config.classifier_dropout = probability

@@ -112,7 +112,7 @@ class TextClassifier(pl.LightningModule, abc.ABC):
         """As `validation_step`."""
         self._evaluate(batch)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """The optimizer over what is trained, with the warm-up as a schedule over steps."""
         options = self.hparams
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -131,7 +131,11 @@ class TextClassifier(pl.LightningModule, abc.ABC):
         logits_BC, labels_B = self._logits(batch), batch["labels"]
         self.accuracy.update(logits_BC, labels_B)
         self.macro_f1.update(logits_BC, labels_B)
-        values = {"loss_nats": self._loss(logits_BC, labels_B), "accuracy": self.accuracy, "macro_f1": self.macro_f1}
+        values: dict[str, Any] = {
+            "loss_nats": self._loss(logits_BC, labels_B),
+            "accuracy": self.accuracy,
+            "macro_f1": self.macro_f1,
+        }
         self.log_dict(values, batch_size=len(labels_B))
 
     def _logits(self, batch: dict[str, Tensor]) -> Tensor:

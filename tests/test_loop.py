@@ -1,0 +1,394 @@
+"""The identities that make a federated number trustworthy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from conftest import assert_equal, assert_near, make_loop, weights_of, without_times
+from pytorch_lightning.demos.boring_classes import BoringModel, RandomDataset
+from torch.utils.data import DataLoader
+
+import fedtune
+from fedtune.baselines import centralised
+from fedtune.client import Resident, exactly
+from fedtune.evaluation import evaluate
+from fedtune.randomness import seeded
+
+Make = Callable[..., Any]
+NO_DROPOUT = {"dropout": 0.0}
+
+
+class GivenLoaders(pl.LightningDataModule):
+    """Clients' loaders as they are, for modules and data that are not ours."""
+
+    def __init__(self, clients: list[Any], validation: Any) -> None:
+        super().__init__()
+        self._clients, self._validation = clients, validation
+        self.num_clients = len(clients)
+
+    def client_dataloader(self, client: int) -> Any:
+        return self._clients[client]
+
+    def train_dataloader(self) -> Any:
+        return self._clients[0]
+
+    def val_dataloader(self) -> Any:
+        return self._validation
+
+
+def plain_trainer(**options: Any) -> pl.Trainer:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return pl.Trainer(accelerator="cpu", devices=1, num_sanity_val_steps=0, **(quiet | options))
+
+
+@pytest.mark.filterwarnings("ignore")  # a plain Trainer has opinions on loaders without workers
+def test_one_client_with_all_data_in_one_round_is_ordinary_training(make_data: Make, make_module: Make) -> None:
+    data, federated, ordinary = make_data(num_clients=1), make_module(**NO_DROPOUT), make_module(**NO_DROPOUT)
+    batches = list(data.train_dataloader())
+    loader = DataLoader(batches, batch_size=None)
+    make_loop(max_rounds=1, local_epochs=2).fit(federated, GivenLoaders([loader], data.val_dataloader()))
+    plain_trainer(max_epochs=2, limit_val_batches=0).fit(ordinary, loader)
+    assert_near(weights_of(federated), weights_of(ordinary))
+
+
+@pytest.mark.filterwarnings("ignore:batch_size")
+def test_one_full_batch_sgd_step_a_client_is_one_on_the_pooled_data(make_data: Make, make_module: Make) -> None:
+    options = {"optimizer": "sgd", "learning_rate": 0.5, **NO_DROPOUT}
+    clients = make_data(split="by_author", batch_size=1000)
+    assert len({len(part) for part in clients.client_indices}) > 1  # the weights of the mean matter
+    federated, pooled = make_module(**options), make_module(**options)
+    make_loop(max_rounds=1).fit(federated, clients)
+    make_loop(max_rounds=1).fit(pooled, make_data(num_clients=1, batch_size=1000))
+    assert_near(weights_of(federated), weights_of(pooled))
+
+
+@pytest.mark.parametrize("warmup", [0, 11])
+def test_four_rounds_are_two_a_stop_and_two_more_bit_for_bit(
+    make_data: Make, make_module: Make, tmp_path: Any, warmup: int
+) -> None:
+    options = {"clients_per_round": 2, "baselines": ["centralised", "local"]}
+    through, stopped = (
+        make_loop(max_rounds=4, run_dir=str(tmp_path / "a"), **options),
+        {"run_dir": str(tmp_path / "b"), **options},
+    )
+    one, other = make_module(warmup_steps=warmup), make_module(warmup_steps=warmup)
+    through.fit(one, make_data())
+    make_loop(max_rounds=2, **stopped).fit(make_module(warmup_steps=warmup), make_data())
+    resumed = make_loop(max_rounds=4, **stopped)
+    resumed.fit(other, make_data())
+    assert_equal(weights_of(one), weights_of(other))
+    assert without_times(through.history) == without_times(resumed.history)
+    assert without_times(through.baseline_runs["centralised"]) == without_times(resumed.baseline_runs["centralised"])
+    strip = [
+        [{k: v for k, v in r.items() if k != "seconds"} for r in loop.baseline_runs["local"]] for loop in (through, resumed)
+    ]
+    assert strip[0] == strip[1]
+    names = [{k for k in loop.summary if k not in ("seconds", "peak_memory_bytes")} for loop in (through, resumed)]
+    assert {k: through.summary[k] for k in names[0]} == {k: resumed.summary[k] for k in names[1]}
+
+
+def test_the_order_in_which_clients_train_changes_nothing(
+    make_data: Make, make_module: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = make_module(), make_module()
+    first = make_loop().fit(one, make_data())
+    monkeypatch.setattr("fedtune.loop.cohort", lambda *_: [2, 0, 1])
+    second = make_loop().fit(other, make_data())
+    assert_near(weights_of(one), weights_of(other), 1e-4)
+    reports = [{c.client: c.train_loss_nats for c in history[0].clients} for history in (first, second)]
+    assert reports[0] == reports[1]  # each client's batches and dropout are its own
+
+
+def seen_and_losses(make_data: Make, module: fedtune.BertClassifier, **options: Any) -> tuple[list[Any], list[float]]:
+    """The batches of a run in their order, and the training losses."""
+    seen, step = [], module.training_step
+    module.training_step = lambda batch, index: seen.append(batch["input_ids"].tolist()) or step(batch, index)  # type: ignore[method-assign]
+    history = make_loop(max_rounds=1, **options).fit(module, make_data())
+    return seen, [client.train_loss_nats for client in history[0].clients]
+
+
+def test_the_seed_changes_batches_and_dropout(make_data: Make, make_module: Make) -> None:
+    (one, same, other) = (seen_and_losses(make_data, make_module(), seed=seed) for seed in (0, 0, 1))
+    assert one == same
+    assert one[0] != other[0]
+    fixed = [{"input_ids": torch.ones(8, 6, dtype=torch.long) * 7, "labels": torch.zeros(8, dtype=torch.long)}]
+    losses = []
+    for seed in (0, 1):
+        loaders = GivenLoaders([DataLoader(fixed, batch_size=None)], DataLoader(fixed, batch_size=None))
+        losses.append(make_loop(max_rounds=1, seed=seed).fit(make_module(), loaders)[0].train_loss_nats)
+    assert losses[0] != losses[1]  # the same batch and weights: only dropout is left to differ
+
+
+def test_a_round_leaves_the_global_generator_alone(make_data: Make, make_module: Make) -> None:
+    module, data = make_module(), make_data()
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    make_loop(max_rounds=1).fit(module, data)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_metrics_do_not_depend_on_how_examples_are_batched(make_data: Make, make_module: Make) -> None:
+    module, results = make_module(), []
+    fabric = pl.Trainer  # noqa: F841 - evaluation needs no Trainer
+    from lightning_fabric import Fabric
+
+    for size in (1, 7, 1000):
+        results.append(evaluate(Fabric(accelerator="cpu", devices=1), module, make_data(eval_batch_size=size).val_dataloader()))
+    for other in results[1:]:
+        assert other == pytest.approx(results[0], rel=1e-5)
+    assert set(results[0]) == {"loss_nats", "accuracy", "macro_f1"}
+
+
+def test_pooled_loss_is_the_example_weighted_mean_of_the_clients(make_data: Make, make_module: Make) -> None:
+    from lightning_fabric import Fabric
+
+    fabric, module, data = Fabric(accelerator="cpu", devices=1), make_module(), make_data(split="by_author")
+    sizes = [len(part) for part in data.client_indices]
+    losses = [evaluate(fabric, module, data.client_dataloader(k))["loss_nats"] for k in range(3)]
+    pooled = evaluate(fabric, module, data.train_dataloader())["loss_nats"]
+    assert pooled == pytest.approx(sum(n * loss for n, loss in zip(sizes, losses, strict=True)) / sum(sizes), rel=1e-6)
+
+
+def test_the_record_says_what_the_round_did(make_data: Make, make_module: Make) -> None:
+    module, data = make_module(), make_data(split="by_author")
+    record = make_loop(max_rounds=1, local_epochs=2).fit(module, data)[0]
+    texts = sum(map(len, data.client_indices))
+    assert record.num_examples == 2 * texts
+    assert record.num_clients == 3
+    assert record.num_tokens == 2 * sum(row["tokens"] for row in data.describe())
+    assert record.num_steps == sum(2 * -(-len(part) // 8) for part in data.client_indices)
+    assert record.bytes_up == record.bytes_down == 3 * sum(p.numel() * 4 for p in module.parameters())
+    assert record.seconds >= record.seconds_train + record.seconds_aggregate + record.seconds_evaluate - 1e-6
+    assert record.accuracy == record.to_dict()["accuracy"]
+    assert all(client.update_norm > 0 for client in record.clients)
+    with pytest.raises(AttributeError, match="the module logged"):
+        record.perplexity  # noqa: B018
+
+
+def test_frozen_layers_neither_change_nor_travel(make_data: Make, make_module: Make) -> None:
+    module = make_module(freeze_embeddings=True, freeze_layers=1)
+    before = weights_of(module)
+    record = make_loop(max_rounds=1).fit(module, make_data())[0]
+    changed = {name for name, value in weights_of(module).items() if not torch.equal(value, before[name])}
+    assert not [name for name in changed if "embeddings" in name or "layer.0." in name]
+    assert [name for name in changed if "layer.1." in name]
+    assert record.bytes_up == 3 * sum(p.numel() * 4 for p in module.parameters() if p.requires_grad)
+
+
+def test_federated_training_learns(make_data: Make, make_module: Make) -> None:
+    history = make_loop(max_rounds=12).fit(make_module(), make_data())
+    assert history[-1].accuracy > 0.5 > make_data().majority_accuracy("validation")
+    assert history[-1].loss_nats < history[0].loss_nats
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_same_module_and_data_work_in_a_plain_trainer_before_and_after(make_data: Make, make_module: Make) -> None:
+    module, data = make_module(), make_data()
+    for _ in range(2):
+        trainer = plain_trainer(max_epochs=1)
+        trainer.fit(module, data)
+        assert set(trainer.callback_metrics) >= {"loss_nats", "accuracy", "macro_f1", "train_loss_nats"}
+        assert trainer.test(module, data, verbose=False)[0]["accuracy"] > 0
+        before = weights_of(module)
+        make_loop(max_rounds=1).fit(module, data)
+        assert any(not torch.equal(value, before[name]) for name, value in weights_of(module).items())
+
+
+class LoggingBoring(BoringModel):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("mean_input", batch.mean())
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("epoch_end", 3.0)
+
+
+def test_lightnings_boring_model_is_federated_unchanged() -> None:
+    sizes = [(32, 10), (32, 64), (32, 5)]
+    torch.manual_seed(0)
+    clients = [DataLoader(RandomDataset(*size), batch_size=4, shuffle=True) for size in sizes]
+    validation = RandomDataset(32, 10)
+    module = BoringModel()
+    before = weights_of(module)
+    history = make_loop().fit(module, GivenLoaders(clients, DataLoader(validation, batch_size=4)))
+    assert [record.num_examples for record in history] == [79, 79]
+    assert any(not torch.equal(value, before[name]) for name, value in weights_of(module).items())
+    logged = make_loop(max_rounds=1).fit(LoggingBoring(), GivenLoaders(clients, DataLoader(validation, batch_size=4)))[0]
+    # ten rows in batches of 4, 4, 2: only a mean over examples gives the mean of the data
+    assert logged.mean_input == pytest.approx(float(validation.data.mean()), rel=1e-5)
+    assert logged.epoch_end == 3.0
+
+
+def test_schedules_go_on_where_the_last_round_stopped(make_data: Make, make_module: Make) -> None:
+    rates: list[float] = []
+
+    class Spy(fedtune.FederatedCallback):
+        def on_client_end(self, loop: Any, module: Any, report: Any) -> None:
+            rates.append(last["rate"])
+
+    module, last = make_module(warmup_steps=20, learning_rate=1.0e-3), {}
+    configure = module.configure_optimizers
+
+    def remember() -> Any:
+        found = configure()
+        found["optimizer"].register_step_pre_hook(lambda optimizer, *_: last.update(rate=optimizer.param_groups[0]["lr"]))
+        return found
+
+    module.configure_optimizers = remember
+    data = make_data()
+    make_loop(max_rounds=3, callbacks=[Spy()]).fit(module, data)
+    steps = -(-len(data.client_indices[0]) // 8)
+    assert rates[::3] == pytest.approx([1e-3 * min(1.0, steps * r / 20) for r in (1, 2, 3)])
+
+
+def test_callbacks_are_called_in_order_and_can_stop_the_run(make_data: Make, make_module: Make) -> None:
+    calls: list[str] = []
+
+    class Spy(fedtune.FederatedCallback):
+        def on_fit_start(self, loop: Any, module: Any) -> None:
+            calls.append("fit")
+
+        def on_round_start(self, loop: Any, module: Any, number: int) -> None:
+            calls.append(f"start {number}")
+
+        def on_client_end(self, loop: Any, module: Any, report: Any) -> None:
+            calls.append(f"client {report.client}")
+
+        def on_round_end(self, loop: Any, module: Any, record: Any) -> None:
+            calls.append(f"end {record.round}")
+            loop.should_stop = record.round == 1
+
+        def on_fit_end(self, loop: Any, module: Any) -> None:
+            calls.append(f"done {loop.summary['rounds']}")
+
+    make_loop(max_rounds=5, callbacks=[Spy()]).fit(make_module(), make_data())
+    assert calls == ["fit", "start 1", "client 0", "client 1", "client 2", "end 1", "done 1"]
+
+
+def test_the_centralised_baseline_sees_exactly_as_many_examples(make_data: Make, make_module: Make) -> None:
+    loop = make_loop(max_rounds=3, clients_per_round=2, local_epochs=2, baselines=["centralised"])
+    loop.fit(make_module(), make_data(split="by_author"))
+    pooled = loop.baseline_runs["centralised"]
+    assert [record.num_examples for record in pooled] == [record.num_examples for record in loop.history]
+    assert loop.summary["centralised_accuracy"] is not None
+    assert loop.summary["local_accuracy"] is None
+
+
+def test_exactly_cuts_the_last_batch_and_goes_round_again() -> None:
+    loader = DataLoader(torch.arange(10), batch_size=4)
+    assert [len(batch) for batch in exactly(loader, 13)] == [4, 4, 2, 3]
+
+
+def test_the_centralised_baseline_is_ordinary_training_with_one_optimizer(make_data: Make, make_module: Make) -> None:
+    """Three rounds of one epoch are three epochs of a loop that never stops, though each round restores its optimizer."""
+    data, ours, plain = make_data(num_clients=1), make_module(**NO_DROPOUT), make_module(**NO_DROPOUT)
+    make_loop(max_rounds=3, baselines=["centralised"], seed=4).fit(ours, data)
+    from fedtune.aggregation import ServerState
+    from fedtune.weights import snapshot, travelling
+    from lightning_fabric import Fabric
+
+    module = make_module(**NO_DROPOUT)
+    resident = Resident(Fabric(accelerator="cpu", devices=1), module, seed=4)
+    module.log = lambda *_, **__: None
+    state = ServerState(0, snapshot(travelling(module)))
+    for _ in range(3):
+        state = centralised(resident, state, data.train_dataloader(), len(data.client_indices[0])).state
+    optimizer = plain.configure_optimizers()["optimizer"]
+    plain.log = lambda *_, **__: None
+    for number in (1, 2, 3):
+        with seeded(4, "centralised", number):
+            for batch in data.train_dataloader():
+                plain.training_step(batch, 0).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    assert_near(dict(state.weights), weights_of(plain))
+
+
+def test_baselines_leave_the_averaged_weights_in_the_module(make_data: Make, make_module: Make) -> None:
+    without, beside = make_module(), make_module()
+    make_loop().fit(without, make_data())
+    loop = make_loop(baselines=["centralised", "local"])
+    loop.fit(beside, make_data())
+    assert_equal(weights_of(without), weights_of(beside))
+    assert len(loop.baseline_runs["local"]) == 3
+    assert 0 <= loop.summary["local_accuracy"] <= 1
+
+
+def test_runs_that_differ_in_the_split_share_the_centralised_baseline(
+    make_data: Make, make_module: Make, tmp_path: Any
+) -> None:
+    options = {"baselines": ["centralised"], "baseline_dir": str(tmp_path / "baselines")}
+    make_loop(run_dir=str(tmp_path / "a"), **options).fit(make_module(), make_data(split="iid"))
+    make_loop(run_dir=str(tmp_path / "b"), **options).fit(make_module(), make_data(split="by_author", num_clients=2))
+    assert len(list((tmp_path / "baselines").iterdir())) == 1
+    make_loop(run_dir=str(tmp_path / "c"), **options).fit(make_module(learning_rate=1e-3), make_data())
+    assert len(list((tmp_path / "baselines").iterdir())) == 2
+
+
+def test_a_loss_that_is_nan_names_round_client_and_step_and_keeps_the_last_good_round(
+    make_data: Make, make_module: Make, tmp_path: Any
+) -> None:
+    module = make_module()
+    step, calls = module.training_step, []
+    module.training_step = lambda batch, index: (
+        calls.append(1),
+        step(batch, index) * (float("nan") if len(calls) == 17 else 1),
+    )[1]
+    per_client = [-(-len(part) // 8) for part in make_data().client_indices]
+    assert sum(per_client) < 17 <= sum(per_client) + per_client[0] + per_client[1]
+    position = 17 - sum(per_client)
+    client, at = (0, position) if position <= per_client[0] else (1, position - per_client[0])
+    with pytest.raises(fedtune.RunError, match=f"round 2, client {client}, training step {at}: the loss became nan"):
+        make_loop(max_rounds=3, run_dir=str(tmp_path)).fit(module, make_data())
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["round-0001"]
+
+
+def test_an_error_in_a_module_says_where_and_keeps_its_cause(make_data: Make, make_module: Make) -> None:
+    module = make_module()
+    module.training_step = lambda batch, index: 1 / 0
+    with pytest.raises(fedtune.RunError, match="round 1, client 0, training step 1: ZeroDivisionError") as caught:
+        make_loop().fit(module, make_data())
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_rounds": 0}, "max_rounds: got 0; allowed: 1 or more"),
+        ({"local_epochs": -1}, "local_epochs: got -1"),
+        ({"precision": "16"}, "precision: got '16'; allowed:"),
+        ({"evaluate_on": "tset"}, "test (nearest)"),
+        ({"logger": "wandbb"}, "wandb (nearest)"),
+        ({"baselines": ["centralized"]}, "centralised (nearest)"),
+        ({"clients_per_round": 4}, "clients_per_round: got 4; allowed: at most num_clients, 3"),
+        ({"gradient_clip_val": 0.0}, "gradient_clip_val: got 0.0; allowed: a number above 0"),
+    ],
+)
+def test_a_bad_value_of_the_loop_is_refused(make_data: Make, make_module: Make, options: dict, said: str) -> None:
+    with pytest.raises(fedtune.UsageError) as caught:
+        make_loop(**options).fit(make_module(), make_data())
+    assert said in str(caught.value)
+
+
+def test_data_without_clients_are_refused(make_module: Make, make_data: Make) -> None:
+    with pytest.raises(fedtune.UsageError, match="a data module that has client_dataloader, num_clients"):
+        make_loop().fit(make_module(), pl.LightningDataModule())
+
+
+def test_gradients_are_clipped_to_the_given_norm(make_data: Make, make_module: Make) -> None:
+    options = {"optimizer": "sgd", "learning_rate": 1.0, **NO_DROPOUT}
+    data = make_data(num_clients=1)
+    record = make_loop(max_rounds=1, gradient_clip_val=1e-3).fit(make_module(**options), data)[0]
+    assert record.clients[0].update_norm <= 1e-3 * record.num_steps * 1.001
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this machine")
+def test_a_round_on_the_gpu_is_a_round_on_the_cpu(make_data: Make, make_module: Make) -> None:
+    modules = [make_module(**NO_DROPOUT) for _ in range(2)]
+    for module, accelerator in zip(modules, ("cpu", "gpu"), strict=True):
+        make_loop(accelerator=accelerator).fit(module, make_data())
+    assert_near(weights_of(modules[0]), weights_of(modules[1].cpu()), 1e-3)
