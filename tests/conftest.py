@@ -8,17 +8,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the hub
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Callable, Iterator  # noqa: E402 - the variables are read on import
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: E402
+import numpy as np
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-import fedtune  # noqa: E402
+import fedtune
 
 torch.set_num_threads(1)  # the models here are too small to share a step between cores
 
@@ -68,7 +68,9 @@ def make_task(texts_per_author: int = 24, authors: int = 6, labels: int = 3, see
     for author in numbers:
         words = rng.integers(len(WORDS), size=rng.integers(3, 21))
         favourite = rng.random(len(words)) < 0.5
-        texts.append(" ".join(WORDS[author * 5 + word % 5] if own else WORDS[word] for word, own in zip(words, favourite)))
+        texts.append(
+            " ".join(WORDS[author * 5 + word % 5] if own else WORDS[word] for word, own in zip(words, favourite, strict=True))
+        )
     order = rng.permutation(len(texts))
     cuts = [int(len(texts) * 0.7), int(len(texts) * 0.85)]
     parts = dict(zip(("train", "validation", "test"), np.split(order, cuts), strict=True))

@@ -140,7 +140,7 @@ def test_a_directory_of_another_configuration_is_refused_with_the_keys_named(
 
 def test_a_run_directory_that_cannot_be_written_is_refused(make_data: Make, make_module: Make, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(fedtune.UsageError, match="run_dir: got .*; allowed: a directory that can be written"):
+    with pytest.raises(fedtune.UsageError, match=r"run_dir: got .*; allowed: a directory that can be written"):
         make_loop(run_dir=str(tmp_path / "file" / "run")).fit(make_module(), make_data())
 
 

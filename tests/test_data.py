@@ -20,7 +20,7 @@ def labels_of(loader: Any) -> list[int]:
 def test_clients_together_hold_the_training_part_and_the_pooled_loader_too(make_data: Make, task: fedtune.TextTask) -> None:
     data = make_data(split="by_author")
     train = sorted(task.labels[task.parts["train"]].tolist())
-    assert sorted(sum((labels_of(data.client_dataloader(k)) for k in range(3)), [])) == train
+    assert sorted(label for k in range(3) for label in labels_of(data.client_dataloader(k))) == train
     assert labels_of(data.train_dataloader()) == train
     assert labels_of(data.val_dataloader()) == sorted(task.labels[task.parts["validation"]].tolist())
     assert labels_of(data.test_dataloader()) == sorted(task.labels[task.parts["test"]].tolist())

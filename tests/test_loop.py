@@ -9,14 +9,17 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from conftest import assert_equal, assert_near, make_loop, weights_of, without_times
+from lightning_fabric import Fabric
 from pytorch_lightning.demos.boring_classes import BoringModel, RandomDataset
 from torch.utils.data import DataLoader
 
 import fedtune
+from fedtune.aggregation import ServerState
 from fedtune.baselines import centralised
 from fedtune.client import Resident, exactly
 from fedtune.evaluation import evaluate
 from fedtune.randomness import seeded
+from fedtune.weights import snapshot, travelling
 
 Make = Callable[..., Any]
 NO_DROPOUT = {"dropout": 0.0}
@@ -133,9 +136,6 @@ def test_a_round_leaves_the_global_generator_alone(make_data: Make, make_module:
 
 def test_metrics_do_not_depend_on_how_examples_are_batched(make_data: Make, make_module: Make) -> None:
     module, results = make_module(), []
-    fabric = pl.Trainer  # noqa: F841 - evaluation needs no Trainer
-    from lightning_fabric import Fabric
-
     for size in (1, 7, 1000):
         results.append(evaluate(Fabric(accelerator="cpu", devices=1), module, make_data(eval_batch_size=size).val_dataloader()))
     for other in results[1:]:
@@ -144,8 +144,6 @@ def test_metrics_do_not_depend_on_how_examples_are_batched(make_data: Make, make
 
 
 def test_pooled_loss_is_the_example_weighted_mean_of_the_clients(make_data: Make, make_module: Make) -> None:
-    from lightning_fabric import Fabric
-
     fabric, module, data = Fabric(accelerator="cpu", devices=1), make_module(), make_data(split="by_author")
     sizes = [len(part) for part in data.client_indices]
     losses = [evaluate(fabric, module, data.client_dataloader(k))["loss_nats"] for k in range(3)]
@@ -284,12 +282,7 @@ def test_exactly_cuts_the_last_batch_and_goes_round_again() -> None:
 
 def test_the_centralised_baseline_is_ordinary_training_with_one_optimizer(make_data: Make, make_module: Make) -> None:
     """Three rounds of one epoch are three epochs of a loop that never stops, though each round restores its optimizer."""
-    data, ours, plain = make_data(num_clients=1), make_module(**NO_DROPOUT), make_module(**NO_DROPOUT)
-    make_loop(max_rounds=3, baselines=["centralised"], seed=4).fit(ours, data)
-    from fedtune.aggregation import ServerState
-    from fedtune.weights import snapshot, travelling
-    from lightning_fabric import Fabric
-
+    data, plain = make_data(num_clients=1), make_module(**NO_DROPOUT)
     module = make_module(**NO_DROPOUT)
     resident = Resident(Fabric(accelerator="cpu", devices=1), module, seed=4)
     module.log = lambda *_, **__: None

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import fedtune
-from fedtune.authors import GAP, Passage, parts_of_author
+from fedtune.authors import AUTHORS, GAP, Passage, parts_of_author, passages_of
+from fedtune.authors import documents as documents_of
 from fedtune.tasks import load_task
 
 
@@ -153,3 +154,14 @@ def test_an_absent_data_set_is_refused(tmp_path: Path) -> None:
 def test_options_that_a_task_does_not_know_are_refused() -> None:
     with pytest.raises(fedtune.UsageError, match="the arguments of task 'csv': path, text"):
         load_task("csv", {"file": "x.csv"})
+
+
+def test_the_table_of_what_was_taken_is_true() -> None:
+    table = (Path(__file__).parent.parent / "docs" / "tasks.md").read_text()
+    for author, (corpus, _) in AUTHORS.items():
+        written, parts = list(documents_of(author)), passages_of(author)
+        counts = " | ".join(
+            f"{len({p.document for p in parts[part]})} / {len(parts[part])}" for part in ("train", "validation", "test")
+        )
+        words = sum(len(passage.text.split()) for chosen in parts.values() for passage in chosen)
+        assert f"| {author} | `{corpus}` | {len(written)} | {sum(map(len, written)):,} | {counts} | {words:,} |" in table

@@ -7,6 +7,7 @@ Run it with `make demo`. Settings were chosen on the validation part; experiment
 from __future__ import annotations
 
 import argparse
+import logging
 import time
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +22,7 @@ import fedtune
 from fedtune.randomness import seeded
 
 DATA: dict[str, Any] = {"task": "authors", "model": "minilm", "num_clients": 8, "batch_size": 16, "limit": 1280}
-MODEL: dict[str, Any] = {"learning_rate": 5e-4, "dropout": 0.0, "freeze_embeddings": True, "freeze_layers": 4}
+MODEL: dict[str, Any] = {"learning_rate": 7e-4, "dropout": 0.0, "freeze_embeddings": True, "freeze_layers": 4}
 LOOP: dict[str, Any] = {"max_rounds": 4, "local_epochs": 1}
 SPLITS: dict[str, dict[str, Any]] = {
     "iid": {"split": "iid"},
@@ -35,7 +36,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     folder = Path(arguments.runs) / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    console = Console(highlight=False)
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    console = Console(highlight=False, width=100)
     start = time.perf_counter()
     loops = {name: run(name, folder, arguments.seed, console) for name in SPLITS}
     curves = {f"federated, {name}": loop.history for name, loop in loops.items()}
@@ -86,12 +88,12 @@ def introduction(data: fedtune.FederatedDataModule) -> str:
 
 def split_table(name: str, data: fedtune.FederatedDataModule) -> Table:
     table = Table(title=f"Split: {name}", title_justify="left")
-    for column in ("client", "examples", "tokens", "label entropy, bits"):
+    for column in ("client", "examples", "tokens", "entropy, bits"):
         table.add_column(column, justify="right")
-    table.add_column("authors (three most frequent)")
+    table.add_column("authors (two most frequent)")
     for row in data.describe():
         authors = sorted(row["authors"].items(), key=lambda item: -item[1])
-        shown = ", ".join(f"{author} {count}" for author, count in authors[:3])
+        shown = ", ".join(f"{author} {count}" for author, count in authors[:2])
         numbers = (row["client"], row["examples"], row["tokens"], f"{row['label_entropy_bits']:.2f}")
         table.add_row(*map(str, numbers), f"{len(authors)}: {shown}")
     return table

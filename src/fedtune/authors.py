@@ -68,8 +68,7 @@ def authors() -> TextTask:
     passages: list[Passage] = []
     rows: dict[str, list[int]] = {part: [] for part in PARTS}
     for author in AUTHORS:
-        documents = list(_documents(author))
-        for part, chosen in parts_of_author(documents, stream(0, f"authors/{author}")).items():
+        for part, chosen in passages_of(author).items():
             rows[part] += range(len(passages), len(passages) + len(chosen))
             passages += chosen
     names = tuple(AUTHORS)
@@ -87,24 +86,29 @@ def authors() -> TextTask:
     )
 
 
-def parts_of_author(documents: list[list[Passage]], rng: np.random.Generator) -> dict[str, list[Passage]]:
-    """Divide one author's documents into parts, whole, and draw at most `MOST` passages for each part.
+def passages_of(author: str) -> dict[str, list[Passage]]:
+    """What is taken of one author, by part."""
+    return parts_of_author(list(documents(author)), stream(0, f"authors/{author}"))
+
+
+def parts_of_author(written: list[list[Passage]], rng: np.random.Generator) -> dict[str, list[Passage]]:
+    """Divide what one author has written into parts, whole, and draw at most `MOST` passages for each part.
 
     An author with a single document gives contiguous blocks of it, with `GAP` passages dropped between two blocks.
 
     Raises:
         ValueError: two documents (one part would have to share a document with another), or none.
     """
-    if len(documents) == 1:
-        blocks = _blocks(documents[0])
-    elif len(documents) >= 3:
-        order = [documents[i] for i in rng.permutation(len(documents))]
+    if len(written) == 1:
+        blocks = _blocks(written[0])
+    elif len(written) >= 3:
+        order = [written[i] for i in rng.permutation(len(written))]
         tests, validations = max(1, round(0.2 * len(order))), max(1, round(0.15 * len(order)))
         held_out = {"test": order[:tests], "validation": order[tests : tests + validations]}
         pools = {"train": order[tests + validations :], **held_out}
         blocks = {part: [passage for document in pool for passage in document] for part, pool in pools.items()}
     else:
-        raise ValueError(f"an author needs one document or at least three, got {len(documents)}")
+        raise ValueError(f"an author needs one document or at least three, got {len(written)}")
     return {part: _draw(blocks[part], MOST[part], rng) for part in PARTS}
 
 
@@ -122,7 +126,7 @@ def _draw(pool: list[Passage], most: int, rng: np.random.Generator) -> list[Pass
     return [pool[i] for i in sorted(rng.permutation(len(pool))[:most])]
 
 
-def _documents(author: str) -> Iterator[list[Passage]]:
+def documents(author: str) -> Iterator[list[Passage]]:
     """The author's documents as lists of passages; a document that occurs twice is taken once."""
     root = _corpora()
     corpus_id, wanted = AUTHORS[author]

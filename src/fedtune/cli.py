@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import logging
 import os
 import re
 import sys
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     command = options.subcommand
     warnings.showwarning = _show_warning
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     try:
         (_run if command == "run" else _describe)(options[command])
     except UsageError as error:
@@ -70,10 +72,14 @@ def _parser() -> _Parser:
     from fedtune.loop import FederatedLoop
     from fedtune.models import TextClassifier
 
-    parser = _Parser(prog="fedtune", description="Federated fine-tuning of language models on text classification.")
+    parser = _Parser(
+        prog="fedtune", description="Federated fine-tuning of language models on text classification.", allow_abbrev=False
+    )
     commands = parser.add_subcommands(required=True)
 
-    run = _Parser(description="One federated run, beside its baselines. An interrupted run goes on where it stopped.")
+    run = _Parser(
+        description="One federated run, beside its baselines. An interrupted run goes on where it stopped.", allow_abbrev=False
+    )
     run.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the values below")
     run.add_class_arguments(FederatedDataModule, "data", skip={"model"})
     run.add_class_arguments(TextClassifier, "model", skip={"num_labels"})
@@ -85,7 +91,7 @@ def _parser() -> _Parser:
     )
     commands.add_subcommand("run", run, help="one federated run")
 
-    describe = _Parser(description="The client split, as a table and a picture.")
+    describe = _Parser(description="The client split, as a table and a picture.", allow_abbrev=False)
     describe.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the values below")
     describe.add_class_arguments(FederatedDataModule, "data", skip={"model"})
     describe.add_argument("--model.name", type=str, default="minilm", help="the model whose tokenizer counts the tokens")

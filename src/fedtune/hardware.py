@@ -34,9 +34,9 @@ def resolve_precision(precision: str, accelerator: str = "auto") -> Resolved:
     return "bf16-mixed" if native else "32-true"
 
 
-def peak_memory_bytes() -> int:
-    """Highest memory use so far: of the GPU where there is one, else resident memory of the process."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
+def peak_memory_bytes(device: torch.device) -> int:
+    """Highest memory use so far: allocated on the device where it is a GPU, else resident memory of the process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -127,10 +127,14 @@ class FederatedLoop:
             RunError: the run had to stop; every complete round is kept.
         """
         self._check(data)
-        data.setup("fit")
-        self.config, self.should_stop, self.baseline_runs = self._describe(module, data), False, {}
-        run = RunDirectory(Path(self.run_dir) if self.run_dir else None, self.config, self.keep)
+        if isinstance(data, pl.LightningDataModule):
+            data.prepare_data()
+            data.setup("fit")
         precision = resolve_precision(self.precision, self.accelerator)
+        self.config = self._describe(module, data)
+        self.config["loop"]["precision"] = precision  # a continuation on other hardware must not change it in silence
+        self.history, self.baseline_runs, self.should_stop = [], {}, False
+        run = RunDirectory(Path(self.run_dir) if self.run_dir else None, self.config, self.keep)
         fabric = Fabric(accelerator=self.accelerator, devices=1, precision=precision)
         with attached(fabric, module):
             work = _Work(Resident(fabric, module, self.seed, self.gradient_clip_val), data, self.evaluate_on)
@@ -140,7 +144,7 @@ class FederatedLoop:
             baselines = self._baselines(work, initial)
             assign_(travelling(module), final.weights)
             self.summary = summarise(self.history, self.evaluate_on, test, baselines)
-            self.summary["peak_memory_bytes"] = peak_memory_bytes()
+            self.summary["peak_memory_bytes"] = peak_memory_bytes(fabric.device)
             self._draw(run)
             run.write_json("summary.json", self.summary)
             for hook in self._hooks:

@@ -47,7 +47,8 @@ class Progress:
         Args:
             rounds, clients: how many rounds it has, and clients in each.
         """
-        self._name, self._rounds, self._clients, self._steps, self._note = name, rounds, clients, 0, ""
+        self._name, self._rounds, self._clients = name, rounds, clients
+        self._done, self._steps, self._note = 0, 0, ""
         self._task = self._bar.add_task(name, total=rounds * clients)
         try:
             with self._bar:
@@ -57,6 +58,7 @@ class Progress:
 
     def resumed(self, done: int) -> None:
         """So many rounds were done in an earlier start."""
+        self._done = done
         if done:
             self.line(f"{self._name}: {done} of {self._rounds} rounds were done before")
             self._bar.reset(self._task, completed=done * self._clients)
@@ -64,11 +66,13 @@ class Progress:
     def client(self, report: ClientReport) -> None:
         """One more client is done."""
         self._steps += report.num_steps
-        text = f"{self._name}: client {report.client}, {self._steps} steps{self._note}"
+        number = f"round {self._done + 1}/{self._rounds}, client {report.client}"
+        text = f"{self._name}: {number}, {self._steps} steps{self._note}"
         self._bar.update(self._task, advance=1, description=text)
 
     def round(self, record: RoundRecord) -> None:
         """One more round is done."""
+        self._done = record.round
         metrics = "  ".join(f"{name} {value:.3f}" for name, value in record.metrics.items())
         number = f"{record.round:>{len(str(self._rounds))}}/{self._rounds}"
         losses = f"{metrics}  train_loss_nats {record.train_loss_nats:.3f}"
@@ -131,7 +135,7 @@ class WandbMirror(FederatedCallback):
         self._run.log({"clients": self._wandb.Table(columns=list(reports[0]), data=rows), "round": loop.history[-1].round})
         self._run.summary.update(loop.summary)
         folder, offline = self._run.dir, self._run.settings.mode == "offline"
-        self._run.finish(quiet=True)
+        self._run.finish()
         if offline:
             loop.display.line(f"W&B wrote offline files; send them with: wandb sync {os.path.dirname(folder)}")
 

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fedtune import cli
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def run(*arguments: str) -> tuple[int, str, str]:
+        """Exit code, standard output and standard error of a command."""
+        try:
+            cli.main(arguments)
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def csv(tmp_path: Path) -> str:
+    path = tmp_path / "data.csv"
+    path.write_text("text,label,author\n" + "".join(f"word{i % 9} word{i % 5},{'ab'[i % 2]},w{i % 4}\n" for i in range(80)))
+    return str(path)
+
+
+@pytest.fixture
+def tiny(csv: str, tiny_bert: str) -> list[str]:
+    """Flags of a run that takes a second."""
+    options = {"path": csv, "author": "author"}
+    flags = {"data.task": "csv", "data.task_options": json.dumps(options), "data.max_length": "8", "data.num_clients": "2"}
+    flags |= {"data.batch_size": "8", "model.name": tiny_bert, "loop.max_rounds": "2"}
+    return [f"--{name}={value}" for name, value in flags.items()]
+
+
+def test_a_run_prints_a_line_a_round_and_keeps_everything(run: Run, tiny: list[str], tmp_path: Path) -> None:
+    code, out, err = run("run", *tiny, f"--run_dir={tmp_path / 'r'}", "--data.split=by_author")
+    assert code == 0, err
+    assert "federated round 2/2" in out
+    assert "centralised round 2/2" in out
+    assert "local client 1" in out
+    assert f"curves: {tmp_path / 'r'}" in out.replace("\n", "")
+    assert json.loads((tmp_path / "r" / "summary.json").read_text())["rounds"] == 2
+
+
+def test_the_written_configuration_repeats_the_run(run: Run, tiny: list[str], tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert run("run", *tiny, f"--run_dir={one}", "--loop.baselines=[]")[0] == 0
+    code, _, err = run("run", f"--config={one / 'config.yaml'}", f"--run_dir={other}")
+    assert code == 0, err
+    weights = [(folder / "checkpoints" / "round-0002" / "weights.safetensors").read_bytes() for folder in (one, other)]
+    assert weights[0] == weights[1]
+    config = yaml.safe_load((one / "config.yaml").read_text())
+    assert set(config["versions"]) == {"fedtune", "torch", "lightning", "transformers", "python", "git_commit"}
+
+
+def test_print_config_prints_the_complete_resolved_configuration(run: Run, tiny: list[str]) -> None:
+    code, out, _ = run("run", *tiny, "--print_config")
+    assert code == 0
+    config = yaml.safe_load(out)
+    assert config["loop"]["max_rounds"] == 2
+    assert config["data"]["batch_size"] == 8
+    assert config["model"]["learning_rate"] == 1e-4
+
+
+def test_describe_shows_a_table_and_draws_a_picture(run: Run, tiny: list[str], tmp_path: Path) -> None:
+    picture = tmp_path / "split.png"
+    flags = [flag for flag in tiny if not flag.startswith("--loop")]
+    code, out, err = run("describe", *flags, "--data.split=by_author", f"--picture={picture}")
+    assert code == 0, err
+    assert "entropy" in out
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+BAD = [
+    (["--data.task=autors"], "--data.task: got 'autors'; allowed: authors (nearest)"),
+    (["--data.split=by_autor"], "--data.split: got 'by_autor'; allowed: by_author (nearest)"),
+    (["--model.name=minlm"], "--model.name: got 'minlm'; allowed: minilm (nearest)"),
+    (["--data.num_client=3"], "--data.num_client: no such flag; nearest: --data.num_clients"),
+    (["--data.num_clients=0"], "--data.num_clients: got 0; allowed: 1 or more"),
+    (["--data.num_clients=many"], "--data.num_clients: got 'many'; allowed: int"),
+    (["--data.num_clients=999"], "--data.num_clients: got 999; allowed: at most the number of training texts"),
+    (["--data.batch_size=-4"], "--data.batch_size: got -4; allowed: 1 or more"),
+    (["--data.max_length=99"], "--data.max_length: got 99; allowed: at most 32"),
+    (["--data.split=by_author", "--data.skew=1.5"], "--data.skew: got 1.5; allowed: a probability between 0 and 1"),
+    (["--model.optimizer=adam"], "--model.optimizer: got 'adam'; allowed: adamw (nearest)"),
+    (["--loop.max_rounds=0"], "--loop.max_rounds: got 0; allowed: 1 or more"),
+    (["--loop.clients_per_round=5"], "--loop.clients_per_round: got 5; allowed: at most num_clients, 2"),
+    (["--run_dir=/proc/nowhere"], "--run_dir: got '/proc/nowhere'; allowed: a directory that can be written"),
+    (["--logger=tensorboard"], "--logger: got 'tensorboard'; allowed: none, wandb"),
+    (["--config=/no/such.yaml"], "--config: File does not exist"),
+]
+
+
+@pytest.mark.parametrize(("flags", "said"), BAD, ids=[bad[0][-1] for bad in BAD])
+def test_a_bad_value_ends_with_code_2_and_one_line(run: Run, tiny: list[str], flags: list[str], said: str) -> None:
+    code, _, err = run("run", *tiny, *flags)
+    assert code == 2
+    assert said in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"body,label\nx,a\n", "text: got 'text'; allowed: a column of"),
+        (b"text,label\nx,a\n ,b\n", "row 2 of"),
+        (b"text,label\n" + b"x,a\n" * 30, "at least two labels"),
+        ("text,label\ncafé,a\n".encode("latin-1"), "a file in UTF-8"),
+    ],
+)
+def test_a_bad_csv_ends_with_code_2_and_one_line(run: Run, tiny_bert: str, tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "bad.csv").write_bytes(content)
+    options = json.dumps({"path": str(tmp_path / "bad.csv")})
+    code, _, err = run(
+        "run", "--data.task=csv", f"--data.task_options={options}", f"--model.name={tiny_bert}", "--data.max_length=8"
+    )
+    assert code == 2
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_a_directory_of_another_run_is_refused(run: Run, tiny: list[str], tmp_path: Path) -> None:
+    assert run("run", *tiny, f"--run_dir={tmp_path / 'r'}", "--loop.baselines=[]")[0] == 0
+    code, _, err = run("run", *tiny, f"--run_dir={tmp_path / 'r'}", "--data.seed=7")
+    assert code == 2
+    assert "data.seed: 0 -> 7" in err
+
+
+def test_a_loss_that_diverges_ends_with_code_1_and_one_line(run: Run, tiny: list[str]) -> None:
+    code, _, err = run("run", *tiny, "--model.optimizer=sgd", "--model.learning_rate=1e30", "--loop.baselines=[]")
+    assert code == 1
+    assert "round 1, client 0" in err
+    assert "lower the learning rate" in err
+    assert err.count("\n") == 1
+
+
+def test_without_wandb_the_pip_command_is_named(run: Run, tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    code, _, err = run("run", *tiny, "--logger=wandb")
+    assert code == 2
+    assert "--logger: got 'wandb'; allowed: after: pip install wandb" in err
+    assert run("run", *tiny, "--loop.baselines=[]")[0] == 0
+
+
+def test_a_traceback_is_for_our_mistakes(run: Run, tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise AssertionError("ours")
+
+    monkeypatch.setattr("fedtune.loop.summarise", broken)
+    with pytest.raises(AssertionError, match="ours"):
+        run("run", *tiny, "--loop.baselines=[]")
+
+
+def test_no_command_is_a_usage_error(run: Run) -> None:
+    code, _, err = run()
+    assert code == 2
+    assert "{run,describe}" in err

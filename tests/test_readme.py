@@ -1,0 +1,62 @@
+"""What the README says is run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import fedtune
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+
+
+def test_every_name_in_the_readme_exists_and_everything_offered_can_be_had() -> None:
+    for name in re.findall(r"fedtune\.([A-Z]\w+)", README):
+        assert hasattr(fedtune, name), name
+    for name in fedtune.__all__:
+        assert getattr(fedtune, name) is not None
+    assert set(fedtune.__all__) == set(fedtune._HOME)
+
+
+def test_the_ten_lines_run_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Word for word but for the size of the job: so many texts, so few rounds that it takes seconds."""
+    (code,) = [block for block in blocks("python") if "history[-1]" in block]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    monkeypatch.chdir(tmp_path)
+    small, few = fedtune.FederatedDataModule, fedtune.FederatedLoop
+    monkeypatch.setattr(fedtune, "FederatedDataModule", lambda **options: small(**options, limit=64))
+    monkeypatch.setattr(fedtune, "FederatedLoop", lambda **options: few(**(options | {"max_rounds": 1, "progress": False})))
+    names: dict = {}
+    with pytest.warns(UserWarning, match="batch_size 32 is larger"):
+        exec(code, names)
+    assert names["history"][-1].loss_nats > 0
+    assert (tmp_path / "runs" / "first" / "curves.png").exists()
+
+
+def test_every_make_target_in_the_readme_exists() -> None:
+    targets = set(re.findall(r"^(\w+):.*##", (ROOT / "Makefile").read_text(), flags=re.M))
+    assert set(re.findall(r"make (\w+)", README)) <= targets
+
+
+def test_every_file_that_the_readme_links_to_exists() -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_every_command_of_the_readme_parses() -> None:
+    """The flags are real ones with values of the right type; what the commands do is tested elsewhere."""
+    from fedtune.cli import _parser
+
+    commands = [
+        line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines() if line.startswith("fedtune ")
+    ]
+    assert commands
+    for command in commands:
+        _parser().parse_args(command.split("#")[0].split()[1:])

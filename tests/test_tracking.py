@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import assert_equal, make_loop, weights_of, without_times
+
+from fedtune.figures import plot_curves, plot_split
+from fedtune.summary import rounds_to
+
+Make = Callable[..., Any]
+
+
+@pytest.mark.filterwarnings("ignore")  # wandb's own
+def test_wandb_changes_no_number_and_holds_every_round(
+    make_data: Make, make_module: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_RUN_GROUP", "a-sweep")
+    with_it, without = make_module(), make_module()
+    mirrored = make_loop(run_dir=str(tmp_path / "a"), logger="wandb", progress=True)
+    mirrored.fit(with_it, make_data())
+    plain = make_loop(run_dir=str(tmp_path / "b"))
+    plain.fit(without, make_data())
+    assert_equal(weights_of(with_it), weights_of(without))
+    assert without_times(mirrored.history) == without_times(plain.history)
+    out = capsys.readouterr().out
+    assert "wandb sync" in out
+    rows = read_offline(next((tmp_path / "a" / "wandb").glob("offline-run-*/*.wandb")))
+    rounds = {row["round"]: row for row in rows if "accuracy" in row}
+    assert sorted(rounds) == [1, 2]
+    for record in mirrored.history:
+        assert rounds[record.round]["accuracy"] == pytest.approx(record.accuracy)
+        assert rounds[record.round]["loss_nats"] == pytest.approx(record.loss_nats)
+    assert any(key.startswith("clients") for row in rows for key in row)
+
+
+def read_offline(file: Path) -> list[dict[str, Any]]:
+    """The logged rows of an offline run. The file is a LevelDB log of protocol buffers: a header of 7 bytes, then blocks
+    of 32 KiB with records (checksum 4, length 2, kind 1; whole, or first, middle and last pieces). wandb 0.31 ships no
+    reader for Python any more."""
+    from wandb.proto import wandb_internal_pb2
+
+    content, place, pieces, rows = file.read_bytes(), 7, b"", []
+    while place + 7 <= len(content):
+        if 32768 - place % 32768 < 7:  # too little left in the block for a record: it is filled up
+            place += 32768 - place % 32768
+            continue
+        length, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
+        pieces += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record.FromString(pieces)
+            pieces = b""
+            if record.WhichOneof("record_type") == "history":
+                rows.append(
+                    {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+                )
+    return rows
+
+
+def test_progress_says_where_the_run_stands(make_data: Make, make_module: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    make_loop(progress=True).fit(make_module(), make_data())
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["federated round 1/2", "federated round 2/2"]
+    assert all("accuracy 0." in line and "train_loss_nats" in line for line in lines)
+    make_loop(progress=False).fit(make_module(), make_data())
+    assert capsys.readouterr().out == ""
+
+
+def test_rounds_to_is_the_first_round_that_reaches_the_target(make_data: Make, make_module: Make) -> None:
+    history = make_loop(max_rounds=5).fit(make_module(), make_data())
+    best = max(record.accuracy for record in history)
+    assert rounds_to(history, best) == next(record.round for record in history if record.accuracy == best)
+    assert rounds_to(history, 1.1) is None
+
+
+def test_pictures_of_any_size_are_drawn(make_data: Make, make_module: Make, tmp_path: Path) -> None:
+    history = make_loop(max_rounds=1).fit(make_module(), make_data())
+    plot_curves(
+        {"federated": history, "centralised": history}, tmp_path / "deep" / "curves.svg", {"majority class": 0.3}, "title"
+    )
+    assert "majority class (0.30)" in (tmp_path / "deep" / "curves.svg").read_text()
+    many = [{"labels": {f"label {i}": 1 + i for i in range(30)}, "authors": {"x": 3}} for _ in range(64)]
+    plot_split(many, tmp_path / "split.png", "64 clients")
+    assert (tmp_path / "split.png").stat().st_size > 1000
