@@ -102,7 +102,6 @@ def make_data(tiny_bert: str, task: fedtune.TextTask) -> Callable[..., fedtune.F
 @pytest.fixture
 def make_module(tiny_bert: str) -> Callable[..., fedtune.BertClassifier]:
     def make(**changes: Any) -> fedtune.BertClassifier:
-        torch.manual_seed(1)
         return fedtune.BertClassifier(tiny_bert, **({"num_labels": 3, "learning_rate": 5e-3} | changes))
 
     return make

@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "fedtune"
 ROAD = [
     *("errors", "randomness", "weights", "texttask", "authors", "tasks", "pretrained", "tokens", "splits", "datamodule"),
     *("models.text_classifier", "models.bert", "models", "client", "aggregation", "evaluation", "baselines", "checkpoint"),
-    *("records", "summary", "rundir", "callbacks", "figures", "hardware", "tracking", "loop", "cli"),
+    *("records", "summary", "session", "rundir", "callbacks", "figures", "hardware", "tracking", "loop", "cli"),
 ]
 MODULES = {
     ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path for path in SOURCE.rglob("*.py")

@@ -19,10 +19,9 @@ from rich.table import Table
 from torchmetrics.functional.classification import multiclass_f1_score
 
 import fedtune
-from fedtune.randomness import seeded
 
 DATA: dict[str, Any] = {"task": "authors", "model": "minilm", "num_clients": 8, "batch_size": 16, "limit": 1280}
-MODEL: dict[str, Any] = {"learning_rate": 7e-4, "dropout": 0.0, "freeze_embeddings": True, "freeze_layers": 4}
+MODEL: dict[str, Any] = {"learning_rate": 7e-4, "dropout": 0.0, "freeze_embeddings": True, "freeze_layers": 5}
 LOOP: dict[str, Any] = {"max_rounds": 4, "local_epochs": 1}
 SPLITS: dict[str, dict[str, Any]] = {
     "iid": {"split": "iid"},
@@ -62,8 +61,7 @@ def run(name: str, folder: Path, seed: int, console: Console) -> fedtune.Federat
     if name == "iid":
         console.print(introduction(data), soft_wrap=True)
     console.print(split_table(name, data))
-    with seeded(seed, "model"):
-        module = fedtune.BertClassifier("minilm", num_labels=data.num_labels, **MODEL)
+    module = fedtune.BertClassifier("minilm", num_labels=data.num_labels, **MODEL, seed=seed)
     loop = fedtune.FederatedLoop(
         **LOOP,
         seed=seed,

@@ -117,7 +117,6 @@ def _run(options: Namespace) -> None:
     from fedtune.datamodule import FederatedDataModule
     from fedtune.loop import FederatedLoop
     from fedtune.models import build_classifier
-    from fedtune.randomness import seeded
 
     model = options.model.as_dict()
     with _flags("loop"):
@@ -125,7 +124,7 @@ def _run(options: Namespace) -> None:
     with _flags("data"):
         data = FederatedDataModule(**options.data.as_dict(), model=model["name"])
         data.setup()
-    with _flags("model"), seeded(loop.seed, "model"):
+    with _flags("model"):
         module = build_classifier(model.pop("name"), data.num_labels, **model)
     with _flags("loop"):
         loop.fit(module, data)

@@ -150,7 +150,7 @@ class FederatedDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Training batches of all clients' texts, pooled."""
-        return self._training(np.concatenate(self.client_indices))
+        return self._training(np.sort(np.concatenate(self.client_indices)))  # the same whatever the split
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """The validation part, sorted by length."""

@@ -8,26 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from lightning_fabric import Fabric
-from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from fedtune.aggregation import RoundResult, ServerState, cohort, fedavg
 from fedtune.baselines import centralised, local
 from fedtune.callbacks import FederatedCallback
 from fedtune.client import ClientReport, Resident, num_examples
 from fedtune.errors import UsageError, at_least, one_of
-from fedtune.evaluation import attached, evaluate
+from fedtune.evaluation import attached
 from fedtune.figures import plot_curves
 from fedtune.hardware import peak_memory_bytes, resolve_precision
-from fedtune.randomness import seeded
 from fedtune.records import RoundRecord
-from fedtune.rundir import RunDirectory, fingerprint
+from fedtune.rundir import RunDirectory, config_of, fingerprint, plain
+from fedtune.session import Session
 from fedtune.summary import mean_of, summarise
 from fedtune.tracking import LOGGERS, Progress, WandbMirror
 from fedtune.weights import Weights, assign_, snapshot, travelling
@@ -137,11 +136,11 @@ class FederatedLoop:
         run = RunDirectory(Path(self.run_dir) if self.run_dir else None, self.config, self.keep)
         fabric = Fabric(accelerator=self.accelerator, devices=1, precision=precision)
         with attached(fabric, module):
-            work = _Work(Resident(fabric, module, self.seed, self.gradient_clip_val), data, self.evaluate_on)
+            session = Session(Resident(fabric, module, self.seed, self.gradient_clip_val), data, self.evaluate_on)
             initial = snapshot(travelling(module))
-            final = self._federated(work, run, ServerState(0, initial))
-            test = work.evaluate("test")
-            baselines = self._baselines(work, initial)
+            final = self._federated(session, run, ServerState(0, initial))
+            test = session.evaluate("test")
+            baselines = self._baselines(session, initial)
             assign_(travelling(module), final.weights)
             self.summary = summarise(self.history, self.evaluate_on, test, baselines)
             self.summary["peak_memory_bytes"] = peak_memory_bytes(fabric.device)
@@ -151,24 +150,24 @@ class FederatedLoop:
                 hook.on_fit_end(self, module)
         return self.history
 
-    def _federated(self, work: _Work, run: RunDirectory, start: ServerState) -> ServerState:
+    def _federated(self, session: Session, run: RunDirectory, start: ServerState) -> ServerState:
         def told(report: ClientReport) -> None:
             self.display.client(report)
             for hook in self._hooks:
-                hook.on_client_end(self, work.resident.module, report)
+                hook.on_client_end(self, session.resident.module, report)
 
         def advance(state: ServerState) -> RoundResult:
-            clients = self._cohort(work.data, state.round + 1)
-            return fedavg(work.resident, state, clients, work.data.client_dataloader, self.local_epochs, told)
+            clients = self._cohort(session.data, state.round + 1)
+            return fedavg(session.resident, state, clients, session.data.client_dataloader, self.local_epochs, told)
 
-        size = min(self.clients_per_round or work.data.num_clients, work.data.num_clients)
+        size = min(self.clients_per_round or session.data.num_clients, session.data.num_clients)
         course = _Course(run, self.max_rounds, self.history, self._hooks)
         with self.display.phase("federated", self.max_rounds, size):
-            return self._rounds(work, course, start, advance)
+            return self._rounds(session, course, start, advance)
 
-    def _rounds(self, work: _Work, course: _Course, start: ServerState, advance: Advance) -> ServerState:
+    def _rounds(self, session: Session, course: _Course, start: ServerState, advance: Advance) -> ServerState:
         """Rounds one after the other, each evaluated, recorded and kept; from where the run stopped, if it did."""
-        module = work.resident.module
+        module = session.resident.module
         found, course.history[:] = course.run.resume()
         state = start
         if found is not None:
@@ -184,7 +183,7 @@ class FederatedLoop:
             result = advance(state)
             state = result.state
             assign_(travelling(module), state.weights)
-            record = work.record(result, began)
+            record = session.record(result, began)
             course.run.complete(record, state)
             course.history.append(record)
             self.display.round(record)
@@ -192,50 +191,51 @@ class FederatedLoop:
                 hook.on_round_end(self, module, record)
         return state
 
-    def _baselines(self, work: _Work, initial: Weights) -> dict[str, Any]:
+    def _baselines(self, session: Session, initial: Weights) -> dict[str, Any]:
         """Run the baselines that were asked for; returns what the summary says of them."""
         found: dict[str, Any] = {}
         self.should_stop = False
-        if hasattr(work.data, "majority_accuracy"):
-            found["majority_accuracy"] = work.data.majority_accuracy("test")
+        if hasattr(session.data, "majority_accuracy"):
+            found["majority_accuracy"] = session.data.majority_accuracy("test")
         if "centralised" in self.baselines:
-            final = self._centralised(work, ServerState(0, initial))
-            assign_(travelling(work.resident.module), final.weights)
-            found["centralised_test"] = work.evaluate("test")
+            final = self._centralised(session, ServerState(0, initial))
+            assign_(travelling(session.resident.module), final.weights)
+            found["centralised_test"] = session.evaluate("test")
         if "local" in self.baselines:
-            self.baseline_runs["local"] = self._local(work, initial)
+            self.baseline_runs["local"] = self._local(session, initial)
         return found | self.baseline_runs
 
-    def _centralised(self, work: _Work, start: ServerState) -> ServerState:
-        sizes = [num_examples(work.data.client_dataloader(client)) for client in range(work.data.num_clients)]
+    def _centralised(self, session: Session, start: ServerState) -> ServerState:
+        sizes = [num_examples(session.data.client_dataloader(client)) for client in range(session.data.num_clients)]
 
         def advance(state: ServerState) -> RoundResult:
-            clients = self._cohort(work.data, state.round + 1)
+            clients = self._cohort(session.data, state.round + 1)
             examples = self.local_epochs * sum(sizes[client] for client in clients)
-            return centralised(work.resident, state, work.data.train_dataloader(), examples)
+            return centralised(session.resident, state, session.data.train_dataloader(), examples)
 
         history: list[RoundRecord] = []
         self.baseline_runs["centralised"] = history
-        everyone = self.clients_per_round is None or self.clients_per_round >= work.data.num_clients
-        course = _Course(self._baseline_run("centralised", split_matters=not everyone), self.history[-1].round, history)
+        everyone = self.clients_per_round is None or self.clients_per_round >= session.data.num_clients
+        course = _Course(self._baseline_run("centralised", not everyone, sum(sizes)), self.history[-1].round, history)
         with self.display.phase("centralised", course.rounds, 1):
-            return self._rounds(work, course, start, advance)
+            return self._rounds(session, course, start, advance)
 
-    def _local(self, work: _Work, initial: Weights) -> list[dict[str, Any]]:
-        rounds = self.history[-1].round
-        run = self._baseline_run("local", split_matters=True, rounds=rounds)
+    def _local(self, session: Session, initial: Weights) -> list[dict[str, Any]]:
+        run = self._baseline_run("local", split_matters=True)
         done = run.read("local.jsonl")
-        taken = [client for number in range(1, rounds + 1) for client in self._cohort(work.data, number)]
-        with self.display.phase("local", 1, work.data.num_clients):
-            for client in range(len(done), work.data.num_clients):
+        taken = [client for number in range(1, self.history[-1].round + 1) for client in self._cohort(session.data, number)]
+        with self.display.phase("local", 1, session.data.num_clients):
+            for client in range(len(done), session.data.num_clients):
                 epochs = self.local_epochs * max(1, taken.count(client))
-                record = local(work.resident, initial, client, work.data.client_dataloader(client), epochs, work.loaders())
+                record = local(
+                    session.resident, initial, client, session.data.client_dataloader(client), epochs, session.loaders()
+                )
                 run.append("local.jsonl", record)
                 done.append(record)
                 self.display.local(record)
         return done
 
-    def _baseline_run(self, name: str, split_matters: bool, rounds: int | None = None) -> RunDirectory:
+    def _baseline_run(self, name: str, split_matters: bool, examples: int | None = None) -> RunDirectory:
         """The directory of a baseline, named after all of the configuration that its numbers depend on."""
         folder = self.baseline_dir or (self.run_dir and str(Path(self.run_dir) / "baselines"))
         ignored = {"max_rounds", "keep", "progress", "baselines", "baseline_dir"}
@@ -243,7 +243,7 @@ class FederatedLoop:
         config = {
             part: {key: value for key, value in options.items() if key not in ignored} for part, options in self.config.items()
         }
-        config["baseline"] = {"name": name, "rounds": rounds}
+        config["baseline"] = {"name": name, "rounds": self.history[-1].round, "examples": examples}
         return RunDirectory(Path(folder) / f"{name}-{fingerprint(config)}" if folder else None, config, self.keep)
 
     def _cohort(self, data: Any, number: int) -> list[int]:
@@ -265,9 +265,9 @@ class FederatedLoop:
         """The resolved configuration, in the words of the command line."""
         own = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.init}
         return {
-            "model": _config(module),
-            "data": _config(data),
-            "loop": _plain({name: value for name, value in own.items() if name not in _NOT_CONFIG}),
+            "model": config_of(module),
+            "data": config_of(data),
+            "loop": plain({name: value for name, value in own.items() if name not in _NOT_CONFIG}),
         }
 
     def _check(self, data: Any) -> None:
@@ -288,66 +288,3 @@ class _Course:
     rounds: int
     history: list[RoundRecord]
     hooks: Sequence[FederatedCallback] = ()
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What every phase of a fit works with: the resident module, the data, and the part that rounds are evaluated on."""
-
-    resident: Resident
-    data: Any
-    part: str
-
-    def loaders(self) -> dict[str, Any]:
-        """Part -> its batches, for the parts that the data have."""
-        has_test = not isinstance(self.data, pl.LightningDataModule) or is_overridden("test_dataloader", self.data)
-        names = {"validation": "val_dataloader"} | ({"test": "test_dataloader"} if has_test else {})
-        return {part: getattr(self.data, name)() for part, name in names.items()}
-
-    def evaluate(self, part: str) -> dict[str, float]:
-        """What the module logs on a part, as it stands; nothing where the data have no such part."""
-        loader = self.loaders().get(part)
-        if loader is None:
-            return {}
-        with seeded(self.resident.seed, "evaluate"):  # a loader draws a seed, even when nothing is random
-            return evaluate(self.resident.fabric, self.resident.module, loader)
-
-    def record(self, result: RoundResult, began: float) -> RoundRecord:
-        """Evaluate the module, which holds the round's result, and put down all that is known of the round."""
-        trained = time.perf_counter()
-        metrics = self.evaluate(self.part)
-        ended = time.perf_counter()
-        reports = result.clients
-        examples = sum(report.num_examples for report in reports)
-        return RoundRecord(
-            round=result.state.round,
-            metrics=metrics,
-            train_loss_nats=sum(report.train_loss_nats * report.num_examples for report in reports) / examples,
-            num_clients=len(reports),
-            num_examples=examples,
-            num_steps=sum(report.num_steps for report in reports),
-            num_tokens=sum(report.num_tokens for report in reports),
-            seconds=ended - began,
-            seconds_train=trained - began - result.seconds_aggregate,
-            seconds_aggregate=result.seconds_aggregate,
-            seconds_evaluate=ended - trained,
-            bytes_up=result.bytes_up,
-            bytes_down=result.bytes_down,
-            clients=reports,
-        )
-
-
-def _config(part: Any) -> dict[str, Any]:
-    """The configuration of ours as the command line takes it; of another's class its name and hyperparameters."""
-    if hasattr(part, "config"):
-        return _plain(part.config)
-    return {"class": type(part).__name__} | _plain(dict(getattr(part, "hparams", {})))
-
-
-def _plain(values: Any) -> Any:
-    """Values as YAML keeps them: numbers, text, lists and dictionaries; anything else by its name."""
-    if isinstance(values, Mapping):
-        return {str(key): _plain(value) for key, value in values.items()}
-    if isinstance(values, (list, tuple)):
-        return [_plain(value) for value in values]
-    return values if isinstance(values, (int, float, str, bool, type(None))) else getattr(values, "__name__", repr(values))

@@ -95,6 +95,22 @@ class RunDirectory:
         checkpoint.write_text(file, text)
 
 
+def config_of(part: Any) -> dict[str, Any]:
+    """The configuration of ours as the command line takes it; of another's class its name and hyperparameters."""
+    if hasattr(part, "config"):
+        return plain(part.config)
+    return {"class": type(part).__name__} | plain(dict(getattr(part, "hparams", {})))
+
+
+def plain(values: Any) -> Any:
+    """Values as YAML keeps them: numbers, text, lists and dictionaries; anything else by its name."""
+    if isinstance(values, Mapping):
+        return {str(key): plain(value) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [plain(value) for value in values]
+    return values if isinstance(values, (int, float, str, bool, type(None))) else getattr(values, "__name__", repr(values))
+
+
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The keys in which two configurations differ in a way that changes results, as "key: before -> now".
 
