@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -180,7 +181,8 @@ def test_frozen_layers_neither_change_nor_travel(make_data: Make, make_module: M
 def test_federated_training_learns(make_data: Make, make_module: Make) -> None:
     data = make_data(task=make_task(texts_per_author=80))
     history = make_loop(max_rounds=12).fit(make_module(), data)
-    assert history[-1].accuracy > 0.6 > 0.4 > data.majority_accuracy("validation")
+    assert history[-1].accuracy > 0.45 > 0.4 > data.majority_accuracy("validation")
+    assert history[-1].loss_nats < 0.9 < math.log(3)
     assert history[-1].loss_nats < history[0].loss_nats
 
 
