@@ -63,6 +63,7 @@ def test_the_written_configuration_repeats_the_run(run: Run, tiny: list[str], tm
     weights = [(folder / "checkpoints" / "round-0002" / "weights.safetensors").read_bytes() for folder in (one, other)]
     assert weights[0] == weights[1]
     config = yaml.safe_load((one / "config.yaml").read_text())
+    assert set(config) == {"model", "data", "loop", "content", "versions"}
     assert set(config["versions"]) == {"fedtune", "torch", "lightning", "transformers", "python", "git_commit"}
 
 
@@ -139,9 +140,9 @@ def test_a_directory_of_another_run_is_refused(run: Run, tiny: list[str], tmp_pa
     assert "data.seed: 0 -> 7" in err
 
 
-def test_a_loss_that_diverges_ends_with_code_1_and_one_line(run: Run, tiny: list[str]) -> None:
+def test_a_loss_that_diverges_ends_with_code_2_and_one_line(run: Run, tiny: list[str]) -> None:
     code, _, err = run("run", *tiny, "--model.optimizer=sgd", "--model.learning_rate=1e30", "--loop.baselines=[]")
-    assert code == 1
+    assert code == 2
     assert "round 1, client 0" in err
     assert "lower the learning rate" in err
     assert err.count("\n") == 1

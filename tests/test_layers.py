@@ -9,9 +9,32 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "fedtune"
 ROAD = [
-    *("errors", "randomness", "weights", "texttask", "authors", "tasks", "pretrained", "tokens", "splits", "datamodule"),
-    *("models.text_classifier", "models.bert", "models", "client", "aggregation", "evaluation", "baselines", "checkpoint"),
-    *("records", "summary", "session", "rundir", "callbacks", "figures", "hardware", "tracking", "loop", "cli"),
+    *(
+        "errors",
+        "randomness",
+        "weights",
+        "texttask",
+        "authors",
+        "paper_tasks",
+        "tasks",
+        "pretrained",
+        "tokens",
+        "splits",
+        "datamodule",
+    ),
+    *(
+        "models.text_classifier",
+        "models.bert",
+        "models.distilbert",
+        "models.albert",
+        "models",
+        "client",
+        "aggregation",
+        "evaluation",
+        "baselines",
+        "checkpoint",
+    ),
+    *("records", "summary", "figures", "session", "rundir", "callbacks", "hardware", "tracking", "loop", "cli"),
 ]
 MODULES = {
     ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path for path in SOURCE.rglob("*.py")

@@ -13,6 +13,7 @@ from conftest import assert_equal, assert_near, make_loop, make_task, weights_of
 from lightning_fabric import Fabric
 from pytorch_lightning.demos.boring_classes import BoringModel, RandomDataset
 from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
 
 import fedtune
 from fedtune.aggregation import ServerState
@@ -110,7 +111,7 @@ def test_the_order_in_which_clients_train_changes_nothing(
 def seen_and_losses(make_data: Make, module: fedtune.BertClassifier, **options: Any) -> tuple[list[Any], list[float]]:
     """The batches of a run in their order, and the training losses."""
     seen, step = [], module.training_step
-    module.training_step = lambda batch, index: seen.append(batch["input_ids"].tolist()) or step(batch, index)  # type: ignore[method-assign]
+    module.training_step = lambda batch, batch_idx: seen.append(batch["input_ids"].tolist()) or step(batch, batch_idx)  # type: ignore[method-assign]
     history = make_loop(max_rounds=1, **options).fit(module, make_data())
     return seen, [client.train_loss_nats for client in history[0].clients]
 
@@ -278,6 +279,81 @@ def test_the_centralised_baseline_sees_exactly_as_many_examples(make_data: Make,
     assert loop.summary["local_accuracy"] is None
 
 
+def test_gradients_left_by_somebody_else_change_nothing(make_data: Make, make_module: Make) -> None:
+    clean, stained = make_module(), make_module()
+    for parameter in stained.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for module in (clean, stained):
+        make_loop(max_rounds=1).fit(module, make_data())
+    assert_equal(weights_of(clean), weights_of(stained))
+
+
+def test_baselines_start_where_the_federation_started_also_after_a_resume(
+    make_data: Make, make_module: Make, tmp_path: Any
+) -> None:
+    module, options = make_module(), {"run_dir": str(tmp_path / "r"), "baselines": ["centralised", "local"]}
+    make_loop(max_rounds=1, **options).fit(module, make_data())
+    again, fresh = make_loop(max_rounds=2, **options), make_loop(max_rounds=2, baselines=["centralised", "local"])
+    again.fit(module, make_data())  # the module holds trained weights by now
+    fresh.fit(make_module(), make_data())
+    for name in ("centralised_accuracy", "local_accuracy", "accuracy"):
+        assert again.summary[name] == fresh.summary[name]
+    assert without_times(again.baseline_runs["centralised"]) == without_times(fresh.baseline_runs["centralised"])
+
+
+def test_a_baseline_is_shared_only_by_runs_with_the_same_module_and_text(
+    make_data: Make, make_module: Make, tmp_path: Any
+) -> None:
+    options = {"baselines": ["centralised"], "baseline_dir": str(tmp_path / "b"), "max_rounds": 1}
+    make_loop(**options).fit(make_module(), make_data())
+    make_loop(**options).fit(make_module(seed=1), make_data())
+    make_loop(**options).fit(make_module(), make_data(task=make_task(seed=1)))
+    make_loop(**options).fit(make_module(), make_data())
+    assert len(list((tmp_path / "b").iterdir())) == 3
+
+
+def test_fewer_rounds_than_a_directory_has_are_refused(make_data: Make, make_module: Make, tmp_path: Any) -> None:
+    make_loop(max_rounds=2, run_dir=str(tmp_path)).fit(make_module(), make_data())
+    with pytest.raises(fedtune.UsageError, match="max_rounds: got 1; allowed: 2 or more"):
+        make_loop(max_rounds=1, run_dir=str(tmp_path)).fit(make_module(), make_data())
+
+
+class Steps(BoringModel):
+    """Steps without the number of the batch, and one metric under two names: a Trainer takes both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = MeanMetric()
+
+    def training_step(self, batch: Any) -> Any:  # type: ignore[override]
+        return super().training_step(batch, 0)
+
+    def validation_step(self, batch: Any) -> None:  # type: ignore[override]
+        self.seen.update(batch.mean())
+        self.log("one", self.seen)
+        self.log("other", self.seen)
+
+
+def test_steps_without_batch_idx_and_a_metric_under_two_names_work_as_in_a_trainer() -> None:
+    loaders = GivenLoaders([DataLoader(RandomDataset(32, 8), batch_size=4)], DataLoader(RandomDataset(32, 8), batch_size=4))
+    record = make_loop(max_rounds=1).fit(Steps(), loaders)[0]
+    assert record.one == record.other != 0
+
+
+def test_an_accelerator_that_is_not_there_is_refused(make_data: Make, make_module: Make) -> None:
+    with pytest.raises(fedtune.UsageError, match="accelerator: got 'gpuu'; allowed: one that this machine has"):
+        make_loop(accelerator="gpuu").fit(make_module(), make_data())
+
+
+def test_the_batches_of_a_faithful_preset_are_fixed_unmasked_and_whole(make_data: Make) -> None:
+    data = make_data(shuffle=False, mask=False, drop_last=True, padding="max_length", split="hilmkil_sorted")
+    one, again = ([batch["input_ids"] for batch in data.client_dataloader(0)] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
+    assert {batch.shape for batch in one} == {(8, 24)}
+    assert len(one) == len(data.client_indices[0]) // 8
+    assert "attention_mask" not in next(iter(data.client_dataloader(0)))
+
+
 def test_exactly_cuts_the_last_batch_and_goes_round_again() -> None:
     loader = DataLoader(torch.arange(10), batch_size=4)
     assert [len(batch) for batch in exactly(loader, 13)] == [4, 4, 2, 3]
@@ -291,7 +367,7 @@ def test_the_centralised_baseline_is_ordinary_training_with_one_optimizer(make_d
     module.log = lambda *_, **__: None
     state = ServerState(0, snapshot(travelling(module)))
     for _ in range(3):
-        state = centralised(resident, state, data.train_dataloader(), len(data.client_indices[0])).state
+        state = centralised(resident, state, data.train_dataloader(), len(data.client_indices[0]), 1).state
     optimizer = plain.configure_optimizers()["optimizer"]
     plain.log = lambda *_, **__: None
     for number in (1, 2, 3):
@@ -329,9 +405,9 @@ def test_a_loss_that_is_nan_names_round_client_and_step_and_keeps_the_last_good_
 ) -> None:
     module = make_module()
     step, calls = module.training_step, []
-    module.training_step = lambda batch, index: (
+    module.training_step = lambda batch, batch_idx: (
         calls.append(1),
-        step(batch, index) * (float("nan") if len(calls) == 17 else 1),
+        step(batch, batch_idx) * (float("nan") if len(calls) == 17 else 1),
     )[1]
     per_client = [-(-len(part) // 8) for part in make_data().client_indices]
     assert sum(per_client) < 17 <= sum(per_client) + per_client[0] + per_client[1]
@@ -344,7 +420,7 @@ def test_a_loss_that_is_nan_names_round_client_and_step_and_keeps_the_last_good_
 
 def test_an_error_in_a_module_says_where_and_keeps_its_cause(make_data: Make, make_module: Make) -> None:
     module = make_module()
-    module.training_step = lambda batch, index: 1 / 0
+    module.training_step = lambda batch, batch_idx: 1 / 0
     with pytest.raises(fedtune.RunError, match="round 1, client 0, training step 1: ZeroDivisionError") as caught:
         make_loop().fit(module, make_data())
     assert isinstance(caught.value.__cause__, ZeroDivisionError)

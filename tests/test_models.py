@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import fedtune
-from fedtune.pretrained import MINILM_SHA256, MODELS, minilm
+from fedtune.pretrained import MINILM_SHA256, minilm
 
 Make = Callable[..., Any]
 
@@ -102,14 +102,6 @@ def test_a_bad_value_of_the_model_is_refused(make_module: Make, options: dict, s
     assert said in str(caught.value)
 
 
-def test_another_family_is_refused(tmp_path: Path) -> None:
-    transformers.DistilBertConfig(dim=16, n_layers=1, n_heads=2, hidden_dim=32).save_pretrained(tmp_path)
-    with pytest.raises(fedtune.UsageError, match=r"family bert \(this is 'distilbert'\)"):
-        fedtune.BertClassifier(str(tmp_path), 2)
-    with pytest.raises(fedtune.UsageError, match=r"one of the families bert.* \(this is 'distilbert'\)"):
-        fedtune.build_classifier(str(tmp_path), 2)
-
-
 def test_a_sequence_beyond_the_models_maximum_is_refused(make_module: Make) -> None:
     with pytest.raises(fedtune.UsageError, match="max_length: got 33; allowed: at most 32"):
         make_module()(torch.ones(1, 33, dtype=torch.long))
@@ -117,7 +109,7 @@ def test_a_sequence_beyond_the_models_maximum_is_refused(make_module: Make) -> N
 
 def test_minilm_is_the_model_we_know(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(MINILM_SHA256) == 64
-    config = transformers.AutoConfig.from_pretrained(MODELS["minilm"]())
+    config = transformers.AutoConfig.from_pretrained(minilm())
     assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.vocab_size) == (6, 384, 12, 30522)
     monkeypatch.setattr("fedtune.pretrained.MINILM_SHA256", "0" * 64)
     with pytest.raises(fedtune.RunError, match=r"has sha256 53aa51172d14.*, expected 0000"):

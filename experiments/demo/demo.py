@@ -13,6 +13,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import lightning_fabric
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -35,13 +37,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     folder = Path(arguments.runs) / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    logging.getLogger(lightning_fabric.__name__).setLevel(logging.WARNING)
     console = Console(highlight=False, width=100)
     start = time.perf_counter()
     loops = {name: run(name, folder, arguments.seed, console) for name in SPLITS}
     curves = {f"federated, {name}": loop.history for name, loop in loops.items()}
     curves["centralised"] = loops["iid"].baseline_runs["centralised"]
-    data = fedtune.FederatedDataModule(**DATA)
+    data = fedtune.FederatedDataModule(**DATA, seed=arguments.seed)
     levels = {
         "each client alone (by author), mean": alone(loops["by author"]),
         "majority class": data.majority_accuracy("validation"),
@@ -104,7 +106,7 @@ def alone(loop: fedtune.FederatedLoop) -> float:
 
 def results(loops: dict[str, fedtune.FederatedLoop], data: fedtune.FederatedDataModule) -> Table:
     truth = torch.from_numpy(data.task.labels[data.task.parts["test"]])
-    train = torch.from_numpy(data.task.labels[data.task.parts["train"]])
+    train = torch.from_numpy(data.task.labels[np.concatenate(data.client_indices)])
     majority = torch.full_like(truth, int(train.bincount().argmax()))
     f1 = float(multiclass_f1_score(majority, truth, data.num_labels, average="macro"))
     skewed, iid = loops["by author"].summary, loops["iid"].summary

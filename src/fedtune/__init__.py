@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from fedtune.figures import plot_curves, plot_split
     from fedtune.loop import FederatedLoop
     from fedtune.models import FAMILIES, build_classifier
+    from fedtune.models.albert import AlbertClassifier
     from fedtune.models.bert import BertClassifier
+    from fedtune.models.distilbert import DistilBertClassifier
     from fedtune.models.text_classifier import TextClassifier
     from fedtune.pretrained import MODELS
     from fedtune.records import RoundRecord
@@ -26,7 +28,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "AlbertClassifier": "models.albert",
     "BertClassifier": "models.bert",
+    "DistilBertClassifier": "models.distilbert",
     "FAMILIES": "models",
     "FederatedCallback": "callbacks",
     "FederatedDataModule": "datamodule",
@@ -49,7 +53,9 @@ __all__ = [
     "MODELS",
     "SPLITS",
     "TASKS",
+    "AlbertClassifier",
     "BertClassifier",
+    "DistilBertClassifier",
     "FederatedCallback",
     "FederatedDataModule",
     "FederatedLoop",

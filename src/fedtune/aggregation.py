@@ -102,6 +102,7 @@ def fedavg(
     loader_of: Callable[[int], object],
     local_epochs: int,
     on_client_end: Callable[[ClientReport], None],
+    weighting: str = "examples",
 ) -> RoundResult:
     """One round of federated averaging.
 
@@ -112,6 +113,7 @@ def fedavg(
         loader_of: client -> its batches.
         local_epochs: E.
         on_client_end: told about each client as it finishes.
+        weighting: of the mean: "examples" (n_k), or "uniform" as in the code of Hilmkil et al. 2021.
     """
     number = state.round + 1
     here = travelling(resident.module)
@@ -123,7 +125,7 @@ def fedavg(
         report = replace(report, update_norm=float(distance(here, state.weights)))
         if not math.isfinite(report.update_norm):
             raise RunError(f"round {number}, client {client}: its weights are no longer finite; lower the learning rate")
-        mean.add(here, report.num_examples)
+        mean.add(here, report.num_examples if weighting == "examples" else 1)
         seconds += time.perf_counter() - start
         reports.append(report)
         on_client_end(report)

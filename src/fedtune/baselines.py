@@ -3,41 +3,41 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedtune.aggregation import RoundResult, ServerState
-from fedtune.client import Optimisation, Resident, exactly, num_examples, run_steps, train_client
+from fedtune.client import Optimisation, Resident, exactly, run_steps, train_client
 from fedtune.evaluation import evaluate
 from fedtune.randomness import seeded
 from fedtune.weights import Weights, assign_, snapshot, travelling
 
 
-def centralised(resident: Resident, state: ServerState, loader: Any, examples: int) -> RoundResult:
+def centralised(resident: Resident, state: ServerState, loader: Any, examples: int, epochs: int) -> RoundResult:
     """One "round" of ordinary training on the pooled data, over as many examples as the federated round sees.
 
     That is the paper's fixed compute budget. The optimizer keeps its state from round to round, as in ordinary training.
+
+    Args:
+        examples: examples of the federated round.
+        epochs: its local epochs, by which schedules over epochs advance here, too.
     """
     number = state.round + 1
     here = travelling(resident.module)
     assign_(here, state.weights)
-    pooled = num_examples(loader)
     optimisation = Optimisation(resident.module, state.steps, state.epochs)
     restore(optimisation.optimizer, state.optimizer)
     with seeded(resident.seed, "centralised", number):
-        report = run_steps(resident, optimisation, exactly(loader, examples), number, client=0)
-    seen = state.examples + report.num_examples
-    epochs = seen // pooled
-    for _ in range(epochs - state.epochs):
-        optimisation.end("epoch")
+        report = run_steps(resident, optimisation, exactly(loader, examples), f"centralised, round {number}")
     after = ServerState(
         round=number,
         weights=snapshot(here),
         steps=state.steps + report.num_steps,
-        epochs=epochs,
-        examples=seen,
+        epochs=state.epochs + epochs,
+        examples=state.examples + report.num_examples,
         optimizer=flatten(optimisation.optimizer),
     )
     return RoundResult(after, [report])
@@ -58,7 +58,7 @@ def local(
     """
     start = time.perf_counter()
     assign_(travelling(resident.module), initial)
-    report = train_client(resident, client, loader, epochs, (0, 0, 0))
+    report = train_client(replace(resident, phase="each client alone, "), client, loader, epochs, (0, 0, 0))
     with seeded(resident.seed, "evaluate"):
         parts = {part: evaluate(resident.fabric, resident.module, batches) for part, batches in evaluations.items()}
     return {
@@ -85,6 +85,6 @@ def restore(optimizer: torch.optim.Optimizer, flat: dict[str, Tensor]) -> None:
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in flat.items():
         index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
+        state.setdefault(int(index), {})[name] = value.clone()  # the optimizer will write into it
     if state:
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -123,6 +123,7 @@ def write_text(file: Path, text: str) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, file)
+    synchronise(file.parent)
 
 
 def synchronise(path: Path) -> None:

@@ -18,7 +18,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from fedtune.errors import RunError, UsageError
 from fedtune.tracking import LOGGERS
 
-USAGE, FAILURE, INTERRUPTED = 2, 1, 130
+STOPPED, INTERRUPTED = 2, 130
 
 
 class _Parser(ArgumentParser):
@@ -33,7 +33,7 @@ class _Parser(ArgumentParser):
             text = f"{came}: no such flag; nearest: {', '.join(near) or 'none, see --help'}"
         text = re.sub(r'^Parser key "([^"]+)":', r"--\1:", text)
         text = re.sub(r"Expected an? <class '(\w+)'>\.? Got value: (\S+)", r"got '\2'; allowed: \1", text)
-        _stop(USAGE, text)
+        _stop(STOPPED, text)
 
 
 def _stop(code: int, text: str) -> NoReturn:
@@ -42,22 +42,21 @@ def _stop(code: int, text: str) -> NoReturn:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line. Exit code 2: a value that cannot be used; 1: the run had to stop; 130: interrupted."""
+    """Run the command line. Exit code 2: a value that cannot be used, or a run that had to stop; 130: interrupted."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    command = options.subcommand
     warnings.showwarning = _show_warning
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    hint = ""
     try:
+        parser = _parser()
+        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # after the import, which sets it
+        options = parser.parse_args(arguments)
+        command = options.subcommand
+        if options[command].get("run_dir"):
+            hint = f"; the same command goes on from the last complete round in {options[command].run_dir}"
         (_run if command == "run" else _describe)(options[command])
-    except UsageError as error:
-        _stop(USAGE, " ".join(str(error).split()))
-    except RunError as error:
-        _stop(FAILURE, " ".join(str(error).split()))
+    except (UsageError, RunError) as error:
+        _stop(STOPPED, " ".join(str(error).split()))
     except KeyboardInterrupt:
-        directory = options[command].get("run_dir")
-        hint = f"; the same command goes on from the last complete round in {directory}" if directory else ""
         _stop(INTERRUPTED, f"interrupted{hint}")
 
 
@@ -86,9 +85,8 @@ def _parser() -> _Parser:
     run.add_class_arguments(FederatedLoop, "loop", skip={"run_dir", "logger", "callbacks"})
     run.add_argument("--run_dir", type=str | None, default=None, help="directory of the run; nothing is written without it")
     run.add_argument("--logger", type=str, default="none", help=f"one of {', '.join(LOGGERS)}")
-    run.add_argument(
-        "--versions", type=dict | None, default=None, help="ignored: so that a run's config.yaml can be given to --config"
-    )
+    for name in ("versions", "content"):
+        run.add_argument(f"--{name}", type=dict | None, default=None, help="ignored: a run's config.yaml has it")
     commands.add_subcommand("run", run, help="one federated run")
 
     describe = _Parser(description="The client split, as a table and a picture.", allow_abbrev=False)
@@ -100,7 +98,7 @@ def _parser() -> _Parser:
     return parser
 
 
-_FLAGS = {"data.model": "model.name", "loop.run_dir": "run_dir", "loop.logger": "logger"}
+_FLAGS = {"data.model": "model.name", "model.model": "model.name", "loop.run_dir": "run_dir", "loop.logger": "logger"}
 
 
 @contextlib.contextmanager
@@ -125,14 +123,19 @@ def _run(options: Namespace) -> None:
         data = FederatedDataModule(**options.data.as_dict(), model=model["name"])
         data.setup()
     with _flags("model"):
+        if model["init"] == "random" and options.data.tokenizer is not None:
+            model["vocab_size"] = model["vocab_size"] or len(data.tokenizer)
         module = build_classifier(model.pop("name"), data.num_labels, **model)
+    if len(data.tokenizer) > module.network.config.vocab_size:
+        allowed = f"one of at most {module.network.config.vocab_size} tokens, which {module.hparams['name']} knows"
+        raise UsageError("--data.tokenizer", options.data.tokenizer, allowed)
     with _flags("loop"):
         loop.fit(module, data)
     shown = ("accuracy", "macro_f1", "majority_accuracy", "local_accuracy", "centralised_accuracy")
     values = [f"{name} {loop.summary[name]:.3f}" for name in shown if loop.summary.get(name) is not None]
-    loop.display.line(f"test part: {'  '.join(values)}")
+    print(f"test part: {'  '.join(values)}")
     if loop.run_dir:
-        loop.display.line(f"records, weights and curves: {Path(loop.run_dir).resolve()}")
+        print(f"records, weights and curves: {Path(loop.run_dir).resolve()}")
 
 
 def _describe(options: Namespace) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from lightning_fabric import Fabric
 from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning.core.optimizer import _configure_optimizers, _configure_schedulers_automatic_opt
 from pytorch_lightning.utilities.data import extract_batch_size
+from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -35,12 +36,14 @@ class Resident:
         module: the module, on the device.
         seed: seed of the run.
         gradient_clip_val: largest norm of a gradient, or None.
+        phase: what errors name before the round: nothing in the federated rounds, a baseline's name and a comma.
     """
 
     fabric: Fabric
     module: pl.LightningModule
     seed: int
     gradient_clip_val: float | None = None
+    phase: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class Optimisation:
         for schedule in self._schedules:
             _forward(schedule.scheduler, (steps if schedule.interval == "step" else epochs) // schedule.frequency)
         self._done = {"step": steps, "epoch": epochs}
+        module.zero_grad()  # whoever trained the module before may have left gradients in it
 
     def end(self, interval: str) -> None:
         """Advance the schedules after a "step" or an "epoch"."""
@@ -117,7 +121,8 @@ def train_client(resident: Resident, client: int, loader: Any, epochs: int, posi
     number, steps, epochs_before = position
     optimisation = Optimisation(resident.module, steps, epochs_before)
     with seeded(resident.seed, "client", number, client):
-        return run_steps(resident, optimisation, _epochs(loader, epochs, resident.module, optimisation), number, client)
+        batches = _epochs(loader, epochs, resident.module, optimisation)
+        return run_steps(resident, optimisation, batches, f"{resident.phase}round {number}, client {client}", client)
 
 
 def _epochs(loader: Any, epochs: int, module: pl.LightningModule, optimisation: Optimisation) -> Iterator[Any]:
@@ -128,17 +133,19 @@ def _epochs(loader: Any, epochs: int, module: pl.LightningModule, optimisation: 
         optimisation.end("epoch")
 
 
-def run_steps(resident: Resident, optimisation: Optimisation, batches: Iterable[Any], number: int, client: int) -> ClientReport:
+def run_steps(
+    resident: Resident, optimisation: Optimisation, batches: Iterable[Any], where: str, client: int = 0
+) -> ClientReport:
     """Optimizer steps over some batches. Nothing waits for the device before the last one.
 
     Args:
-        number, client: what to name when something goes wrong.
+        where: what to name when something goes wrong.
+        client: whom the report is about.
     """
     start = time.perf_counter()
     losses: list[Tensor] = []
     sizes: list[int] = []
     tokens: list[Tensor] = []
-    where = f"round {number}, client {client}"
     try:
         for batch in batches:
             loss = _step(resident, optimisation, batch, len(losses))
@@ -150,8 +157,8 @@ def run_steps(resident: Resident, optimisation: Optimisation, batches: Iterable[
     except Exception as error:
         raise RunError(f"{where}, training step {len(losses) + 1}: {type(error).__name__}: {error}") from error
     if not sizes:
-        raise RunError(f"{where}: the client has no batch to train on")
-    values = torch.stack(losses).double().cpu()
+        raise RunError(f"{where}: there is no batch to train on")
+    values = torch.stack(losses).cpu().double()
     bad = (~torch.isfinite(values)).nonzero()
     if len(bad):
         step = int(bad[0])
@@ -170,7 +177,7 @@ def _step(resident: Resident, optimisation: Optimisation, batch: Any, index: int
     """One optimizer step; None where the module skips the batch, as it may in a `Trainer`."""
     fabric, module = resident.fabric, resident.module
     with fabric.autocast():
-        output: Any = module.training_step(fabric.to_device(batch), index)
+        output: Any = call_step(module.training_step, fabric.to_device(batch), index)
     if output is None:
         return None
     loss: Tensor = output["loss"] if isinstance(output, dict) else output
@@ -183,19 +190,16 @@ def _step(resident: Resident, optimisation: Optimisation, batch: Any, index: int
     return loss.detach()
 
 
+def call_step(step: Callable[..., Any], batch: Any, index: int) -> Any:
+    """Call a step of a module as a `Trainer` does: with the number of the batch where the step asks for it."""
+    return step(batch, index) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else step(batch)
+
+
 def _count_tokens(batch: Any) -> Tensor:
     """Tokens of a batch, padding left out; 0 where a batch has no token ids."""
     if not isinstance(batch, dict) or "input_ids" not in batch:
         return torch.zeros((), dtype=torch.int64)
     return batch["attention_mask"].sum() if "attention_mask" in batch else torch.tensor(batch["input_ids"].numel())
-
-
-def num_examples(loader: Any) -> int:
-    """Examples that one pass over a loader gives."""
-    count = len(loader.dataset)
-    if getattr(loader, "drop_last", False):
-        count -= count % loader.batch_size
-    return count
 
 
 def exactly(loader: Any, examples: int) -> Iterator[Any]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -18,8 +19,11 @@ from fedtune.pretrained import load_config, load_tokenizer
 from fedtune.randomness import stream
 from fedtune.splits import Columns, Split, divide, entropy_bits
 from fedtune.tasks import load_task
-from fedtune.texttask import IntArray, TextTask
+from fedtune.texttask import PARTS, IntArray, TextTask
 from fedtune.tokens import LengthGroupedBatches, TokenStore, tokenise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PADDING = ("longest", "max_length")
 
@@ -41,10 +45,14 @@ class FederatedDataModule(pl.LightningDataModule):
         eval_batch_size: texts in a validation or test batch.
         max_length: longest sequence in tokens, special ones included; longer texts are cut.
         padding: "longest" (of the batch; batches group texts of similar length) or "max_length" (plain random batches).
+        mask: whether batches say what is padding; without the mask, padding is attended to, as in the paper's code.
+        shuffle: new random batches each epoch; False keeps the same batches in the same order, those of the split.
+        drop_last: leave out a last, smaller training batch.
         limit: at most so many training texts, drawn at random; all by default.
         tokenizer: another tokenizer than the model's, named like a model.
         seed: seed of the split and of `limit`.
-        task_options: keyword arguments for the task's builder, for example {"path": "my.csv", "label": "stars"}.
+        folder: where the files of the task lie, for tasks that are read from files; by default below `FEDTUNE_DATA`.
+        task_options: more keyword arguments for the task's builder, for example {"path": "my.csv", "label": "stars"}.
 
     Raises:
         UsageError: a value outside of what is allowed; on first use also what task, tokenizer and split refuse.
@@ -64,9 +72,13 @@ class FederatedDataModule(pl.LightningDataModule):
         eval_batch_size: int = 64,
         max_length: int = 128,
         padding: str = "longest",
+        mask: bool = True,
+        shuffle: bool = True,
+        drop_last: bool = False,
         limit: int | None = None,
         tokenizer: str | None = None,
         seed: int = 0,
+        folder: str | None = None,
         task_options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -86,7 +98,9 @@ class FederatedDataModule(pl.LightningDataModule):
     @functools.cached_property
     def task(self) -> TextTask:
         """The task, loaded."""
-        return load_task(self._task, self.hparams["task_options"])
+        options = self.hparams
+        given = {} if options["folder"] is None else {"folder": options["folder"]}
+        return load_task(self._task, given | (options["task_options"] or {}))
 
     @functools.cached_property
     def tokens(self) -> TokenStore:
@@ -95,8 +109,17 @@ class FederatedDataModule(pl.LightningDataModule):
         longest = getattr(load_config(options["model"]), "max_position_embeddings", options["max_length"])
         if options["max_length"] > longest:
             raise UsageError("max_length", options["max_length"], f"at most {longest}, the maximum of {options['model']}")
-        tokenizer = load_tokenizer(options["tokenizer"] or options["model"])
-        return tokenise(self.task.texts, tokenizer, options["max_length"])
+        return tokenise(self.task.texts, self.tokenizer, options["max_length"])
+
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, of the model or the other one that was asked for."""
+        if self.hparams["tokenizer"] is None:
+            return load_tokenizer(self.hparams["model"])
+        try:
+            return load_tokenizer(self.hparams["tokenizer"])
+        except UsageError as error:
+            raise UsageError("tokenizer", error.came, error.allowed) from error
 
     @functools.cached_property
     def client_indices(self) -> list[IntArray]:
@@ -105,25 +128,29 @@ class FederatedDataModule(pl.LightningDataModule):
         rows = self.task.parts["train"]
         if options["limit"] is not None:
             rows = np.sort(stream(options["seed"], "limit").permutation(rows)[: options["limit"]])
-        authors = None if self.task.authors is None else self.task.authors[rows]
-        columns = Columns(self.task.labels[rows], authors)
-        choice = {name: options[name] for name in ("num_clients", "seed", "skew", "alpha")}
-        parts = [rows[part] for part in divide(self._split, columns, **choice)]
+        parts = self._divide(rows)
         smallest = min(map(len, parts))
         if smallest < options["batch_size"]:
             warnings.warn(
                 f"batch_size {options['batch_size']} is larger than the smallest client ({smallest} texts), "
                 "which trains with smaller batches",
-                stacklevel=2,
+                stacklevel=1,  # the caller is functools
             )
         return parts
 
     @property
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments, as the command line takes them: there the model is named once, for the module."""
-        options = dict(self.hparams)
-        model = options.pop("model")
-        return options | {"tokenizer": options["tokenizer"] or model}
+        """The constructor's arguments."""
+        return dict(self.hparams)
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hexadecimal digits that name the content of the task: tokens, labels, authors and parts."""
+        found = hashlib.sha256()
+        arrays = [self.tokens.ids_T.numpy(), self.tokens.offsets.numpy(), self.task.labels, self.task.authors]
+        for array in [*arrays, *(self.task.parts[part] for part in PARTS)]:
+            found.update(b"|" if array is None else np.ascontiguousarray(array).tobytes())
+        return found.hexdigest()[:16]
 
     @property
     def num_clients(self) -> int:
@@ -144,6 +171,16 @@ class FederatedDataModule(pl.LightningDataModule):
         """Load, tokenise and divide, where that has not been done."""
         self.tokens, self.client_indices  # noqa: B018 - reading them makes them
 
+    @functools.cached_property
+    def client_test_indices(self) -> list[IntArray]:
+        """For each client its share of the test part, divided by the same split."""
+        return self._divide(self.task.parts["test"])
+
+    def client_test_dataloader(self, client: int) -> DataLoader[dict[str, Tensor]]:
+        """One client's share of the test part, in the order of the split."""
+        texts = self._texts(self.client_test_indices[client])
+        return DataLoader(texts, batch_size=self.hparams["eval_batch_size"], collate_fn=_as_is)
+
     def client_dataloader(self, client: int) -> DataLoader[dict[str, Tensor]]:
         """Training batches of one client, in a new random order each time it is iterated."""
         return self._training(self.client_indices[client])
@@ -154,6 +191,8 @@ class FederatedDataModule(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """The validation part, sorted by length."""
+        if not len(self.task.parts["validation"]):
+            raise UsageError("evaluate_on", "validation", f"test, as the task {self.task.name} has no validation part")
         return self._evaluation(self.task.parts["validation"])
 
     def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
@@ -181,10 +220,18 @@ class FederatedDataModule(pl.LightningDataModule):
             rows.append(row)
         return rows
 
+    def _divide(self, rows: IntArray) -> list[IntArray]:
+        authors = None if self.task.authors is None else self.task.authors[rows]
+        columns = Columns(self.task.labels[rows], authors)
+        choice = {name: self.hparams[name] for name in ("num_clients", "seed", "skew", "alpha")}
+        return [rows[part] for part in divide(self._split, columns, **choice)]
+
     def _training(self, rows: IntArray) -> DataLoader[dict[str, Tensor]]:
         texts, size = self._texts(rows), self.hparams["batch_size"]
-        if self.hparams["padding"] == "max_length":
-            return DataLoader(texts, batch_size=size, shuffle=True, collate_fn=_as_is)
+        plain, drop = self.hparams["padding"] == "max_length", self.hparams["drop_last"]
+        if plain or drop or not self.hparams["shuffle"]:
+            shuffle = self.hparams["shuffle"]
+            return DataLoader(texts, batch_size=size, shuffle=shuffle, drop_last=drop, collate_fn=_as_is)
         return DataLoader(texts, batch_sampler=LengthGroupedBatches(texts.lengths, size), collate_fn=_as_is)
 
     def _evaluation(self, rows: IntArray) -> DataLoader[dict[str, Tensor]]:
@@ -194,14 +241,14 @@ class FederatedDataModule(pl.LightningDataModule):
 
     def _texts(self, rows: IntArray) -> _Texts:
         pad_to = self.hparams["max_length"] if self.hparams["padding"] == "max_length" else None
-        return _Texts(self.tokens, torch.from_numpy(self.task.labels), torch.from_numpy(rows), pad_to)
+        return _Texts(self.tokens, torch.from_numpy(self.task.labels), torch.from_numpy(rows), pad_to, self.hparams["mask"])
 
 
 class _Texts(Dataset[dict[str, Tensor]]):
     """Some rows of a task; the loader asks for whole batches, so no Python runs per text."""
 
-    def __init__(self, tokens: TokenStore, labels: Tensor, rows: Tensor, pad_to: int | None) -> None:
-        self.tokens, self.labels, self.rows, self.pad_to = tokens, labels, rows, pad_to
+    def __init__(self, tokens: TokenStore, labels: Tensor, rows: Tensor, pad_to: int | None, mask: bool) -> None:
+        self.tokens, self.labels, self.rows, self.pad_to, self.mask = tokens, labels, rows, pad_to, mask
         self.lengths = tokens.lengths[rows]
 
     def __len__(self) -> int:
@@ -209,7 +256,10 @@ class _Texts(Dataset[dict[str, Tensor]]):
 
     def __getitems__(self, places: list[int]) -> dict[str, Tensor]:
         chosen = self.rows[places]
-        return self.tokens.batch(chosen, self.pad_to) | {"labels": self.labels[chosen]}
+        batch = self.tokens.batch(chosen, self.pad_to) | {"labels": self.labels[chosen]}
+        if not self.mask:
+            del batch["attention_mask"]
+        return batch
 
 
 def _as_is(batch: Any) -> Any:

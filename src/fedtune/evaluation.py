@@ -13,6 +13,8 @@ from pytorch_lightning.utilities.data import extract_batch_size
 from torch import Tensor
 from torchmetrics import Metric
 
+from fedtune.client import call_step
+
 
 class LogRecorder:
     """Stands in for `LightningModule.log`: a sum and a weight for every scalar, the metric object for every `Metric`.
@@ -32,7 +34,8 @@ class LogRecorder:
             self._metrics[name] = value
             return
         weight = batch_size or self.batch_size
-        summand = torch.as_tensor(value).detach().double() * weight
+        found = torch.as_tensor(value).detach()
+        summand = found.to(torch.float32 if found.device.type == "mps" else torch.float64) * weight  # mps has no float64
         self._sums[name] = self._sums[name] + summand if name in self._sums else summand
         self._weights[name] = self._weights.get(name, 0.0) + weight
 
@@ -44,10 +47,17 @@ class LogRecorder:
     def results(self) -> dict[str, float]:
         """Scalars averaged over examples, metrics computed over all of them (and reset for the next time)."""
         values = {name: float(total) / self._weights[name] for name, total in self._sums.items()}
-        for name, metric in self._metrics.items():
-            values[name] = float(metric.compute())
+        values |= {name: float(metric.compute()) for name, metric in self._metrics.items()}
+        for metric in self._metrics.values():
             metric.reset()
         return values
+
+
+class Silence(LogRecorder):
+    """Takes what is logged in training, and keeps nothing of it."""
+
+    def log(self, name: str, value: Any, *_: Any, batch_size: int | None = None, **__: Any) -> None:
+        """Nothing."""
 
 
 @contextlib.contextmanager
@@ -57,7 +67,7 @@ def attached(fabric: Fabric, module: pl.LightningModule) -> Iterator[None]:
     fabric.to_device(module)
     module.fabric = fabric
     try:
-        with logging_to(module, LogRecorder()):
+        with logging_to(module, Silence()):
             yield
     finally:
         module.fabric = None
@@ -90,7 +100,7 @@ def evaluate(fabric: Fabric, module: pl.LightningModule, loader: Any) -> dict[st
             module.on_validation_epoch_start()
             for index, batch in enumerate(loader):
                 recorder.batch_size = extract_batch_size(batch)
-                module.validation_step(fabric.to_device(batch), index)
+                call_step(module.validation_step, fabric.to_device(batch), index)
             recorder.batch_size = 1
             module.on_validation_epoch_end()
             return recorder.results()

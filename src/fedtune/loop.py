@@ -19,20 +19,21 @@ from lightning_fabric import Fabric
 from fedtune.aggregation import RoundResult, ServerState, cohort, fedavg
 from fedtune.baselines import centralised, local
 from fedtune.callbacks import FederatedCallback
-from fedtune.client import ClientReport, Resident, num_examples
+from fedtune.client import ClientReport, Resident
 from fedtune.errors import UsageError, at_least, one_of
 from fedtune.evaluation import attached
-from fedtune.figures import plot_curves
 from fedtune.hardware import peak_memory_bytes, resolve_precision
 from fedtune.records import RoundRecord
 from fedtune.rundir import RunDirectory, config_of, fingerprint, plain
 from fedtune.session import Session
 from fedtune.summary import mean_of, summarise
 from fedtune.tracking import LOGGERS, Progress, WandbMirror
-from fedtune.weights import Weights, assign_, snapshot, travelling
+from fedtune.weights import assign_, digest, snapshot, travelling
 
 BASELINES = ("centralised", "local")
 PARTS = ("validation", "test")
+EVALUATIONS = ("pooled", "clients")
+WEIGHTINGS = ("examples", "uniform")
 _NOT_CONFIG = ("callbacks", "run_dir", "logger")  # not a plain value, or no part of what makes the numbers
 Advance = Callable[[ServerState], RoundResult]
 
@@ -51,6 +52,9 @@ class FederatedLoop:
         precision: "auto" (bf16 mixed where the hardware has it, else fp32), "32-true" or "bf16-mixed".
         accelerator: as in Lightning: "auto", "cpu", "gpu".
         evaluate_on: the part that the rounds are evaluated on: "validation", or "test" as in the paper.
+        evaluation: "pooled" (metrics over all examples), or "clients" as in the code of Hilmkil et al. 2021: the test part
+            divided like the training part, mean of batches within a client, then mean over clients.
+        weighting: of the average: "examples" (McMahan et al. 2017), or "uniform".
         gradient_clip_val: largest norm of a gradient; no clipping by default.
         baselines: what the result is compared with: "centralised" (pooled data, the same number of examples a round)
             and "local" (each client alone, its own epochs). They run after the rounds; () leaves them out.
@@ -75,6 +79,8 @@ class FederatedLoop:
     precision: str = "auto"
     accelerator: str = "auto"
     evaluate_on: str = "validation"
+    evaluation: str = "pooled"
+    weighting: str = "examples"
     gradient_clip_val: float | None = None
     baselines: Sequence[str] = BASELINES
     baseline_dir: str | None = None
@@ -88,6 +94,7 @@ class FederatedLoop:
     history: list[RoundRecord] = field(default_factory=list, init=False)
     baseline_runs: dict[str, list[Any]] = field(default_factory=dict, init=False)
     summary: dict[str, Any] = field(default_factory=dict, init=False)
+    _centralised_test: dict[str, float] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("max_rounds", "local_epochs", "keep"):
@@ -99,6 +106,8 @@ class FederatedLoop:
             raise UsageError("gradient_clip_val", self.gradient_clip_val, "a number above 0")
         for name, values, allowed in (
             ("evaluate_on", [self.evaluate_on], PARTS),
+            ("evaluation", [self.evaluation], EVALUATIONS),
+            ("weighting", [self.weighting], WEIGHTINGS),
             ("logger", [self.logger], LOGGERS),
             ("baselines", self.baselines, BASELINES),
         ):
@@ -130,22 +139,25 @@ class FederatedLoop:
             data.prepare_data()
             data.setup("fit")
         precision = resolve_precision(self.precision, self.accelerator)
+        try:
+            fabric = Fabric(accelerator=self.accelerator, devices=1, precision=precision)
+        except (ValueError, RuntimeError) as error:
+            raise UsageError("accelerator", self.accelerator, f"one that this machine has: auto, cpu ({error})") from error
         self.config = self._describe(module, data)
         self.config["loop"]["precision"] = precision  # a continuation on other hardware must not change it in silence
         self.history, self.baseline_runs, self.should_stop = [], {}, False
         run = RunDirectory(Path(self.run_dir) if self.run_dir else None, self.config, self.keep)
-        fabric = Fabric(accelerator=self.accelerator, devices=1, precision=precision)
         with attached(fabric, module):
-            session = Session(Resident(fabric, module, self.seed, self.gradient_clip_val), data, self.evaluate_on)
-            initial = snapshot(travelling(module))
-            final = self._federated(session, run, ServerState(0, initial))
+            resident = Resident(fabric, module, self.seed, self.gradient_clip_val)
+            session = Session(resident, data, self.evaluate_on, self.evaluation)
+            start = run.start(ServerState(0, snapshot(travelling(module))))
+            final = self._federated(session, run, start)
             test = session.evaluate("test")
-            baselines = self._baselines(session, initial)
-            assign_(travelling(module), final.weights)
-            self.summary = summarise(self.history, self.evaluate_on, test, baselines)
-            self.summary["peak_memory_bytes"] = peak_memory_bytes(fabric.device)
-            self._draw(run)
-            run.write_json("summary.json", self.summary)
+            self._conclude(session, run, test)  # a baseline that fails must not take the result with it
+            if self.baselines:
+                self._baselines(session, start)
+                assign_(travelling(module), final.weights)
+                self._conclude(session, run, test)
             for hook in self._hooks:
                 hook.on_fit_end(self, module)
         return self.history
@@ -158,7 +170,8 @@ class FederatedLoop:
 
         def advance(state: ServerState) -> RoundResult:
             clients = self._cohort(session.data, state.round + 1)
-            return fedavg(session.resident, state, clients, session.data.client_dataloader, self.local_epochs, told)
+            loader_of = session.data.client_dataloader
+            return fedavg(session.resident, state, clients, loader_of, self.local_epochs, told, self.weighting)
 
         size = min(self.clients_per_round or session.data.num_clients, session.data.num_clients)
         course = _Course(run, self.max_rounds, self.history, self._hooks)
@@ -173,6 +186,8 @@ class FederatedLoop:
         if found is not None:
             assign_(travelling(module), found.weights)
             state = dataclasses.replace(found, weights=snapshot(travelling(module)))
+        if state.round > course.rounds:
+            raise UsageError("max_rounds", course.rounds, f"{state.round} or more, the rounds that {self.run_dir} has")
         self.display.resumed(state.round)
         for hook in course.hooks:
             hook.on_fit_start(self, module)
@@ -191,91 +206,96 @@ class FederatedLoop:
                 hook.on_round_end(self, module, record)
         return state
 
-    def _baselines(self, session: Session, initial: Weights) -> dict[str, Any]:
-        """Run the baselines that were asked for; returns what the summary says of them."""
-        found: dict[str, Any] = {}
+    def _baselines(self, session: Session, start: ServerState) -> None:
         self.should_stop = False
-        if hasattr(session.data, "majority_accuracy"):
-            found["majority_accuracy"] = session.data.majority_accuracy("test")
         if "centralised" in self.baselines:
-            final = self._centralised(session, ServerState(0, initial))
-            assign_(travelling(session.resident.module), final.weights)
-            found["centralised_test"] = session.evaluate("test")
+            self._centralised(session, start)
         if "local" in self.baselines:
-            self.baseline_runs["local"] = self._local(session, initial)
-        return found | self.baseline_runs
+            self.baseline_runs["local"] = self._local(session, start)
 
-    def _centralised(self, session: Session, start: ServerState) -> ServerState:
-        sizes = [num_examples(session.data.client_dataloader(client)) for client in range(session.data.num_clients)]
-
+    def _centralised(self, session: Session, start: ServerState) -> None:
         def advance(state: ServerState) -> RoundResult:
-            clients = self._cohort(session.data, state.round + 1)
-            examples = self.local_epochs * sum(sizes[client] for client in clients)
-            return centralised(session.resident, state, session.data.train_dataloader(), examples)
+            examples = self.history[state.round].num_examples
+            return centralised(session.resident, state, session.data.train_dataloader(), examples, self.local_epochs)
 
         history: list[RoundRecord] = []
-        self.baseline_runs["centralised"] = history
         everyone = self.clients_per_round is None or self.clients_per_round >= session.data.num_clients
-        course = _Course(self._baseline_run("centralised", not everyone, sum(sizes)), self.history[-1].round, history)
+        course = _Course(self._baseline_run("centralised", start, not everyone), self.history[-1].round, history)
         with self.display.phase("centralised", course.rounds, 1):
-            return self._rounds(session, course, start, advance)
+            final = self._rounds(session, course, start, advance)
+        assign_(travelling(session.resident.module), final.weights)
+        self.baseline_runs["centralised"], self._centralised_test = history, session.evaluate("test")
 
-    def _local(self, session: Session, initial: Weights) -> list[dict[str, Any]]:
-        run = self._baseline_run("local", split_matters=True)
+    def _local(self, session: Session, start: ServerState) -> list[dict[str, Any]]:
+        run = self._baseline_run("local", start, split_matters=True)
         done = run.read("local.jsonl")
         taken = [client for number in range(1, self.history[-1].round + 1) for client in self._cohort(session.data, number)]
         with self.display.phase("local", 1, session.data.num_clients):
             for client in range(len(done), session.data.num_clients):
-                epochs = self.local_epochs * max(1, taken.count(client))
-                record = local(
-                    session.resident, initial, client, session.data.client_dataloader(client), epochs, session.loaders()
-                )
+                epochs, loader = self.local_epochs * max(1, taken.count(client)), session.data.client_dataloader(client)
+                record = local(session.resident, start.weights, client, loader, epochs, session.loaders())
                 run.append("local.jsonl", record)
                 done.append(record)
                 self.display.local(record)
         return done
 
-    def _baseline_run(self, name: str, split_matters: bool, examples: int | None = None) -> RunDirectory:
-        """The directory of a baseline, named after all of the configuration that its numbers depend on."""
+    def _baseline_run(self, name: str, start: ServerState, split_matters: bool) -> RunDirectory:
+        """The directory of a baseline, named after all that its numbers depend on."""
         folder = self.baseline_dir or (self.run_dir and str(Path(self.run_dir) / "baselines"))
-        ignored = {"max_rounds", "keep", "progress", "baselines", "baseline_dir"}
-        ignored |= set() if split_matters else {"num_clients", "split", "skew", "alpha"}
-        config = {
-            part: {key: value for key, value in options.items() if key not in ignored} for part, options in self.config.items()
-        }
-        config["baseline"] = {"name": name, "rounds": self.history[-1].round, "examples": examples}
-        return RunDirectory(Path(folder) / f"{name}-{fingerprint(config)}" if folder else None, config, self.keep)
+        if not folder:
+            return RunDirectory(None, {}, self.keep)
+        config = {part: dict(options) for part, options in self.config.items()}
+        for key in ("max_rounds", "keep", "progress", "baselines", "baseline_dir"):
+            del config["loop"][key]
+        for key in () if split_matters else ("num_clients", "split", "skew", "alpha"):
+            config["data"].pop(key, None)
+        examples = [record.num_examples for record in self.history]
+        config["baseline"] = {"name": name, "examples": examples, "start": digest(start.weights)}
+        return RunDirectory(Path(folder) / f"{name}-{fingerprint(config)}", config, self.keep)
+
+    def _conclude(self, session: Session, run: RunDirectory, test: dict[str, float]) -> None:
+        """Sum up what is known by now."""
+        majority = getattr(session.data, "majority_accuracy", None)
+        found = dict(self.baseline_runs) | {"majority_accuracy": majority("test") if majority else None}
+        if "centralised" in found:
+            found["centralised_test"] = self._centralised_test
+        self.summary = summarise(self.history, self.evaluate_on, test, found)
+        self.summary["peak_memory_bytes"] = peak_memory_bytes(session.resident.fabric.device)
+        self._draw(run)
+        run.write_json("summary.json", self.summary)
 
     def _cohort(self, data: Any, number: int) -> list[int]:
         return cohort(self.seed, number, data.num_clients, self.clients_per_round)
 
     def _draw(self, run: RunDirectory) -> None:
-        if run.path is None:
-            return
         curves = {"federated": self.history, "centralised": self.baseline_runs.get("centralised", [])}
         alone = mean_of(self.baseline_runs.get("local", []), self.evaluate_on, "accuracy")
-        plot_curves(
+        run.draw(
             {name: history for name, history in curves.items() if history},
-            run.path / "curves.png",
             levels={} if alone is None else {"each client alone, mean": alone},
-            title=f"{Path(run.path).name}: {self.evaluate_on} part",
+            part=self.evaluate_on,
         )
 
     def _describe(self, module: pl.LightningModule, data: Any) -> dict[str, Any]:
         """The resolved configuration, in the words of the command line."""
         own = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.init}
-        return {
-            "model": config_of(module),
-            "data": config_of(data),
-            "loop": plain({name: value for name, value in own.items() if name not in _NOT_CONFIG}),
-        }
+        model, text = config_of(module), config_of(data)
+        other = text.pop("model", None)
+        if other is not None and other != model.get("name"):
+            text["tokenizer"] = text["tokenizer"] or other
+        loop = plain({name: value for name, value in own.items() if name not in _NOT_CONFIG})
+        return {"model": model, "data": text, "loop": loop, "content": {"task": getattr(data, "digest", None)}}
 
     def _check(self, data: Any) -> None:
         needed = ["client_dataloader", "num_clients", "val_dataloader"]
+        needed += ["client_test_dataloader"] if self.evaluation == "clients" else []
+        needed += ["test_dataloader"] if self.evaluate_on == "test" else []
         needed += ["train_dataloader"] if "centralised" in self.baselines else []
         missing = [name for name in needed if not hasattr(data, name)]
         if missing:
             raise UsageError("data", type(data).__name__, f"a data module that has {', '.join(missing)}")
+        if self.evaluation == "clients" and self.evaluate_on != "test":
+            raise UsageError("evaluate_on", self.evaluate_on, "test, with evaluation by clients")
         if self.clients_per_round is not None and self.clients_per_round > data.num_clients:
             raise UsageError("clients_per_round", self.clients_per_round, f"at most num_clients, {data.num_clients}")
 

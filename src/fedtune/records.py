@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedtune.checkpoint import write_text
+from fedtune.checkpoint import synchronise, write_text
 from fedtune.client import ClientReport
 
 
@@ -62,10 +62,13 @@ class RoundRecord:
 
 def append(file: Path, record: dict[str, Any]) -> None:
     """Add a line to a JSON-lines file and wait until it is on the disk."""
+    new = not file.exists()
     with open(file, "a", encoding="utf-8") as stream:
         stream.write(json.dumps(record, ensure_ascii=False) + "\n")
         stream.flush()
         os.fsync(stream.fileno())
+    if new:
+        synchronise(file.parent)
 
 
 def read(file: Path) -> list[dict[str, Any]]:

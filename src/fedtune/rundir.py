@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from fedtune import checkpoint, records
 from fedtune.aggregation import ServerState
 from fedtune.errors import RunError, UsageError
+from fedtune.figures import plot_curves
 from fedtune.records import RoundRecord
 
 # what may differ between the start of a run and its continuation: no number of a finished round depends on it
@@ -44,6 +47,21 @@ class RunDirectory:
         except OSError as error:
             raise UsageError("run_dir", str(path), f"a directory that can be written ({error.strerror})") from error
 
+    def start(self, state: ServerState) -> ServerState:
+        """The state that the run began with: the one given, at its first start, and from then on the one kept."""
+        if self.path is None:
+            return state
+        found = checkpoint.latest(self.path / "start")
+        if found is None:
+            checkpoint.save(self.path / "start", state, keep=1)
+        return found or state
+
+    def draw(self, curves: Mapping[str, Sequence[RoundRecord]], levels: Mapping[str, float], part: str) -> None:
+        """Draw curves.png."""
+        if self.path is not None:
+            with _disk(self.path / "curves.png"):
+                plot_curves(curves, self.path / "curves.png", levels, title=f"{self.path.name}: {part} part")
+
     def resume(self) -> tuple[ServerState | None, list[RoundRecord]]:
         """The state after the last complete round and the records up to it; a later, unfinished round is dropped."""
         if self.path is None:
@@ -53,7 +71,8 @@ class RunDirectory:
         if state and len(done) < state.round:
             raise RunError(f"{self.path / 'rounds.jsonl'} lacks rounds up to {state.round}; it has {len(done)}")
         if (self.path / "rounds.jsonl").exists():
-            records.rewrite(self.path / "rounds.jsonl", [record.to_dict() for record in done])
+            with _disk(self.path / "rounds.jsonl"):
+                records.rewrite(self.path / "rounds.jsonl", [record.to_dict() for record in done])
         return state, done
 
     def complete(self, record: RoundRecord, state: ServerState) -> None:
@@ -65,24 +84,23 @@ class RunDirectory:
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file of the run, at once."""
         if self.path is not None:
-            checkpoint.write_text(self.path / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+            with _disk(self.path / name):
+                checkpoint.write_text(self.path / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
     def read(self, name: str) -> list[dict[str, Any]]:
         """The records of a JSON-lines file of the run; a line that a crash left unfinished is removed from it."""
         if self.path is None or not (self.path / name).exists():
             return []
         found = records.read(self.path / name)
-        records.rewrite(self.path / name, found)
+        with _disk(self.path / name):
+            records.rewrite(self.path / name, found)
         return found
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Add a record to a JSON-lines file of the run."""
-        if self.path is None:
-            return
-        try:
-            records.append(self.path / name, record)
-        except OSError as error:
-            raise RunError(f"a record could not be written to {self.path / name} ({error})") from error
+        if self.path is not None:
+            with _disk(self.path / name):
+                records.append(self.path / name, record)
 
     def _claim(self, file: Path, config: Mapping[str, Any]) -> None:
         if file.exists():
@@ -93,6 +111,14 @@ class RunDirectory:
                 raise UsageError("run_dir", str(self.path), allowed)
         text = yaml.safe_dump({**config, "versions": versions()}, sort_keys=False, allow_unicode=True)
         checkpoint.write_text(file, text)
+
+
+@contextlib.contextmanager
+def _disk(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{file} could not be written ({error}); every complete round is kept") from error
 
 
 def config_of(part: Any) -> dict[str, Any]:
@@ -108,6 +134,8 @@ def plain(values: Any) -> Any:
         return {str(key): plain(value) for key, value in values.items()}
     if isinstance(values, (list, tuple)):
         return [plain(value) for value in values]
+    if isinstance(values, np.generic):
+        return values.item()
     return values if isinstance(values, (int, float, str, bool, type(None))) else getattr(values, "__name__", repr(values))
 
 

@@ -23,25 +23,44 @@ class Session:
     resident: Resident
     data: Any
     part: str
+    evaluation: str = "pooled"
+
+    def loader(self, part: str) -> Any:
+        """The batches of a part, or None where the data have no such part."""
+        name, stage = ("test_dataloader", "test") if part == "test" else ("val_dataloader", "validate")
+        if isinstance(self.data, pl.LightningDataModule):
+            if not is_overridden(name, self.data):
+                return None
+            self.data.setup(stage)
+        return getattr(self.data, name)() if hasattr(self.data, name) else None
 
     def loaders(self) -> dict[str, Any]:
-        """Part -> its batches, for the parts that the data have."""
-        has_test = not isinstance(self.data, pl.LightningDataModule) or is_overridden("test_dataloader", self.data)
-        names = {"validation": "val_dataloader"} | ({"test": "test_dataloader"} if has_test else {})
-        return {part: getattr(self.data, name)() for part, name in names.items()}
+        """Part -> its batches: the part that rounds are evaluated on, and the test part where there is one."""
+        found = {part: self.loader(part) for part in dict.fromkeys((self.part, "test"))}
+        return {part: batches for part, batches in found.items() if batches is not None}
 
     def evaluate(self, part: str) -> dict[str, float]:
         """What the module logs on a part, as it stands; nothing where the data have no such part."""
-        loader = self.loaders().get(part)
+        loader = self.loader(part)
         if loader is None:
             return {}
         with seeded(self.resident.seed, "evaluate"):  # a loader draws a seed, even when nothing is random
             return evaluate(self.resident.fabric, self.resident.module, loader)
 
+    def evaluate_clients(self) -> dict[str, float]:
+        """Mean of batches within a client, then mean over clients, each on its share of the test part."""
+        fabric, module = self.resident.fabric, self.resident.module
+        of_clients = []
+        with seeded(self.resident.seed, "evaluate"):
+            for client in range(self.data.num_clients):
+                loader = self.data.client_test_dataloader(client)
+                of_clients.append(_mean([evaluate(fabric, module, [batch]) for batch in loader]))
+        return _mean(of_clients)
+
     def record(self, result: RoundResult, began: float) -> RoundRecord:
         """Evaluate the module, which holds the round's result, and put down all that is known of the round."""
         trained = time.perf_counter()
-        metrics = self.evaluate(self.part)
+        metrics = self.evaluate(self.part) if self.evaluation == "pooled" else self.evaluate_clients()
         ended = time.perf_counter()
         reports = result.clients
         examples = sum(report.num_examples for report in reports)
@@ -61,3 +80,7 @@ class Session:
             bytes_down=result.bytes_down,
             clients=reports,
         )
+
+
+def _mean(metrics: list[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(one[name] for one in metrics) / len(metrics) for name in metrics[0]}

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from fedtune.errors import UsageError, at_least, one_of
 from fedtune.randomness import stream
@@ -69,8 +70,7 @@ def _homes(authors: IntArray, num_clients: int) -> dict[int, list[int]]:
     if num_clients <= len(names):
         load = np.zeros(num_clients, dtype=np.int64)
         for i in largest_first:
-            # the second key gives every client an author before any client gets a second one
-            client = min(range(num_clients), key=lambda k: (load[k], k))
+            client = int(load.argmin())  # an empty client, as long as there is one
             homes[int(names[i])].append(client)
             load[client] += counts[i]
         return homes
@@ -105,11 +105,28 @@ def dirichlet(columns: Columns, num_clients: int, seed: int, alpha: float = 0.5)
     )
 
 
+def hilmkil_iid(columns: Columns, num_clients: int, seed: int) -> list[IntArray]:
+    """As the code of Hilmkil et al. 2021 does it: the first K * (N // K) texts, drawn in random order from torch's generator
+    in its constant first state, cut in K. The seed has no influence, the order within a client is kept, the rest is dropped."""
+    size = len(columns.labels) // num_clients
+    order = torch.randperm(size * num_clients, generator=torch.Generator()).numpy()
+    return list(order.reshape(num_clients, size))
+
+
+def hilmkil_sorted(columns: Columns, num_clients: int, seed: int) -> list[IntArray]:
+    """As the code of Hilmkil et al. 2021 does it: sorted by label, cut in K blocks of N // K; the rest is dropped."""
+    size = len(columns.labels) // num_clients
+    order = torch.argsort(torch.from_numpy(np.asarray(columns.labels))).numpy()[: size * num_clients]
+    return list(order.reshape(num_clients, size))
+
+
 SPLITS: dict[str, Split] = {
     "iid": iid,
     "by_label": by_label,
     "by_author": by_author,
     "dirichlet": dirichlet,
+    "hilmkil_iid": hilmkil_iid,
+    "hilmkil_sorted": hilmkil_sorted,
 }
 _OPTIONS = {"by_author": ("skew",), "dirichlet": ("alpha",)}  # what each registered split takes beyond the three
 

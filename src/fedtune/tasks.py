@@ -8,10 +8,15 @@ from typing import Any
 
 from fedtune.authors import authors
 from fedtune.errors import UsageError, one_of
+from fedtune.paper_tasks import agnews, imdb, spooky_author, yelp
 from fedtune.texttask import TextTask
 
 TASKS: dict[str, Callable[..., TextTask]] = {
     "authors": authors,
+    "imdb": imdb,
+    "yelp": yelp,
+    "agnews": agnews,
+    "spooky_author": spooky_author,
     "csv": TextTask.from_csv,
     "hub": TextTask.from_hub,
 }
@@ -33,4 +38,9 @@ def load_task(task: str | TextTask, options: Mapping[str, Any] | None = None) ->
     except TypeError as error:
         allowed = f"the arguments of task {task!r}: {', '.join(parameters.parameters) or 'none'} ({error})"
         raise UsageError("task_options", dict(options or {}), allowed) from error
-    return TASKS[task](**(options or {}))
+    try:
+        return TASKS[task](**(options or {}))
+    except UsageError as error:
+        if error.argument in parameters.parameters and error.argument != "folder":
+            raise UsageError(f"task_options.{error.argument}", error.came, error.allowed) from error
+        raise

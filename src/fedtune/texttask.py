@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import zlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ class TextTask:
         texts: N texts.
         labels: (N,) class numbers, 0 .. C-1.
         label_names: C names.
-        parts: row numbers of "train", "validation" and "test", disjoint.
+        parts: row numbers of "train", "validation" (may be empty) and "test", disjoint.
         authors: (N,) author numbers, or None where the source names no authors.
         author_names: A names.
         source: where the texts come from.
@@ -55,7 +56,7 @@ class TextTask:
             raise UsageError("task", self.name, f"texts that are not empty (text {empty + 1} of {len(self.texts)} is)")
         if len(self.label_names) < 2:
             raise UsageError("task", self.name, f"at least two labels (the only one is {list(self.label_names)})")
-        for part in PARTS:
+        for part in ("train", "test"):
             if not len(self.parts[part]):
                 raise UsageError("task", self.name, f"a {part} part that is not empty ({len(self.texts)} texts in all)")
         unseen = set(self.labels.tolist()) - set(self.labels[self.parts["train"]].tolist())
@@ -120,7 +121,7 @@ class TextTask:
 
         try:
             found = datasets.load_dataset(path, config)
-        except (OSError, ValueError) as error:  # FileNotFoundError, DatasetNotFoundError, ConnectionError, bad config
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # not found, no network, bad files
             raise UsageError("task", path, f"a data set of the hub or a local folder ({_first_line(error)})") from error
         columns = {"text": text, "label": label, "author": author, "document": document}
         wanted = {key: name for key, name in columns.items() if name is not None}
@@ -150,14 +151,15 @@ def _check_columns(source: object, wanted: Mapping[str, str], present: Sequence[
 
 def _read_csv(path: Path, wanted: Mapping[str, str]) -> dict[str, list[Any]]:
     opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
+    csv.field_size_limit(10**9)  # a document is a field
     try:
         with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             _check_columns(path, wanted, reader.fieldnames or [])
             rows = list(reader)
-    except UnicodeDecodeError as error:
+    except UnicodeDecodeError as error:  # also a ValueError, so it comes first
         raise UsageError("path", str(path), f"a file in UTF-8 (byte {error.start} of a block is not)") from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, csv.Error, zlib.error) as error:
         raise UsageError("path", str(path), f"a readable CSV file, plain or gzip ({error})") from error
     table = {key: [row[name] for row in rows] for key, name in wanted.items()}
     for key in ("text", "label"):
@@ -179,6 +181,8 @@ def _task_of_tables(
             documents = [joined.get("document", joined["text"])[row] for row in parts["train"]]
             held_out = hold_out(documents, _HELD_OUT[part], stream(0, f"parts/{part}"))
             parts[part], parts["train"] = parts["train"][held_out], parts["train"][~held_out]
+    if any(value is None for value in joined["label"]):
+        raise UsageError("label", None, f"a column without empty values, in {source}")
     labels, label_names = _numbered(joined["label"], (names or {}).get("label"))
     authors, author_names = _numbered(joined["author"], (names or {}).get("author")) if "author" in joined else (None, ())
     return TextTask(name, joined["text"], labels, label_names, parts, authors, author_names, source=source)

@@ -6,17 +6,20 @@ Both are callbacks; neither changes a number.
 from __future__ import annotations
 
 import os
+import uuid
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytorch_lightning as pl
 
 from fedtune.callbacks import FederatedCallback
+from fedtune.checkpoint import write_text
 from fedtune.client import ClientReport
 from fedtune.errors import UsageError
 from fedtune.records import RoundRecord
-from fedtune.rundir import fingerprint
 
 if TYPE_CHECKING:
     from fedtune.loop import FederatedLoop
@@ -83,7 +86,8 @@ class Progress:
 
     def local(self, record: Mapping[str, Any]) -> None:
         """One more client has trained alone."""
-        metrics = "  ".join(f"{name} {value:.3f}" for name, value in record["validation"].items())
+        part = "validation" if "validation" in record else "test"
+        metrics = "  ".join(f"{name} {value:.3f}" for name, value in record[part].items())
         self.line(f"local client {record['client']}  {metrics}  {record['seconds']:.1f} s")
         self._bar.update(self._task, advance=1)
 
@@ -110,26 +114,34 @@ class WandbMirror(FederatedCallback):
         self._run: Any = None
 
     def on_fit_start(self, loop: FederatedLoop, module: pl.LightningModule) -> None:
-        """Open the run; a resumed run directory continues the same W&B run."""
+        """Open the run; a resumed run directory continues the same W&B run. A W&B that fails is left alone from then on."""
         config, tagged = loop.config, (("model", "name"), ("data", "task"), ("data", "split"))
-        self._run = self._wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "fedtune"),
-            dir=loop.run_dir,
-            id=fingerprint(config | {"directory": str(loop.run_dir)}) if loop.run_dir else None,
-            resume="allow",
-            config=config,
-            mode=_mode(),
-            tags=[str(config[part][key]) for part, key in tagged if key in config.get(part, {})],
-        )
+        try:
+            self._run = self._wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "fedtune"),
+                dir=loop.run_dir,
+                id=_run_id(loop.run_dir),
+                resume="allow",
+                reinit="finish_previous",
+                config=config,
+                mode=_mode(),
+                tags=[str(config[part][key])[:64] for part, key in tagged if key in config.get(part, {})],
+            )
+        except self._wandb.Error as error:
+            warnings.warn(f"the run is not mirrored, W&B could not be started: {error}", stacklevel=1)
+            return
         self._run.define_metric("round")
         self._run.define_metric("*", step_metric="round")
 
     def on_round_end(self, loop: FederatedLoop, module: pl.LightningModule, record: RoundRecord) -> None:
         """Log every number of the record."""
-        self._run.log({name: value for name, value in record.to_dict().items() if name != "clients"})
+        if self._run is not None:
+            self._run.log({name: value for name, value in record.to_dict().items() if name != "clients"})
 
     def on_fit_end(self, loop: FederatedLoop, module: pl.LightningModule) -> None:
         """Log the last round's clients as a table and the summary, and close the run."""
+        if self._run is None:
+            return
         reports = loop.history[-1].to_dict()["clients"]
         rows = [list(report.values()) for report in reports]
         self._run.log({"clients": self._wandb.Table(columns=list(reports[0]), data=rows), "round": loop.history[-1].round})
@@ -138,6 +150,16 @@ class WandbMirror(FederatedCallback):
         self._run.finish()
         if offline:
             loop.display.line(f"W&B wrote offline files; send them with: wandb sync {os.path.dirname(folder)}")
+
+
+def _run_id(run_dir: str | None) -> str | None:
+    """The W&B run that a run directory belongs to; drawn at its first start."""
+    if run_dir is None:
+        return None
+    file = Path(run_dir) / "wandb_id"
+    if not file.exists():
+        write_text(file, uuid.uuid4().hex[:12])
+    return file.read_text(encoding="utf-8")
 
 
 def _mode() -> Literal["offline"] | None:

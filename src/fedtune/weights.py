@@ -6,6 +6,7 @@ parameters and counters stay where they are.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 
 import torch
@@ -44,6 +45,15 @@ def distance(one: Weights, other: Weights) -> Tensor:
     """Euclidean distance over all tensors, as a scalar on their device; needs the memory of one tensor at a time."""
     squares = [(one[name] - other[name]).float().square_().sum() for name in one]
     return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+
+
+def digest(weights: Weights) -> str:
+    """Sixteen hexadecimal digits that name these weights."""
+    found = hashlib.sha256()
+    for name, tensor in weights.items():
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def num_bytes(weights: Weights) -> int:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from fedtune.errors import UsageError
+from fedtune.models.albert import AlbertClassifier
 from fedtune.models.bert import BertClassifier
+from fedtune.models.distilbert import DistilBertClassifier
 from fedtune.models.text_classifier import TextClassifier
 from fedtune.pretrained import load_config
 
 FAMILIES: dict[str, type[TextClassifier]] = {
     "bert": BertClassifier,
+    "distilbert": DistilBertClassifier,
+    "albert": AlbertClassifier,
 }
 
 

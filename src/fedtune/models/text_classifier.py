@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from transformers import PretrainedConfig, PreTrainedModel
 
-from fedtune.errors import UsageError, at_least, one_of
-from fedtune.pretrained import load_config, locate
+from fedtune.errors import RunError, UsageError, at_least, one_of
+from fedtune.pretrained import converted_weights, load_config, locate
 from fedtune.randomness import seeded
 
 OPTIMIZERS = ("adamw", "sgd")
@@ -31,12 +31,13 @@ class TextClassifier(pl.LightningModule, abc.ABC):
     Args:
         name: a name of `fedtune.MODELS`, a local folder or a hub id, of the family of the class.
         num_labels: number of classes C.
-        init: "pretrained" weights, or "random" ones in the same architecture.
+        init: "pretrained" weights, or "random" ones in the same architecture, for speed work and checks without the hub.
+        vocab_size: with random weights: the size of the vocabulary, where the tokenizer is not the model's own.
         optimizer: "adamw" (Loshchilov and Hutter 2019) or "sgd" (plain).
         learning_rate: the learning rate after warm-up.
         weight_decay: decay of the matrices; biases and layer norms are never decayed.
-        warmup_steps: steps over which the learning rate rises linearly from 0. Steps of the whole federation: a client
-            that trains in round r goes on where the clients of round r - 1 stopped.
+        warmup_steps: steps over which the learning rate rises linearly: step s of W has s / W of it. Steps of the whole
+            federation: a client that trains in round r goes on where the clients of round r - 1 stopped.
         label_smoothing: smoothing of the training loss; evaluation never smooths.
         dropout: probability of every dropout, the model's own by default.
         freeze_embeddings: the embeddings stay as they are.
@@ -67,6 +68,7 @@ class TextClassifier(pl.LightningModule, abc.ABC):
         freeze_embeddings: bool = False,
         freeze_layers: int = 0,
         seed: int = 0,
+        vocab_size: int | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -165,6 +167,8 @@ class TextClassifier(pl.LightningModule, abc.ABC):
             raise one_of("optimizer", options["optimizer"], OPTIMIZERS)
         if options["init"] not in INITS:
             raise one_of("init", options["init"], INITS)
+        if options["vocab_size"] is not None and options["init"] != "random":
+            raise UsageError("vocab_size", options["vocab_size"], "nothing, with pretrained weights")
 
     def _build(self) -> PreTrainedModel:
         options = self.hparams
@@ -177,13 +181,34 @@ class TextClassifier(pl.LightningModule, abc.ABC):
             self.set_dropout(config, options["dropout"])
         attention = "sdpa" if torch.cuda.is_available() else "eager"  # 12 % faster in bf16 on a CPU: docs/performance.md
         if options["init"] == "random":
+            config.vocab_size = options["vocab_size"] or config.vocab_size
             return self.model_class._from_config(config, attn_implementation=attention).train()
+        weights = converted_weights(options["name"])
+        if weights is not None:
+            network = self.model_class._from_config(config, attn_implementation=attention)
+            fresh, unknown = network.load_state_dict(weights, strict=False)
+            if unknown or {name.split(".")[0] for name in fresh} & {name.split(".")[0] for name in weights}:
+                raise RunError(f"the weights of {options['name']} do not fit: {[*unknown, *fresh][:3]}")
+            return network.train()
         with _quiet():
-            # a head for another number of classes is replaced by a fresh one
-            network = self.model_class.from_pretrained(
-                locate(options["name"]), config=config, attn_implementation=attention, ignore_mismatched_sizes=True
-            )
+            network = self._read(config, attention)
         return network.float().train()  # from_pretrained hands over a network without dropout
+
+    def _read(self, config: PretrainedConfig, attention: str) -> PreTrainedModel:
+        """The pretrained network; its head is fresh, and may have replaced one for another number of classes."""
+        name = self.hparams["name"]
+        options = {"config": config, "attn_implementation": attention, "ignore_mismatched_sizes": True}
+        try:
+            network, found = self.model_class.from_pretrained(
+                locate(name), use_safetensors=True, output_loading_info=True, **options
+            )
+        except (OSError, ValueError) as error:
+            raise UsageError("name", name, f"a model with weights in safetensors that can be read ({error})") from error
+        absent = [*found["missing_keys"], *(key[0] for key in found["mismatched_keys"])]
+        encoder = [key for key in absent if key.startswith(f"{network.base_model_prefix}.") and ".pooler." not in key]
+        if encoder:
+            raise UsageError("name", name, f"weights that fit the configuration (these lack {', '.join(encoder[:3])})")
+        return network
 
     def _freeze(self) -> None:
         layers, count = self.layers(), self.hparams["freeze_layers"]

@@ -1,0 +1,200 @@
+"""The preset against a second implementation of the protocol, written from its description with torch alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import make_loop
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, random_split
+
+import fedtune
+from fedtune.aggregation import ServerState, fedavg
+from fedtune.client import Resident
+from fedtune.randomness import stream
+from fedtune.tasks import load_task
+from fedtune.weights import snapshot, travelling
+
+LENGTH, BATCH, ROUNDS, EPOCHS, RATE = 48, 8, 3, 2, 0.05
+SMALL = {"vocab_size": 30522, "max_position_embeddings": LENGTH}
+CONFIGS = {
+    "bert": transformers.BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, **SMALL),
+    "distilbert": transformers.DistilBertConfig(dim=16, n_layers=2, n_heads=2, hidden_dim=32, **SMALL),
+    "albert": transformers.AlbertConfig(
+        embedding_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, **SMALL
+    ),
+}
+
+# ---------------------------------------------------------------- the judge: torch only
+
+
+def divided(data: Dataset[Any], labels: torch.Tensor, clients: int, iid: bool) -> list[Subset[Any]]:
+    n = len(labels) // clients
+    if iid:
+        return random_split(Subset(data, range(n * clients)), [n] * clients, generator=torch.Generator())
+    order = torch.argsort(labels)
+    return [Subset(data, order[k * n : (k + 1) * n].tolist()) for k in range(clients)]
+
+
+def judge(
+    model: torch.nn.Module, train: Any, test: Any, clients: int, iid: bool, seed_of: Callable[[int, int], int]
+) -> tuple[dict[str, torch.Tensor], list[tuple[float, float]]]:
+    """Weights after the last round, and (loss, accuracy) of every round."""
+    parts, test_parts = (divided(data, data.tensors[1], clients, iid) for data in (train, test))
+    server = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    curve = []
+    for number in range(1, ROUNDS + 1):
+        sent = []
+        for k in range(clients):
+            load(model, server)
+            model.train()
+            torch.manual_seed(seed_of(number, k))
+            optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+            for _ in range(EPOCHS):
+                for ids, labels in DataLoader(parts[k], batch_size=BATCH, shuffle=False, drop_last=True):
+                    optimizer.zero_grad()
+                    F.cross_entropy(model(input_ids=ids).logits, labels).backward()
+                    optimizer.step()
+            sent.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
+        server = {name: torch.stack([weights[name] for weights in sent]).mean(0) for name in server}
+        load(model, server)
+        model.eval()
+        of_clients = []
+        for part in test_parts:
+            values = []
+            with torch.no_grad():
+                for ids, labels in DataLoader(part, batch_size=20):
+                    logits = model(input_ids=ids).logits
+                    right = (logits.argmax(1) == labels).float().mean()
+                    values.append((F.cross_entropy(logits, labels).item(), right.item()))
+            of_clients.append(np.mean(values, axis=0))
+        curve.append(tuple(np.mean(of_clients, axis=0)))
+    return server, curve
+
+
+def load(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in weights:
+                parameter.copy_(weights[name])
+
+
+# ---------------------------------------------------------------- the comparison
+
+
+@pytest.fixture(scope="module")
+def task() -> fedtune.TextTask:
+    """Real text: 203 passages to train on and 61 to test, by four authors in turn; neither number is round."""
+    whole, rows = load_task("authors"), {}
+    for part, count in (("train", 203), ("test", 61)):
+        of_authors = [[row for row in whole.parts[part] if whole.labels[row] == author] for author in (0, 5, 8, 15)]
+        rows[part] = [author[i] for i in range(count) for author in of_authors if i < len(author)][:count]
+    chosen = rows["train"] + rows["test"]
+    numbers = {0: 0, 5: 1, 8: 2, 15: 3}
+    parts = {"train": np.arange(203), "validation": np.arange(0), "test": np.arange(203, 264)}
+    labels = np.asarray([numbers[int(whole.labels[row])] for row in chosen])
+    texts = [" ".join(whole.texts[row].split()[: 8 + 5 * (i % 7)]) for i, row in enumerate(chosen)]  # so that there is padding
+    return fedtune.TextTask("four", texts, labels, tuple("abcd"), parts)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("hilmkil")
+    for name, config in CONFIGS.items():
+        torch.manual_seed(3)
+        transformers.AutoModel.from_config(config).save_pretrained(root / name)
+    return {name: str(root / name) for name in CONFIGS}
+
+
+def ours(task: fedtune.TextTask, folder: str, clients: int, iid: bool, dropout: float, **changes: Any) -> Any:
+    options = {"padding": "max_length", "mask": False, "shuffle": False, "drop_last": True, "eval_batch_size": 20} | changes
+    split = "hilmkil_iid" if iid else "hilmkil_sorted"
+    data = fedtune.FederatedDataModule(
+        task, folder, clients, split, tokenizer="minilm", batch_size=BATCH, max_length=LENGTH, **options
+    )
+    module = fedtune.build_classifier(folder, 4, optimizer="sgd", learning_rate=RATE, dropout=dropout)
+    loop = make_loop(
+        max_rounds=ROUNDS, local_epochs=EPOCHS, evaluate_on="test", evaluation="clients", weighting="uniform", seed=5
+    )
+    loop.fit(module, data)
+    return data, module, loop.history
+
+
+def verdict(task: fedtune.TextTask, folder: str, data: Any, clients: int, iid: bool, dropout: float) -> Any:
+    store, labels = data.tokens, torch.from_numpy(task.labels)
+    sets = [
+        TensorDataset(store.batch(rows, LENGTH)["input_ids"], labels[rows])
+        for rows in (torch.from_numpy(task.parts[part]) for part in ("train", "test"))
+    ]
+    model = fedtune.build_classifier(folder, 4, dropout=dropout).network  # the same start, and from here on plain torch
+    return judge(model, *sets, clients, iid, lambda number, k: int(stream(5, "client", number, k).integers(2**63)))
+
+
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Relative to the size of the whole tensor; of a tensor near zero (a key's bias has no gradient) to 0.05."""
+    return max(float((one[name].detach() - other[name]).norm() / other[name].norm().clamp(min=0.05)) for name in other)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("iid", [True, False], ids=["iid", "sorted"])
+@pytest.mark.parametrize("clients", [1, 2, 4])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_hilmkil_preset_computes_what_a_plain_implementation_does(
+    family: str, clients: int, iid: bool, dropout: float, task: fedtune.TextTask, folders: dict[str, str]
+) -> None:
+    data, module, history = ours(task, folders[family], clients, iid, dropout)
+    weights, curve = verdict(task, folders[family], data, clients, iid, dropout)
+    assert largest_difference(dict(module.network.named_parameters()), weights) < 1e-6
+    assert [record.accuracy for record in history] == pytest.approx([accuracy for _, accuracy in curve], abs=1e-7)
+    assert [record.loss_nats for record in history] == pytest.approx([loss for loss, _ in curve], rel=1e-5)
+    assert len({record.loss_nats for record in history}) == ROUNDS  # something was learnt that could differ
+
+
+@pytest.mark.parametrize("mutation", [{"mask": True}, {"drop_last": False}, {"shuffle": True}], ids=str)
+def test_hilmkil_judge_notices_a_mutation(mutation: dict, task: fedtune.TextTask, folders: dict[str, str]) -> None:
+    data, module, _ = ours(task, folders["bert"], 2, True, 0.0, **mutation)
+    weights, _ = verdict(task, folders["bert"], data, 2, True, 0.0)
+    assert largest_difference(dict(module.network.named_parameters()), weights) > 1e-4
+
+
+def test_hilmkil_mean_is_not_weighted_by_examples(folders: dict[str, str], task: fedtune.TextTask) -> None:
+    """The protocol's clients are equally large, so only unequal ones can tell the two means apart."""
+    from lightning_fabric import Fabric
+
+    module = fedtune.build_classifier(folders["bert"], 4, optimizer="sgd", learning_rate=RATE, dropout=0.0)
+    module.log = lambda *_, **__: None
+    generator = torch.Generator().manual_seed(0)
+    batches = [{"input_ids": torch.randint(5, 999, (n, 9), generator=generator), "labels": torch.arange(n) % 4} for n in (3, 9)]
+    start = ServerState(0, snapshot(travelling(module)))
+    resident = Resident(Fabric(accelerator="cpu", devices=1), module, seed=0)
+
+    def after(clients: list[int], weighting: str) -> dict[str, torch.Tensor]:
+        return fedavg(resident, start, clients, lambda k: [batches[k]], 1, lambda _: None, weighting).state.weights
+
+    alone = [after([k], "uniform") for k in (0, 1)]
+    plain = {name: (alone[0][name] + alone[1][name]) / 2 for name in alone[0]}
+    weighted = {name: (3 * alone[0][name] + 9 * alone[1][name]) / 12 for name in alone[0]}
+    assert largest_difference(after([0, 1], "uniform"), plain) < 1e-6
+    assert largest_difference(after([0, 1], "examples"), weighted) < 1e-6
+    assert largest_difference(plain, weighted) > 1e-4
+
+
+def test_hilmkil_files_are_the_protocol() -> None:
+    import yaml
+
+    folder = Path(__file__).parent.parent / "experiments" / "hilmkil2021"
+    files = sorted(folder.glob("*.yaml"))
+    assert files
+    for file in files:
+        config = yaml.safe_load(file.read_text())
+        expected = {"max_rounds": 100, "local_epochs": 2, "weighting": "uniform", "evaluation": "clients", "baselines": []}
+        assert config["loop"].items() >= (expected | {"evaluate_on": "test", "precision": "32-true"}).items()
+        assert config["model"].items() >= {"optimizer": "sgd", "learning_rate": 2e-5}.items()
+        batches = {"batch_size": 32, "eval_batch_size": 512, "max_length": 128, "padding": "max_length"}
+        assert config["data"].items() >= (batches | {"mask": False, "shuffle": False, "drop_last": True}).items()

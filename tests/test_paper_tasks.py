@@ -1,0 +1,101 @@
+"""The paper's tasks, on the real files where `FEDTUNE_DATA` names them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fedtune
+from fedtune.tasks import load_task
+
+real = pytest.mark.skipif(not os.environ.get("FEDTUNE_DATA"), reason="FEDTUNE_DATA names no folder with the real data")
+
+
+@real
+def test_spooky_is_split_exactly_as_scikit_learn_splits_it() -> None:
+    model_selection = pytest.importorskip("sklearn.model_selection")
+    task = load_task("spooky_author", {"validation": 0.0})
+    numbers = np.arange(19_579)
+    train, test = model_selection.train_test_split(numbers, train_size=0.75, shuffle=True, random_state=1)
+    file = load_rows(Path(os.environ["FEDTUNE_DATA"]) / "spooky_author" / "train.csv.gz")
+    assert [task.texts[row] for row in task.parts["train"]] == [file[i]["text"] for i in train]
+    assert [task.label_names[task.labels[row]] for row in task.parts["test"]] == [file[i]["author"] for i in test]
+    assert task.label_names == task.author_names == ("EAP", "HPL", "MWS")
+    assert len(task.parts["validation"]) == 0
+
+
+def load_rows(path: Path) -> list[dict[str, str]]:
+    import csv
+    import gzip
+
+    with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@real
+def test_imdb_has_its_rows_and_label_order() -> None:
+    task = load_task("imdb")
+    assert {part: len(rows) for part, rows in task.parts.items()}["test"] == 25_000
+    assert len(task.parts["train"]) + len(task.parts["validation"]) == 25_000
+    assert task.label_names == ("neg", "pos")
+    assert np.bincount(task.labels).tolist() == [25_000, 25_000]
+
+
+@real
+def test_a_partial_ag_news_is_refused_or_says_so() -> None:
+    with pytest.raises(fedtune.UsageError, match=r"task_options\.allow_partial: got False; allowed: true"):
+        load_task("agnews")
+    task = load_task("agnews", {"allow_partial": True})
+    assert task.name == "agnews (partial: 27,662 of 120,000 training rows)"
+    assert np.bincount(task.labels[task.parts["test"]]).tolist() == [1_900] * 4
+    data = fedtune.FederatedDataModule(task="agnews", task_options={"allow_partial": True})
+    assert data.task.name == task.name
+
+
+def write(folder: Path, **files: str) -> str:
+    for name, text in files.items():
+        (folder / f"{name}.csv").write_text(text)
+    return str(folder)
+
+
+def test_formats_are_those_of_the_distributors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedtune.paper_tasks.ROWS", {"yelp": (4, 1), "agnews": (4, 1), "imdb": (3, 1)})
+    stars = write(tmp_path, train='"5","great ""food"""\n"1","bad"\n"3","so so"\n"2","meh"\n', test='"2","hm"\n')
+    with pytest.raises(fedtune.UsageError, match=r"train part .*3 stars|these do not"):
+        load_task("yelp", {"folder": write(tmp_path, test='"4","hm"\n'), "validation": 0.0})
+    write(tmp_path, test='"2","hm"\n')
+    task = load_task("yelp", {"folder": stars, "validation": 0.0})
+    assert (task.texts[0], task.labels[0]) == ('great "food"', 4)
+    news = write(tmp_path, train='"3","T","one"\n"4","","two"\n"1","T","x"\n"2","T","y"\n', test='"1","U","three"\n')
+    assert load_task("agnews", {"folder": news, "validation": 0.0}).texts == ["one", "two", "x", "y", "three"]
+    assert load_task("agnews", {"folder": news, "validation": 0.0, "title": True}).texts[0] == "T one"
+    reviews = write(tmp_path, train="text,label\nA,neg\nB,pos\nC,pos\n", test="text,label\nD,neg\n")
+    assert load_task("imdb", {"folder": reviews, "validation": 0.0}).labels.tolist() == [0, 1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "said"),
+    [
+        ("imdb", {"folder": "/no/such"}, "folder: got '/no/such'; allowed: a folder with the files of imdb"),
+        ("spooky_author", {}, "a folder with Kaggle's train.csv"),
+        ("yelp", {}, "the hub's Yelp/yelp_review_full cannot be reached"),
+        ("imdb", {"folder": "."}, "a folder with a readable train.csv"),
+    ],
+)
+def test_without_the_files_it_is_said_what_is_missing(
+    task: str, options: dict, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("FEDTUNE_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(fedtune.UsageError) as caught:
+        load_task(task, options)
+    assert said in str(caught.value)
+
+
+def test_an_incomplete_data_set_is_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path, train="text,label\nA,neg\nB,pos\n", test="text,label\nC,neg\n")
+    with pytest.raises(fedtune.UsageError, match=r"\(25000, 25000\) rows to train and test \(here are \(2, 1\)\)"):
+        load_task("imdb", {"folder": folder})
