@@ -340,6 +340,12 @@ def test_steps_without_batch_idx_and_a_metric_under_two_names_work_as_in_a_train
     assert record.one == record.other != 0
 
 
+def test_a_part_that_the_data_do_not_have_is_refused() -> None:
+    loader = DataLoader(RandomDataset(32, 8), batch_size=4)
+    with pytest.raises(fedtune.UsageError, match="evaluate_on: got 'test'; allowed: a part that the data have"):
+        make_loop(evaluate_on="test").fit(BoringModel(), GivenLoaders([loader], loader))
+
+
 def test_an_accelerator_that_is_not_there_is_refused(make_data: Make, make_module: Make) -> None:
     with pytest.raises(fedtune.UsageError, match="accelerator: got 'gpuu'; allowed: one that this machine has"):
         make_loop(accelerator="gpuu").fit(make_module(), make_data())

@@ -148,12 +148,14 @@ def _describe(options: Namespace) -> None:
     with _flags("data"):
         data = FederatedDataModule(**options.data.as_dict(), model=options.model.name)
         rows = data.describe()
-    title = f"{data.hparams['task']}, {data.hparams['split']}, {data.num_clients} clients"
+    title = f"{data.task.name}, split {data.hparams['split']}, {data.num_clients} clients"
     table = Table(title=title, caption=f"{len(data.task.texts)} texts in all; source: {data.task.source}")
     columns = [name for name in rows[0] if name not in ("labels", "authors")]
     for name in columns:
         table.add_column(name.replace("_", " "), justify="right")
-    counted = [name for name in ("labels", "authors") if name in rows[0]]
+    counted = ["labels"]
+    if any(row.get("authors", row["labels"]) != row["labels"] for row in rows):  # in author identification they are the same
+        counted.append("authors")
     for name in counted:
         table.add_column(f"{name} (most frequent)")
     for row in rows:

@@ -24,7 +24,7 @@ from fedtune.errors import UsageError, at_least, one_of
 from fedtune.evaluation import attached
 from fedtune.hardware import peak_memory_bytes, resolve_precision
 from fedtune.records import RoundRecord
-from fedtune.rundir import RunDirectory, config_of, fingerprint, plain
+from fedtune.rundir import RunDirectory, describe, fingerprint
 from fedtune.session import Session
 from fedtune.summary import mean_of, summarise
 from fedtune.tracking import LOGGERS, Progress, WandbMirror
@@ -143,13 +143,16 @@ class FederatedLoop:
             fabric = Fabric(accelerator=self.accelerator, devices=1, precision=precision)
         except (ValueError, RuntimeError) as error:
             raise UsageError("accelerator", self.accelerator, f"one that this machine has: auto, cpu ({error})") from error
-        self.config = self._describe(module, data)
-        self.config["loop"]["precision"] = precision  # a continuation on other hardware must not change it in silence
+        own = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.init}
+        own["precision"] = precision  # a continuation on other hardware must not change it in silence
+        self.config = describe(module, data, {name: value for name, value in own.items() if name not in _NOT_CONFIG})
         self.history, self.baseline_runs, self.should_stop = [], {}, False
         run = RunDirectory(Path(self.run_dir) if self.run_dir else None, self.config, self.keep)
         with attached(fabric, module):
             resident = Resident(fabric, module, self.seed, self.gradient_clip_val)
             session = Session(resident, data, self.evaluate_on, self.evaluation)
+            if session.loader(self.evaluate_on) is None:
+                raise UsageError("evaluate_on", self.evaluate_on, "a part that the data have")
             start = run.start(ServerState(0, snapshot(travelling(module))))
             final = self._federated(session, run, start)
             test = session.evaluate("test")
@@ -261,35 +264,18 @@ class FederatedLoop:
             found["centralised_test"] = self._centralised_test
         self.summary = summarise(self.history, self.evaluate_on, test, found)
         self.summary["peak_memory_bytes"] = peak_memory_bytes(session.resident.fabric.device)
-        self._draw(run)
+        curves = {"federated": self.history, "centralised": self.baseline_runs.get("centralised", [])}
+        alone = mean_of(self.baseline_runs.get("local", []), self.evaluate_on, "accuracy")
+        levels = {} if alone is None else {"each client alone, mean": alone}
+        run.draw({name: history for name, history in curves.items() if history}, levels, self.evaluate_on)
         run.write_json("summary.json", self.summary)
 
     def _cohort(self, data: Any, number: int) -> list[int]:
         return cohort(self.seed, number, data.num_clients, self.clients_per_round)
 
-    def _draw(self, run: RunDirectory) -> None:
-        curves = {"federated": self.history, "centralised": self.baseline_runs.get("centralised", [])}
-        alone = mean_of(self.baseline_runs.get("local", []), self.evaluate_on, "accuracy")
-        run.draw(
-            {name: history for name, history in curves.items() if history},
-            levels={} if alone is None else {"each client alone, mean": alone},
-            part=self.evaluate_on,
-        )
-
-    def _describe(self, module: pl.LightningModule, data: Any) -> dict[str, Any]:
-        """The resolved configuration, in the words of the command line."""
-        own = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.init}
-        model, text = config_of(module), config_of(data)
-        other = text.pop("model", None)
-        if other is not None and other != model.get("name"):
-            text["tokenizer"] = text["tokenizer"] or other
-        loop = plain({name: value for name, value in own.items() if name not in _NOT_CONFIG})
-        return {"model": model, "data": text, "loop": loop, "content": {"task": getattr(data, "digest", None)}}
-
     def _check(self, data: Any) -> None:
         needed = ["client_dataloader", "num_clients", "val_dataloader"]
         needed += ["client_test_dataloader"] if self.evaluation == "clients" else []
-        needed += ["test_dataloader"] if self.evaluate_on == "test" else []
         needed += ["train_dataloader"] if "centralised" in self.baselines else []
         missing = [name for name in needed if not hasattr(data, name)]
         if missing:

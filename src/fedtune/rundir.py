@@ -121,6 +121,18 @@ def _disk(file: Path) -> Iterator[None]:
         raise RunError(f"{file} could not be written ({error}); every complete round is kept") from error
 
 
+def describe(module: Any, data: Any, loop: Mapping[str, Any]) -> dict[str, Any]:
+    """The resolved configuration of a run, in the words of the command line.
+
+    There the model is named once; so the data's model is only kept, as the tokenizer, where it is another one.
+    """
+    model, text = config_of(module), config_of(data)
+    other = text.pop("model", None)
+    if other is not None and other != model.get("name"):
+        text["tokenizer"] = text["tokenizer"] or other
+    return {"model": model, "data": text, "loop": plain(loop), "content": {"task": getattr(data, "digest", None)}}
+
+
 def config_of(part: Any) -> dict[str, Any]:
     """The configuration of ours as the command line takes it; of another's class its name and hyperparameters."""
     if hasattr(part, "config"):
