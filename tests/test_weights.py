@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedtune.aggregation import RunningMean, cohort
+from fedtune.aggregation import RunningAgreement, RunningMean, cohort
 from fedtune.errors import RunError
 from fedtune.weights import assign_, distance, num_bytes, snapshot, travelling
 
@@ -112,3 +112,32 @@ def test_a_cohort_is_drawn_without_replacement_and_anew_each_round() -> None:
     assert cohort(1, 0, 20, 5) != drawn[0]
     assert cohort(0, 0, 20, 5) == drawn[0]
     assert cohort(0, 3, 4, None) == [0, 1, 2, 3]
+
+
+def test_agreement_is_what_a_direct_computation_over_all_clients_gives() -> None:
+    server, clients, counts = random_weights(9), [random_weights(seed) for seed in range(4)], [3.0, 1.0, 8.0, 2.0]
+    running = RunningAgreement(server)
+    norms = [running.add(weights, count) for weights, count in zip(clients, counts, strict=True)]
+    mean = mean_of(clients, counts)
+    got = running.result(mean)
+    updates = [torch.cat([(weights[name] - server[name]).flatten() for name in server]) for weights in clients]
+    assert norms == pytest.approx([float(update.norm()) for update in updates], rel=1e-6)
+    pairs = itertools.combinations(updates, 2)
+    cosines = [float(torch.cosine_similarity(one, other, dim=0)) for one, other in pairs]
+    assert got.update_cosine == pytest.approx(sum(cosines) / len(cosines), rel=1e-5)
+    step = torch.cat([(mean[name] - server[name]).flatten() for name in server])
+    assert got.update_norm == pytest.approx(float(step.norm()), rel=1e-5)
+    assert set(got.drift) == {"a", "b"}
+    for name in server:
+        squares = [float((weights[name] - mean[name]).square().sum()) for weights in clients]
+        direct = sum(count * square for count, square in zip(counts, squares, strict=True)) / sum(counts)
+        assert got.drift[name] == pytest.approx(direct, rel=1e-4)
+
+
+def test_a_single_client_has_no_pairs_and_no_drift() -> None:
+    server, client = random_weights(0), random_weights(1)
+    running = RunningAgreement(server)
+    running.add(client, 5)
+    got = running.result(client)
+    assert got.update_cosine is None
+    assert all(value < 1e-5 for value in got.drift.values())

@@ -15,12 +15,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from fedtune.client import ClientReport, Resident, train_client
 from fedtune.errors import RunError
 from fedtune.randomness import stream
-from fedtune.weights import Weights, assign_, distance, move_towards_, num_bytes, snapshot, travelling
+from fedtune.weights import Weights, assign_, move_towards_, num_bytes, snapshot, travelling
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,27 @@ class ServerState:
 
 
 @dataclass(frozen=True)
+class Agreement:
+    """How the updates u_k = w_k - w of a round's clients relate.
+
+    Args:
+        update_norm: Euclidean length of their weighted mean, the step that the server makes.
+        update_cosine: mean cosine over all pairs of clients; None for a single client.
+        drift: per layer, the weighted mean of the squared distances of the clients' weights from their mean.
+    """
+
+    update_norm: float
+    update_cosine: float | None = None
+    drift: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class RoundResult:
-    """The next server state, what each client did, the seconds spent on averaging, and the traffic in bytes."""
+    """The next server state, what each client did, how they agree, the seconds spent on averaging, the traffic in bytes."""
 
     state: ServerState
     clients: list[ClientReport]
+    agreement: Agreement
     seconds_aggregate: float = 0.0
     bytes_up: int = 0
     bytes_down: int = 0
@@ -88,6 +105,62 @@ class RunningMean:
         return self._mean
 
 
+class RunningAgreement:
+    """`Agreement` from running sums: whatever the number of clients, the memory of one copy of the weights.
+
+    For K unit updates e_k the mean cosine over pairs is (|sum e_k|^2 - K) / (K (K - 1)); the drift of a layer is the mean of
+    |u_k|^2 minus |mean of u_k|^2.
+
+    Args:
+        server: the weights w from which all clients start.
+    """
+
+    def __init__(self, server: Weights) -> None:
+        self._server = server
+        self._units: Weights = {}
+        self._squares: dict[str, Tensor] = {}
+        self._total, self._count = 0.0, 0
+
+    @torch.no_grad()
+    def add(self, weights: Weights, weight: float) -> float:
+        """Take in one client's weights; returns the length of its update."""
+        squares = {name: (weights[name] - before).float().square_().sum() for name, before in self._server.items()}
+        norm = torch.stack(list(squares.values())).sum().sqrt()
+        for name, square in squares.items():
+            unit = (weights[name] - self._server[name]).div_(norm.clamp(min=1e-30))
+            self._units[name] = self._units[name].add_(unit) if name in self._units else unit
+            layer = layer_of(name)
+            self._squares[layer] = self._squares.get(layer, torch.zeros_like(square)) + weight * square
+        self._total, self._count = self._total + weight, self._count + 1
+        return float(norm)
+
+    @torch.no_grad()
+    def result(self, mean: Weights) -> Agreement:
+        """The agreement of all clients; `mean` is the weighted mean of their weights."""
+        moved: dict[str, Tensor] = {}
+        for name, before in self._server.items():
+            square = (mean[name] - before).float().square_().sum()
+            moved[layer_of(name)] = moved.get(layer_of(name), torch.zeros_like(square)) + square
+        drift = {layer: max(0.0, float(self._squares[layer] / self._total - moved[layer])) for layer in moved}
+        pairs = self._count * (self._count - 1)
+        units = sum(float(unit.float().square().sum()) for unit in self._units.values())
+        cosine = (units - self._count) / pairs if pairs else None
+        return Agreement(math.sqrt(sum(float(square) for square in moved.values())), cosine, drift)
+
+
+def layer_of(name: str) -> str:
+    """The layer that a parameter belongs to: its name up to the first number, else up to its module.
+
+    >>> layer_of("network.bert.encoder.layer.3.attention.self.query.weight")
+    'network.bert.encoder.layer.3'
+    >>> layer_of("network.classifier.bias")
+    'network.classifier'
+    """
+    parts = name.split(".")
+    number = next((place for place, part in enumerate(parts) if part.isdigit()), len(parts) - 2)
+    return ".".join(parts[: max(number, 0) + 1])
+
+
 def cohort(seed: int, number: int, num_clients: int, clients_per_round: int | None) -> list[int]:
     """The clients of a round, drawn uniformly without replacement; all of them when `clients_per_round` is None."""
     if clients_per_round is None or clients_per_round >= num_clients:
@@ -117,15 +190,16 @@ def fedavg(
     """
     number = state.round + 1
     here = travelling(resident.module)
-    mean, reports, seconds = RunningMean(), [], 0.0
+    mean, agreement, reports, seconds = RunningMean(), RunningAgreement(state.weights), [], 0.0
     for client in clients:
         assign_(here, state.weights)
         report = train_client(resident, client, loader_of(client), local_epochs, (number, state.steps, state.epochs))
         start = time.perf_counter()
-        report = replace(report, update_norm=float(distance(here, state.weights)))
+        weight = report.num_examples if weighting == "examples" else 1
+        report = replace(report, update_norm=agreement.add(here, weight))
         if not math.isfinite(report.update_norm):
             raise RunError(f"round {number}, client {client}: its weights are no longer finite; lower the learning rate")
-        mean.add(here, report.num_examples if weighting == "examples" else 1)
+        mean.add(here, weight)
         seconds += time.perf_counter() - start
         reports.append(report)
         on_client_end(report)
@@ -137,4 +211,5 @@ def fedavg(
         examples=state.examples + sum(report.num_examples for report in reports),
     )
     traffic = num_bytes(state.weights) * len(reports)
-    return RoundResult(after, reports, seconds, bytes_up=traffic, bytes_down=traffic)
+    agreed = agreement.result(after.weights)
+    return RoundResult(after, reports, agreed, seconds, bytes_up=traffic, bytes_down=traffic)

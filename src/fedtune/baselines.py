@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedtune.aggregation import RoundResult, ServerState
+from fedtune.aggregation import Agreement, RoundResult, ServerState
 from fedtune.client import Optimisation, Resident, exactly, run_steps, train_client
 from fedtune.evaluation import evaluate
 from fedtune.randomness import seeded
-from fedtune.weights import Weights, assign_, snapshot, travelling
+from fedtune.weights import Weights, assign_, distance, snapshot, travelling
 
 
 def centralised(resident: Resident, state: ServerState, loader: Any, examples: int, epochs: int) -> RoundResult:
@@ -40,7 +40,8 @@ def centralised(resident: Resident, state: ServerState, loader: Any, examples: i
         examples=state.examples + report.num_examples,
         optimizer=flatten(optimisation.optimizer),
     )
-    return RoundResult(after, [report])
+    step = float(distance(after.weights, state.weights))
+    return RoundResult(after, [report], Agreement(step))
 
 
 def local(

@@ -22,6 +22,7 @@ class RoundRecord:
         train_loss_nats: mean training loss over the examples of the round.
         num_clients, num_examples, num_steps, num_tokens: trained in this round (tokens without padding).
         bytes_up, bytes_down: sent by the clients, and to them.
+        update_norm, update_cosine, drift: how the clients' updates relate, as in `aggregation.Agreement`.
         clients: a report for each client.
     """
 
@@ -38,6 +39,9 @@ class RoundRecord:
     seconds_evaluate: float
     bytes_up: int
     bytes_down: int
+    update_norm: float
+    update_cosine: float | None
+    drift: dict[str, float]
     clients: list[ClientReport] = field(default_factory=list)
 
     def __getattr__(self, name: str) -> float:

@@ -78,6 +78,9 @@ class Session:
             seconds_evaluate=ended - trained,
             bytes_up=result.bytes_up,
             bytes_down=result.bytes_down,
+            update_norm=result.agreement.update_norm,
+            update_cosine=result.agreement.update_cosine,
+            drift=result.agreement.drift,
             clients=reports,
         )
 

@@ -136,7 +136,9 @@ class WandbMirror(FederatedCallback):
     def on_round_end(self, loop: FederatedLoop, module: pl.LightningModule, record: RoundRecord) -> None:
         """Log every number of the record."""
         if self._run is not None:
-            self._run.log({name: value for name, value in record.to_dict().items() if name != "clients"})
+            flat = record.to_dict()
+            drift = {f"drift/{layer}": value for layer, value in flat.pop("drift").items()}
+            self._run.log({name: value for name, value in flat.items() if name != "clients" and value is not None} | drift)
 
     def on_fit_end(self, loop: FederatedLoop, module: pl.LightningModule) -> None:
         """Log the last round's clients as a table and the summary, and close the run."""
