@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, random_split
 
 import fedtune
-from fedtune.aggregation import ServerState, fedavg
+from fedtune.aggregation import Averaging, ServerState, fedavg
 from fedtune.client import Resident
 from fedtune.randomness import stream
 from fedtune.tasks import load_task
@@ -175,7 +175,7 @@ def test_hilmkil_mean_is_not_weighted_by_examples(folders: dict[str, str], task:
     resident = Resident(Fabric(accelerator="cpu", devices=1), module, seed=0)
 
     def after(clients: list[int], weighting: str) -> dict[str, torch.Tensor]:
-        return fedavg(resident, start, clients, lambda k: [batches[k]], 1, lambda _: None, weighting).state.weights
+        return fedavg(resident, start, clients, lambda k: [batches[k]], 1, lambda _: None, Averaging(weighting)).state.weights
 
     alone = [after([k], "uniform") for k in (0, 1)]
     plain = {name: (alone[0][name] + alone[1][name]) / 2 for name in alone[0]}

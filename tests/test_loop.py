@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -139,7 +140,9 @@ def test_a_round_leaves_the_global_generator_alone(make_data: Make, make_module:
 def test_metrics_do_not_depend_on_how_examples_are_batched(make_data: Make, make_module: Make) -> None:
     module, results = make_module(), []
     for size in (1, 7, 1000):
-        results.append(evaluate(Fabric(accelerator="cpu", devices=1), module, make_data(eval_batch_size=size).val_dataloader()))
+        results.append(
+            evaluate(Fabric(accelerator="cpu", devices=1), module, make_data(eval_batch_size=size).val_dataloader()).metrics
+        )
     for other in results[1:]:
         assert other == pytest.approx(results[0], rel=1e-5)
     assert set(results[0]) == {"loss_nats", "accuracy", "macro_f1"}
@@ -148,8 +151,8 @@ def test_metrics_do_not_depend_on_how_examples_are_batched(make_data: Make, make
 def test_pooled_loss_is_the_example_weighted_mean_of_the_clients(make_data: Make, make_module: Make) -> None:
     fabric, module, data = Fabric(accelerator="cpu", devices=1), make_module(), make_data(split="by_author")
     sizes = [len(part) for part in data.client_indices]
-    losses = [evaluate(fabric, module, data.client_dataloader(k))["loss_nats"] for k in range(3)]
-    pooled = evaluate(fabric, module, data.train_dataloader())["loss_nats"]
+    losses = [evaluate(fabric, module, data.client_dataloader(k)).metrics["loss_nats"] for k in range(3)]
+    pooled = evaluate(fabric, module, data.train_dataloader()).metrics["loss_nats"]
     assert pooled == pytest.approx(sum(n * loss for n, loss in zip(sizes, losses, strict=True)) / sum(sizes), rel=1e-6)
 
 
@@ -167,6 +170,44 @@ def test_the_record_says_what_the_round_did(make_data: Make, make_module: Make) 
     assert all(client.update_norm > 0 for client in record.clients)
     with pytest.raises(AttributeError, match="the module logged"):
         record.perplexity  # noqa: B018
+
+
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_accuracy_for_a_client_is_that_on_texts_mixed_like_its_own(make_data: Make, make_module: Make, part: str) -> None:
+    module, data = make_module(), make_data(split="by_author", skew=0.5)
+    record = make_loop(max_rounds=1, evaluate_on=part).fit(module, data)[0]
+    rows, task = data.task.parts[part], data.task
+    batch = data.tokens.batch(torch.from_numpy(rows))
+    right = module.eval()(**batch).argmax(-1).numpy() == task.labels[rows]
+    of_author = {author: right[task.authors[rows] == author].mean() for author in set(task.authors[rows].tolist())}
+    assert len(of_author) == 6
+    for client, mine in enumerate(data.client_indices):
+        expected = sum(of_author[author] for author in task.authors[mine].tolist()) / len(mine)
+        assert record.client_accuracy[client] == pytest.approx(expected)
+    if part == "validation":
+        assert fedtune.RoundRecord.from_dict(record.to_dict()) == record
+
+
+def test_accuracy_for_a_client_leaves_out_what_the_part_does_not_have(make_data: Make) -> None:
+    data = make_data(num_clients=6, split="by_author", skew=1.0)
+    held_out = data.task.parts["validation"]
+    absent = int(data.task.authors[data.client_indices[2]][0])
+    parts = data.task.parts | {"validation": held_out[data.task.authors[held_out] != absent]}
+    data = make_data(task=dataclasses.replace(data.task, parts=parts), num_clients=6, split="by_author", skew=1.0)
+    found = data.client_accuracy("validation", torch.ones(len(parts["validation"]), dtype=torch.bool))
+    assert found == [None if client == 2 else 1.0 for client in range(6)]
+
+
+def test_without_the_agreement_weights_and_norms_are_the_same(make_data: Make, make_module: Make) -> None:
+    modules, records = [make_module(), make_module()], []
+    for module, agreement in zip(modules, (True, False), strict=True):
+        records.append(make_loop(agreement=agreement).fit(module, make_data())[-1])
+    assert_equal(weights_of(modules[0]), weights_of(modules[1]))
+    assert records[0].update_norm == pytest.approx(records[1].update_norm, rel=1e-6)
+    assert [c.update_norm for c in records[0].clients] == pytest.approx([c.update_norm for c in records[1].clients], rel=1e-6)
+    assert (records[1].update_cosine, records[1].drift) == (None, {})
+    assert records[0].update_cosine is not None
+    assert records[0].drift
 
 
 def test_frozen_layers_neither_change_nor_travel(make_data: Make, make_module: Make) -> None:

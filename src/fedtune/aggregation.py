@@ -21,7 +21,7 @@ from torch import Tensor
 from fedtune.client import ClientReport, Resident, train_client
 from fedtune.errors import RunError
 from fedtune.randomness import stream
-from fedtune.weights import Weights, assign_, move_towards_, num_bytes, snapshot, travelling
+from fedtune.weights import Weights, assign_, distance, move_towards_, num_bytes, snapshot, travelling
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,19 @@ class RoundResult:
     bytes_down: int = 0
 
 
+@dataclass(frozen=True)
+class Averaging:
+    """How a round averages.
+
+    Args:
+        weighting: "examples" (n_k), or "uniform" as in the code of Hilmkil et al. 2021.
+        agreement: whether the round also says how the clients' updates agree, beyond their norms.
+    """
+
+    weighting: str = "examples"
+    agreement: bool = True
+
+
 class RunningMean:
     """Weighted mean of weights that come one after the other, in the memory of one copy.
 
@@ -113,10 +126,11 @@ class RunningAgreement:
 
     Args:
         server: the weights w from which all clients start.
+        full: False gives the norm of the mean update only, and needs no memory.
     """
 
-    def __init__(self, server: Weights) -> None:
-        self._server = server
+    def __init__(self, server: Weights, full: bool = True) -> None:
+        self._server, self._full = server, full
         self._units: Weights = {}
         self._squares: dict[str, Tensor] = {}
         self._total, self._count = 0.0, 0
@@ -124,6 +138,8 @@ class RunningAgreement:
     @torch.no_grad()
     def add(self, weights: Weights, weight: float) -> float:
         """Take in one client's weights; returns the length of its update."""
+        if not self._full:
+            return float(distance(weights, self._server))
         squares = {name: (weights[name] - before).float().square_().sum() for name, before in self._server.items()}
         norm = torch.stack(list(squares.values())).sum().sqrt()
         for name, square in squares.items():
@@ -137,6 +153,8 @@ class RunningAgreement:
     @torch.no_grad()
     def result(self, mean: Weights) -> Agreement:
         """The agreement of all clients; `mean` is the weighted mean of their weights."""
+        if not self._full:
+            return Agreement(float(distance(mean, self._server)))
         moved: dict[str, Tensor] = {}
         for name, before in self._server.items():
             square = (mean[name] - before).float().square_().sum()
@@ -175,7 +193,7 @@ def fedavg(
     loader_of: Callable[[int], object],
     local_epochs: int,
     on_client_end: Callable[[ClientReport], None],
-    weighting: str = "examples",
+    averaging: Averaging = Averaging(),
 ) -> RoundResult:
     """One round of federated averaging.
 
@@ -186,16 +204,16 @@ def fedavg(
         loader_of: client -> its batches.
         local_epochs: E.
         on_client_end: told about each client as it finishes.
-        weighting: of the mean: "examples" (n_k), or "uniform" as in the code of Hilmkil et al. 2021.
+        averaging: how the clients' weights are averaged.
     """
     number = state.round + 1
     here = travelling(resident.module)
-    mean, agreement, reports, seconds = RunningMean(), RunningAgreement(state.weights), [], 0.0
+    mean, agreement, reports, seconds = RunningMean(), RunningAgreement(state.weights, averaging.agreement), [], 0.0
     for client in clients:
         assign_(here, state.weights)
         report = train_client(resident, client, loader_of(client), local_epochs, (number, state.steps, state.epochs))
         start = time.perf_counter()
-        weight = report.num_examples if weighting == "examples" else 1
+        weight = report.num_examples if averaging.weighting == "examples" else 1
         report = replace(report, update_norm=agreement.add(here, weight))
         if not math.isfinite(report.update_norm):
             raise RunError(f"round {number}, client {client}: its weights are no longer finite; lower the learning rate")

@@ -61,7 +61,7 @@ def local(
     assign_(travelling(resident.module), initial)
     report = train_client(replace(resident, phase="each client alone, "), client, loader, epochs, (0, 0, 0))
     with seeded(resident.seed, "evaluate"):
-        parts = {part: evaluate(resident.fabric, resident.module, batches) for part, batches in evaluations.items()}
+        parts = {part: evaluate(resident.fabric, resident.module, batches).metrics for part, batches in evaluations.items()}
     return {
         "client": client,
         "num_examples": report.num_examples,

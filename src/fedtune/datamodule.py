@@ -220,6 +220,30 @@ class FederatedDataModule(pl.LightningDataModule):
             rows.append(row)
         return rows
 
+    def client_accuracy(self, part: str, correct_N: Tensor) -> list[float | None]:
+        """How accurate a model is for each client: on texts of a part, mixed like the client's training texts.
+
+        That is the mean, over the client's training texts, of the accuracy on the part's texts of the same label (with the
+        split `by_author`: of the same author). It needs no held-out texts of the client's own, so it is there for any number of
+        clients.
+
+        Args:
+            part: "validation" or "test".
+            correct_N: (N,) whether each text of the part was answered rightly, in the order of the part's loader.
+
+        Returns:
+            a fraction for each client; None where the part has no text of any of its labels (authors).
+        """
+        authors = self.task.authors if self.hparams["split"] == "by_author" else None
+        groups = self.task.labels if authors is None else authors
+        held_out = groups[self._by_length(self.task.parts[part])]
+        right, known = (np.bincount(held_out, weight, groups.max() + 1) for weight in (correct_N.numpy(), None))
+        mine = groups[np.concatenate(self.client_indices)]
+        starts = np.cumsum([0, *map(len, self.client_indices[:-1])])
+        hits = np.add.reduceat((right / np.maximum(known, 1))[mine], starts)
+        counted = np.add.reduceat((known > 0)[mine].astype(np.int64), starts)
+        return [float(hit / count) if count else None for hit, count in zip(hits, counted, strict=True)]
+
     def _divide(self, rows: IntArray) -> list[IntArray]:
         authors = None if self.task.authors is None else self.task.authors[rows]
         columns = Columns(self.task.labels[rows], authors)
@@ -235,9 +259,11 @@ class FederatedDataModule(pl.LightningDataModule):
         return DataLoader(texts, batch_sampler=LengthGroupedBatches(texts.lengths, size), collate_fn=_as_is)
 
     def _evaluation(self, rows: IntArray) -> DataLoader[dict[str, Tensor]]:
-        texts = self._texts(rows)
-        by_length = texts.lengths.argsort(stable=True).split(self.hparams["eval_batch_size"])
-        return DataLoader(texts, batch_sampler=[batch.tolist() for batch in by_length], collate_fn=_as_is)
+        texts = self._texts(self._by_length(rows))
+        return DataLoader(texts, batch_size=self.hparams["eval_batch_size"], collate_fn=_as_is)
+
+    def _by_length(self, rows: IntArray) -> IntArray:
+        return rows[self.tokens.lengths[rows].argsort(stable=True).numpy()]
 
     def _texts(self, rows: IntArray) -> _Texts:
         pad_to = self.hparams["max_length"] if self.hparams["padding"] == "max_length" else None

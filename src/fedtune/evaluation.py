@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -14,6 +14,14 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from fedtune.client import call_step
+
+
+class Evaluation(NamedTuple):
+    """What the module logged, by name, and (N,) whether each example was answered rightly, in the order of the loader; None
+    where the module does not say: its `validation_step` may return {"correct": (B,) bool}."""
+
+    metrics: dict[str, float]
+    correct_N: Tensor | None = None
 
 
 class LogRecorder:
@@ -86,13 +94,13 @@ def logging_to(module: pl.LightningModule, recorder: LogRecorder) -> Iterator[No
             object.__delattr__(module, name) if function is None else object.__setattr__(module, name, function)
 
 
-def evaluate(fabric: Fabric, module: pl.LightningModule, loader: Any) -> dict[str, float]:
+def evaluate(fabric: Fabric, module: pl.LightningModule, loader: Any) -> Evaluation:
     """Run `validation_step` over a loader, without gradients or dropout.
 
     Returns:
-        what the module logs, by name: numbers averaged over examples, torchmetrics computed over all examples.
+        what the module logs: numbers averaged over examples, torchmetrics computed over all examples; and what was right.
     """
-    recorder = LogRecorder()
+    recorder, correct = LogRecorder(), []
     training = {part: part.training for part in module.modules()}
     module.eval()
     try:
@@ -100,10 +108,12 @@ def evaluate(fabric: Fabric, module: pl.LightningModule, loader: Any) -> dict[st
             module.on_validation_epoch_start()
             for index, batch in enumerate(loader):
                 recorder.batch_size = extract_batch_size(batch)
-                call_step(module.validation_step, fabric.to_device(batch), index)
+                output = call_step(module.validation_step, fabric.to_device(batch), index)
+                if isinstance(output, dict) and "correct" in output:
+                    correct.append(output["correct"])
             recorder.batch_size = 1
             module.on_validation_epoch_end()
-            return recorder.results()
+            return Evaluation(recorder.results(), torch.cat(correct).cpu() if correct else None)
     finally:
         for part, mode in training.items():
             part.training = mode

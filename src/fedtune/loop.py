@@ -16,7 +16,7 @@ from typing import Any
 import pytorch_lightning as pl
 from lightning_fabric import Fabric
 
-from fedtune.aggregation import RoundResult, ServerState, cohort, fedavg
+from fedtune.aggregation import Averaging, RoundResult, ServerState, cohort, fedavg
 from fedtune.baselines import centralised, local
 from fedtune.callbacks import FederatedCallback
 from fedtune.client import ClientReport, Resident
@@ -55,6 +55,8 @@ class FederatedLoop:
         evaluation: "pooled" (metrics over all examples), or "clients" as in the code of Hilmkil et al. 2021: the test part
             divided like the training part, mean of batches within a client, then mean over clients.
         weighting: of the average: "examples" (McMahan et al. 2017), or "uniform".
+        agreement: record how the clients' updates agree (norm and cosine of their updates, drift per layer), for a copy of the
+            weights and some 0.5 % of the time; False records the norms only.
         gradient_clip_val: largest norm of a gradient; no clipping by default.
         baselines: what the result is compared with: "centralised" (pooled data, the same number of examples a round)
             and "local" (each client alone, its own epochs). They run after the rounds; () leaves them out.
@@ -81,6 +83,7 @@ class FederatedLoop:
     evaluate_on: str = "validation"
     evaluation: str = "pooled"
     weighting: str = "examples"
+    agreement: bool = True
     gradient_clip_val: float | None = None
     baselines: Sequence[str] = BASELINES
     baseline_dir: str | None = None
@@ -153,19 +156,19 @@ class FederatedLoop:
             session = Session(resident, data, self.evaluate_on, self.evaluation)
             if session.loader(self.evaluate_on) is None:
                 raise UsageError("evaluate_on", self.evaluate_on, "a part that the data have")
-            start = run.start(ServerState(0, snapshot(travelling(module))))
-            final = self._federated(session, run, start)
-            test = session.evaluate("test")
+            run.begin(ServerState(0, snapshot(travelling(module))), again=bool(self.baselines))
+            final = self._federated(session, run)
+            test = session.evaluate("test").metrics
             self._conclude(session, run, test)  # a baseline that fails must not take the result with it
             if self.baselines:
-                self._baselines(session, start)
+                self._baselines(session, run.start())
                 assign_(travelling(module), final.weights)
                 self._conclude(session, run, test)
             for hook in self._hooks:
                 hook.on_fit_end(self, module)
         return self.history
 
-    def _federated(self, session: Session, run: RunDirectory, start: ServerState) -> ServerState:
+    def _federated(self, session: Session, run: RunDirectory) -> ServerState:
         def told(report: ClientReport) -> None:
             self.display.client(report)
             for hook in self._hooks:
@@ -173,22 +176,21 @@ class FederatedLoop:
 
         def advance(state: ServerState) -> RoundResult:
             clients = self._cohort(session.data, state.round + 1)
-            loader_of = session.data.client_dataloader
-            return fedavg(session.resident, state, clients, loader_of, self.local_epochs, told, self.weighting)
+            loader_of, averaging = session.data.client_dataloader, Averaging(self.weighting, self.agreement)
+            return fedavg(session.resident, state, clients, loader_of, self.local_epochs, told, averaging)
 
         size = min(self.clients_per_round or session.data.num_clients, session.data.num_clients)
         course = _Course(run, self.max_rounds, self.history, self._hooks)
         with self.display.phase("federated", self.max_rounds, size):
-            return self._rounds(session, course, start, advance)
+            return self._rounds(session, course, run.start, advance)
 
-    def _rounds(self, session: Session, course: _Course, start: ServerState, advance: Advance) -> ServerState:
+    def _rounds(self, session: Session, course: _Course, start: Callable[[], ServerState], advance: Advance) -> ServerState:
         """Rounds one after the other, each evaluated, recorded and kept; from where the run stopped, if it did."""
         module = session.resident.module
         found, course.history[:] = course.run.resume()
-        state = start
-        if found is not None:
-            assign_(travelling(module), found.weights)
-            state = dataclasses.replace(found, weights=snapshot(travelling(module)))
+        state = start() if found is None else found
+        assign_(travelling(module), state.weights)
+        state = dataclasses.replace(state, weights=snapshot(travelling(module)))
         if state.round > course.rounds:
             raise UsageError("max_rounds", course.rounds, f"{state.round} or more, the rounds that {self.run_dir} has")
         self.display.resumed(state.round)
@@ -225,9 +227,9 @@ class FederatedLoop:
         everyone = self.clients_per_round is None or self.clients_per_round >= session.data.num_clients
         course = _Course(self._baseline_run("centralised", start, not everyone), self.history[-1].round, history)
         with self.display.phase("centralised", course.rounds, 1):
-            final = self._rounds(session, course, start, advance)
+            final = self._rounds(session, course, lambda: start, advance)
         assign_(travelling(session.resident.module), final.weights)
-        self.baseline_runs["centralised"], self._centralised_test = history, session.evaluate("test")
+        self.baseline_runs["centralised"], self._centralised_test = history, session.evaluate("test").metrics
 
     def _local(self, session: Session, start: ServerState) -> list[dict[str, Any]]:
         run = self._baseline_run("local", start, split_matters=True)

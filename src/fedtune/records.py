@@ -23,7 +23,9 @@ class RoundRecord:
         num_clients, num_examples, num_steps, num_tokens: trained in this round (tokens without padding).
         bytes_up, bytes_down: sent by the clients, and to them.
         update_norm, update_cosine, drift: how the clients' updates relate, as in `aggregation.Agreement`.
-        clients: a report for each client.
+        clients: a report for each client of the round.
+        client_accuracy: accuracy of the averaged model for each client of the federation, where data and module know it, as
+            in `FederatedDataModule.client_accuracy`.
     """
 
     round: int
@@ -43,6 +45,7 @@ class RoundRecord:
     update_cosine: float | None
     drift: dict[str, float]
     clients: list[ClientReport] = field(default_factory=list)
+    client_accuracy: list[float | None] = field(default_factory=list)
 
     def __getattr__(self, name: str) -> float:
         metrics = self.__dict__.get("metrics", {})

@@ -39,6 +39,7 @@ class RunDirectory:
 
     def __init__(self, path: Path | None, config: Mapping[str, Any], keep: int) -> None:
         self.path, self.keep = path, keep
+        self._start: list[ServerState] = []
         if path is None:
             return
         try:
@@ -47,14 +48,23 @@ class RunDirectory:
         except OSError as error:
             raise UsageError("run_dir", str(path), f"a directory that can be written ({error.strerror})") from error
 
-    def start(self, state: ServerState) -> ServerState:
-        """The state that the run began with: the one given, at its first start, and from then on the one kept."""
+    def begin(self, state: ServerState, again: bool) -> None:
+        """Keep the state that the run begins with, on the disk where there is a directory, unless an earlier start did so.
+
+        Args:
+            again: whether `start` will be asked more than once. In memory this costs a copy of the weights.
+        """
         if self.path is None:
-            return state
-        found = checkpoint.latest(self.path / "start")
-        if found is None:
+            self._start = [state] * (1 + again)
+        elif checkpoint.latest(self.path / "start") is None:
             checkpoint.save(self.path / "start", state, keep=1)
-        return found or state
+
+    def start(self) -> ServerState:
+        """The state that the run began with."""
+        found = self._start.pop() if self.path is None else checkpoint.latest(self.path / "start")
+        if found is None:
+            raise RunError(f"{self.path} lost the weights it began with (start/)")
+        return found
 
     def draw(self, curves: Mapping[str, Sequence[RoundRecord]], levels: Mapping[str, float], part: str) -> None:
         """Draw curves.png."""

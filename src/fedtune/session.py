@@ -11,7 +11,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from fedtune.aggregation import RoundResult
 from fedtune.client import Resident
-from fedtune.evaluation import evaluate
+from fedtune.evaluation import Evaluation, evaluate
 from fedtune.randomness import seeded
 from fedtune.records import RoundRecord
 
@@ -39,28 +39,37 @@ class Session:
         found = {part: self.loader(part) for part in dict.fromkeys((self.part, "test"))}
         return {part: batches for part, batches in found.items() if batches is not None}
 
-    def evaluate(self, part: str) -> dict[str, float]:
-        """What the module logs on a part, as it stands; nothing where the data have no such part."""
+    def evaluate(self, part: str) -> Evaluation:
+        """The module on a part, as it stands; nothing where the data have no such part."""
         loader = self.loader(part)
         if loader is None:
-            return {}
+            return Evaluation({})
         with seeded(self.resident.seed, "evaluate"):  # a loader draws a seed, even when nothing is random
             return evaluate(self.resident.fabric, self.resident.module, loader)
 
-    def evaluate_clients(self) -> dict[str, float]:
-        """Mean of batches within a client, then mean over clients, each on its share of the test part."""
+    def measure(self) -> tuple[dict[str, float], list[float | None]]:
+        """The metrics of a round, and the accuracy for each client where it is known."""
+        if self.evaluation == "pooled":
+            metrics, correct_N = self.evaluate(self.part)
+            of_client = getattr(self.data, "client_accuracy", None)
+            return metrics, of_client(self.part, correct_N) if of_client and correct_N is not None else []
+        of_clients = self.evaluate_clients()
+        return _mean(of_clients), [one.get("accuracy") for one in of_clients]
+
+    def evaluate_clients(self) -> list[dict[str, float]]:
+        """For each client the mean of batches, on its share of the test part."""
         fabric, module = self.resident.fabric, self.resident.module
         of_clients = []
         with seeded(self.resident.seed, "evaluate"):
             for client in range(self.data.num_clients):
                 loader = self.data.client_test_dataloader(client)
-                of_clients.append(_mean([evaluate(fabric, module, [batch]) for batch in loader]))
-        return _mean(of_clients)
+                of_clients.append(_mean([evaluate(fabric, module, [batch]).metrics for batch in loader]))
+        return of_clients
 
     def record(self, result: RoundResult, began: float) -> RoundRecord:
         """Evaluate the module, which holds the round's result, and put down all that is known of the round."""
         trained = time.perf_counter()
-        metrics = self.evaluate(self.part) if self.evaluation == "pooled" else self.evaluate_clients()
+        metrics, client_accuracy = self.measure()
         ended = time.perf_counter()
         reports = result.clients
         examples = sum(report.num_examples for report in reports)
@@ -82,6 +91,7 @@ class Session:
             update_cosine=result.agreement.update_cosine,
             drift=result.agreement.drift,
             clients=reports,
+            client_accuracy=client_accuracy,
         )
 
 

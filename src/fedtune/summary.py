@@ -21,6 +21,18 @@ def mean_of(locals_: Sequence[Mapping[str, Any]], part: str, metric: str) -> flo
     return sum(values) / len(values) if values else None
 
 
+def spread(values: Sequence[float | None]) -> dict[str, float | None]:
+    """Least, mean and greatest of the values that are known; None where there is none.
+
+    >>> spread([0.5, None, 1.0])
+    {'min': 0.5, 'mean': 0.75, 'max': 1.0}
+    """
+    known = [value for value in values if value is not None]
+    if not known:
+        return {"min": None, "mean": None, "max": None}
+    return {"min": min(known), "mean": sum(known) / len(known), "max": max(known)}
+
+
 def summarise(
     history: Sequence[RoundRecord], evaluated_on: str, test: Mapping[str, float], baselines: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -43,6 +55,7 @@ def summarise(
         "majority_accuracy": baselines.get("majority_accuracy"),
         **{f"centralised_{name}": baselines.get("centralised_test", {}).get(name) for name in ("accuracy", "macro_f1")},
         **{f"local_{name}": mean_of(baselines.get("local", ()), "test", name) for name in ("accuracy", "macro_f1")},
+        **{f"client_accuracy_{name}": value for name, value in spread(history[-1].client_accuracy).items()},
         "rounds": history[-1].round,
         "evaluated_on": evaluated_on,
         "best_round": best.round if best else None,

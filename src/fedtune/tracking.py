@@ -20,6 +20,7 @@ from fedtune.checkpoint import write_text
 from fedtune.client import ClientReport
 from fedtune.errors import UsageError
 from fedtune.records import RoundRecord
+from fedtune.summary import spread
 
 if TYPE_CHECKING:
     from fedtune.loop import FederatedLoop
@@ -138,15 +139,19 @@ class WandbMirror(FederatedCallback):
         if self._run is not None:
             flat = record.to_dict()
             drift = {f"drift/{layer}": value for layer, value in flat.pop("drift").items()}
-            self._run.log({name: value for name, value in flat.items() if name != "clients" and value is not None} | drift)
+            clients = {f"client_accuracy/{name}": value for name, value in spread(flat.pop("client_accuracy")).items()}
+            del flat["clients"]
+            self._run.log({name: value for name, value in (flat | clients | drift).items() if value is not None})
 
     def on_fit_end(self, loop: FederatedLoop, module: pl.LightningModule) -> None:
         """Log the last round's clients as a table and the summary, and close the run."""
         if self._run is None:
             return
-        reports = loop.history[-1].to_dict()["clients"]
-        rows = [list(report.values()) for report in reports]
-        self._run.log({"clients": self._wandb.Table(columns=list(reports[0]), data=rows), "round": loop.history[-1].round})
+        last = loop.history[-1].to_dict()
+        accuracy = dict(enumerate(last["client_accuracy"]))
+        rows = [report | {"accuracy": accuracy.get(report["client"])} for report in last["clients"]]
+        table = self._wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+        self._run.log({"clients": table, "round": last["round"]})
         self._run.summary.update(loop.summary)
         folder, offline = self._run.dir, self._run.settings.mode == "offline"
         self._run.finish()

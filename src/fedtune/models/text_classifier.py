@@ -110,13 +110,13 @@ class TextClassifier(pl.LightningModule, abc.ABC):
         self.log("train_loss_nats", loss, batch_size=len(batch["labels"]))
         return loss
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Log `loss_nats`, `accuracy` and `macro_f1`."""
-        self._evaluate(batch)
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Log `loss_nats`, `accuracy` and `macro_f1`; returns {"correct": (B,) bool}."""
+        return self._evaluate(batch)
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """As `validation_step`."""
-        self._evaluate(batch)
+        return self._evaluate(batch)
 
     def configure_optimizers(self) -> Any:
         """The optimizer over what is trained, with the warm-up as a schedule over steps."""
@@ -133,7 +133,7 @@ class TextClassifier(pl.LightningModule, abc.ABC):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / options["warmup_steps"]))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _evaluate(self, batch: dict[str, Tensor]) -> None:
+    def _evaluate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         logits_BC, labels_B = self._logits(batch), batch["labels"]
         self.accuracy.update(logits_BC, labels_B)
         self.macro_f1.update(logits_BC, labels_B)
@@ -143,6 +143,7 @@ class TextClassifier(pl.LightningModule, abc.ABC):
             "macro_f1": self.macro_f1,
         }
         self.log_dict(values, batch_size=len(labels_B))
+        return {"correct": logits_BC.argmax(-1) == labels_B}
 
     def _logits(self, batch: dict[str, Tensor]) -> Tensor:
         return self(batch["input_ids"], batch.get("attention_mask"))
