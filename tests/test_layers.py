@@ -34,7 +34,26 @@ ROAD = [
         "baselines",
         "checkpoint",
     ),
-    *("records", "summary", "figures", "session", "rundir", "callbacks", "hardware", "tracking", "loop", "cli"),
+    *(
+        "records",
+        "summary",
+        "figures",
+        "session",
+        "rundir",
+        "callbacks",
+        "hardware",
+        "locks",
+        "tracking",
+        "loop",
+        "options",
+        "grid",
+        "runner",
+        "wandb_sweep",
+        "results",
+        "page",
+        "report",
+        "cli",
+    ),
 ]
 MODULES = {
     ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path for path in SOURCE.rglob("*.py")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from fedtune.callbacks import FederatedCallback
     from fedtune.datamodule import FederatedDataModule
     from fedtune.errors import RunError, UsageError
-    from fedtune.figures import plot_curves, plot_split
+    from fedtune.figures import plot_curves, plot_grid, plot_split
     from fedtune.loop import FederatedLoop
     from fedtune.models import FAMILIES, build_classifier
     from fedtune.models.albert import AlbertClassifier
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fedtune.models.text_classifier import TextClassifier
     from fedtune.pretrained import MODELS
     from fedtune.records import RoundRecord
+    from fedtune.results import read_runs, results
     from fedtune.splits import SPLITS
     from fedtune.tasks import TASKS
     from fedtune.texttask import TextTask
@@ -45,7 +46,10 @@ _HOME = {
     "UsageError": "errors",
     "build_classifier": "models",
     "plot_curves": "figures",
+    "plot_grid": "figures",
     "plot_split": "figures",
+    "read_runs": "results",
+    "results": "results",
 }
 
 __all__ = [
@@ -66,7 +70,10 @@ __all__ = [
     "UsageError",
     "build_classifier",
     "plot_curves",
+    "plot_grid",
     "plot_split",
+    "read_runs",
+    "results",
 ]
 
 

@@ -1,63 +1,46 @@
-"""The command line: `fedtune run` and `fedtune describe`. Every flag is a constructor argument."""
+"""The command line: `fedtune run`, `sweep`, `report` and `describe`."""
 
 from __future__ import annotations
 
-import contextlib
-import difflib
 import logging
 import os
-import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, Namespace
 
 from fedtune.errors import RunError, UsageError
-from fedtune.tracking import LOGGERS
 
-STOPPED, INTERRUPTED = 2, 130
+if TYPE_CHECKING:
+    from fedtune.options import Parser
 
-
-class _Parser(ArgumentParser):
-    """A parser whose every error is one line."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        text = " ".join(message.split())
-        unknown = re.match(r"[Uu]nrecognized arguments: (--\S+)", text)
-        if unknown:
-            came = unknown.group(1).split("=")[0]
-            near = difflib.get_close_matches(came, [flag for action in self._actions for flag in action.option_strings], n=3)
-            text = f"{came}: no such flag; nearest: {', '.join(near) or 'none, see --help'}"
-        text = re.sub(r'^Parser key "([^"]+)":', r"--\1:", text)
-        text = re.sub(r"Expected an? <class '(\w+)'>\.? Got value: (\S+)", r"got '\2'; allowed: \1", text)
-        _stop(STOPPED, text)
-
-
-def _stop(code: int, text: str) -> NoReturn:
-    print(f"fedtune: {text}", file=sys.stderr)
-    raise SystemExit(code)
+INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line. Exit code 2: a value that cannot be used, or a run that had to stop; 130: interrupted."""
+    """Run the command line. Exit code 2: a value that cannot be used, or a run that had to stop; 130: interrupted; 1: a
+    sweep with failed runs."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.showwarning = _show_warning
+    from fedtune.options import STOPPED, stop
+
     hint = ""
     try:
         parser = _parser()
         logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # after the import, which sets it
         options = parser.parse_args(arguments)
         command = options.subcommand
-        if options[command].get("run_dir"):
-            hint = f"; the same command goes on from the last complete round in {options[command].run_dir}"
-        (_run if command == "run" else _describe)(options[command])
+        kept = options[command].get("run_dir") or options[command].get("runs_dir")
+        if kept:
+            hint = f"; the same command goes on from the last complete round in {kept}"
+        {"run": _run, "sweep": _sweep, "report": _report, "describe": _describe}[command](options[command])
     except (UsageError, RunError) as error:
-        _stop(STOPPED, " ".join(str(error).split()))
+        stop(STOPPED, " ".join(str(error).split()))
     except KeyboardInterrupt:
-        _stop(INTERRUPTED, f"interrupted{hint}")
+        stop(INTERRUPTED, f"interrupted{hint}")
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
@@ -66,30 +49,37 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__
         print(f"fedtune: {message}", file=sys.stderr)
 
 
-def _parser() -> _Parser:
+def _parser() -> Parser:
     from fedtune.datamodule import FederatedDataModule
-    from fedtune.loop import FederatedLoop
-    from fedtune.models import TextClassifier
+    from fedtune.options import Parser, run_parser
 
-    parser = _Parser(
+    parser = Parser(
         prog="fedtune", description="Federated fine-tuning of language models on text classification.", allow_abbrev=False
     )
     commands = parser.add_subcommands(required=True)
+    commands.add_subcommand("run", run_parser(), help="one federated run")
 
-    run = _Parser(
-        description="One federated run, beside its baselines. An interrupted run goes on where it stopped.", allow_abbrev=False
+    sweep = Parser(
+        description="A grid of runs from a sweep file as W&B reads it, too. It goes on where it was.", allow_abbrev=False
     )
-    run.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the values below")
-    run.add_class_arguments(FederatedDataModule, "data", skip={"model"})
-    run.add_class_arguments(TextClassifier, "model", skip={"num_labels"})
-    run.add_class_arguments(FederatedLoop, "loop", skip={"run_dir", "logger", "callbacks"})
-    run.add_argument("--run_dir", type=str | None, default=None, help="directory of the run; nothing is written without it")
-    run.add_argument("--logger", type=str, default="none", help=f"one of {', '.join(LOGGERS)}")
-    for name in ("versions", "content"):
-        run.add_argument(f"--{name}", type=dict | None, default=None, help="ignored: a run's config.yaml has it")
-    commands.add_subcommand("run", run, help="one federated run")
+    sweep.add_argument("file", type=str, help="YAML file: method, parameters (value, values, distribution; nested)")
+    sweep.add_argument("--runs_dir", type=str, default="runs/sweep", help="directory of the runs")
+    sweep.add_argument("--workers", type=int, default=1, help="processes; threads, and GPUs, are divided among them")
+    sweep.add_argument("--only", type=str, action="append", default=[], help="take a part of the grid: key=value, repeatable")
+    sweep.add_argument(
+        "--dry_run", "--dry-run", action="store_true", help="print the grid and an estimate of the time, run nothing"
+    )
+    sweep.add_argument("--wandb", action="store_true", help="mirror to W&B: as a W&B sweep with a key, else offline")
+    commands.add_subcommand("sweep", sweep, help="a grid of runs")
 
-    describe = _Parser(description="The client split, as a table and a picture.", allow_abbrev=False)
+    report = Parser(description="Tables, curves and one page from the records of many runs.", allow_abbrev=False)
+    report.add_argument("runs_dir", type=str, help="directory with runs, at any depth")
+    report.add_argument(
+        "--out", type=str | None, default=None, help="where the report goes; the directory of the runs by default"
+    )
+    commands.add_subcommand("report", report, help="tables, curves and one page")
+
+    describe = Parser(description="The client split, as a table and a picture.", allow_abbrev=False)
     describe.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the values below")
     describe.add_class_arguments(FederatedDataModule, "data", skip={"model"})
     describe.add_argument("--model.name", type=str, default="minilm", help="the model whose tokenizer counts the tokens")
@@ -98,44 +88,40 @@ def _parser() -> _Parser:
     return parser
 
 
-_FLAGS = {"data.model": "model.name", "model.model": "model.name", "loop.run_dir": "run_dir", "loop.logger": "logger"}
-
-
-@contextlib.contextmanager
-def _flags(part: str) -> Iterator[None]:
-    """Name the flag, and not only the argument, in errors about the values of one part of the configuration."""
-    try:
-        yield
-    except UsageError as error:
-        name = f"{part}.{error.argument}"
-        raise UsageError(f"--{_FLAGS.get(name, name)}", error.came, error.allowed) from error
-
-
 def _run(options: Namespace) -> None:
-    from fedtune.datamodule import FederatedDataModule
-    from fedtune.loop import FederatedLoop
-    from fedtune.models import build_classifier
+    from fedtune.options import fit, name_of, resolved
 
-    model = options.model.as_dict()
-    with _flags("loop"):
-        loop = FederatedLoop(**options.loop.as_dict(), run_dir=options.run_dir, logger=options.logger)
-    with _flags("data"):
-        data = FederatedDataModule(**options.data.as_dict(), model=model["name"])
-        data.setup()
-    with _flags("model"):
-        if model["init"] == "random" and options.data.tokenizer is not None:
-            model["vocab_size"] = model["vocab_size"] or len(data.tokenizer)
-        module = build_classifier(model.pop("name"), data.num_labels, **model)
-    if len(data.tokenizer) > module.network.config.vocab_size:
-        allowed = f"one of at most {module.network.config.vocab_size} tokens, which {module.hparams['name']} knows"
-        raise UsageError("--data.tokenizer", options.data.tokenizer, allowed)
-    with _flags("loop"):
-        loop.fit(module, data)
+    arguments = resolved(options)
+    run_dir = options.run_dir
+    if run_dir is None and options.runs_dir is not None:
+        run_dir = str(Path(options.runs_dir) / name_of(arguments))
+    loop = fit(arguments, run_dir=run_dir, logger=options.logger)
     shown = ("accuracy", "macro_f1", "majority_accuracy", "local_accuracy", "centralised_accuracy")
     values = [f"{name} {loop.summary[name]:.3f}" for name in shown if loop.summary.get(name) is not None]
     print(f"test part: {'  '.join(values)}")
     if loop.run_dir:
         print(f"records, weights and curves: {Path(loop.run_dir).resolve()}")
+
+
+def _sweep(options: Namespace) -> None:
+    from fedtune import grid, runner, wandb_sweep
+
+    sweep = grid.read(options.file, options.only)
+    if options.dry_run:
+        runner.plan(sweep, Path(options.runs_dir), options.workers)
+    elif options.wandb and wandb_sweep.online():
+        wandb_sweep.run(options.file, options.runs_dir, options.workers, options.only)
+    else:
+        logger = "wandb" if options.wandb else "none"
+        failed = runner.run(sweep, Path(options.runs_dir), options.workers, logger)
+        if failed:
+            raise SystemExit(1)
+
+
+def _report(options: Namespace) -> None:
+    from fedtune.report import report
+
+    report(Path(options.runs_dir), Path(options.out or options.runs_dir))
 
 
 def _describe(options: Namespace) -> None:
@@ -144,8 +130,9 @@ def _describe(options: Namespace) -> None:
 
     from fedtune.datamodule import FederatedDataModule
     from fedtune.figures import plot_split
+    from fedtune.options import flags
 
-    with _flags("data"):
+    with flags("data"):
         data = FederatedDataModule(**options.data.as_dict(), model=options.model.name)
         rows = data.describe()
     title = f"{data.task.name}, split {data.hparams['split']}, {data.num_clients} clients"

@@ -11,6 +11,7 @@ from fedtune.records import RoundRecord
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -93,9 +94,54 @@ def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure,
 
     figure = Figure(figsize=size, layout="constrained")  # no pyplot: the caller's figures and backend stay as they are
     FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(rows, columns, squeeze=False)[0])
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
 def _save(figure: Figure, path: str | Path) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+
+
+def plot_grid(rounds: DataFrame, path: str | Path, metric: str = "accuracy") -> None:
+    """Draw the convergence of many runs: a row a task and model, a column a split, a line a number of clients.
+
+    Lines are means over seeds, bands go from the least to the greatest. The baseline (one client, else centralised training) is
+    dashed in every panel.
+
+    Args:
+        rounds: as from `read_runs`.
+        path: the picture; its suffix chooses the format.
+        metric: a column of `rounds`.
+    """
+    federated = rounds[(rounds.kind == "federated") & (rounds.clients > 1)]
+    base = rounds[(rounds.kind == "federated") & (rounds.clients == 1)]
+    base = base if len(base) else rounds[rounds.kind == "centralised"]
+    curves = federated if len(federated) else base
+    lines = curves[["task", "model"]].drop_duplicates().values.tolist()
+    splits, counts = sorted(curves.split.unique()), sorted(curves.clients.unique())
+    figure, panels = _figure(len(lines), len(splits), (4.2 * len(splits) + 1, 2.9 * len(lines) + 0.8))
+    for number, panel in enumerate(panels):
+        (task, model), split = lines[number // len(splits)], splits[number % len(splits)]
+        here = curves[(curves.task == task) & (curves.model == model) & (curves.split == split)]
+        for colour, count in zip(PALETTE[1:] + PALETTE[:1], counts, strict=False):
+            _band(panel, here[here.clients == count], metric, color=colour, label=f"{count} clients")
+        one = base[(base.task == task) & (base.model == model)]
+        _band(panel, one, metric, color=PALETTE[6], linestyle="--", label="baseline")
+        panel.set_title(f"{task}, {model}\n{split}", fontsize=9)
+        panel.set(xlabel="round", ylabel=metric)
+        panel.grid(alpha=0.3)
+    handles = {label: line for panel in panels for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+    _save(figure, path)
+
+
+def _band(panel: Axes, runs: DataFrame, metric: str, **style: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    if not len(runs):
+        return
+    by_round = runs.groupby("round")[metric]
+    mean, low, high = by_round.mean(), by_round.min(), by_round.max()
+    panel.plot(mean.index, mean, marker="o", markersize=3, **style)
+    panel.fill_between(mean.index, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))

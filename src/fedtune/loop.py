@@ -6,9 +6,10 @@ the paper; `client`, the local epochs; `weights`, the arithmetic.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from fedtune.client import ClientReport, Resident
 from fedtune.errors import UsageError, at_least, one_of
 from fedtune.evaluation import attached
 from fedtune.hardware import peak_memory_bytes, resolve_precision
+from fedtune.locks import held
 from fedtune.records import RoundRecord
 from fedtune.rundir import RunDirectory, describe, fingerprint
 from fedtune.session import Session
@@ -70,7 +72,7 @@ class FederatedLoop:
     Raises:
         UsageError: a value outside of what is allowed; in `fit` also a run directory of another configuration.
 
-    After `fit`: `history` (round records), `summary` (as in summary.json), `baseline_runs` (name -> records).
+    After `fit`: `data`, `history` (round records), `summary` (as in summary.json), `baseline_runs` (name -> records).
     """
 
     max_rounds: int = 10
@@ -94,6 +96,7 @@ class FederatedLoop:
 
     should_stop: bool = field(default=False, init=False)
     config: dict[str, Any] = field(default_factory=dict, init=False)
+    data: Any = field(default=None, init=False, repr=False)
     history: list[RoundRecord] = field(default_factory=list, init=False)
     baseline_runs: dict[str, list[Any]] = field(default_factory=dict, init=False)
     summary: dict[str, Any] = field(default_factory=dict, init=False)
@@ -149,9 +152,9 @@ class FederatedLoop:
         own = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.init}
         own["precision"] = precision  # a continuation on other hardware must not change it in silence
         self.config = describe(module, data, {name: value for name, value in own.items() if name not in _NOT_CONFIG})
-        self.history, self.baseline_runs, self.should_stop = [], {}, False
-        run = RunDirectory(Path(self.run_dir) if self.run_dir else None, self.config, self.keep)
-        with attached(fabric, module):
+        self.history, self.baseline_runs, self.should_stop, self.data = [], {}, False, data
+        with held(self.run_dir), attached(fabric, module):
+            run = RunDirectory(Path(self.run_dir) if self.run_dir else None, self.config, self.keep)
             resident = Resident(fabric, module, self.seed, self.gradient_clip_val)
             session = Session(resident, data, self.evaluate_on, self.evaluation)
             if session.loader(self.evaluate_on) is None:
@@ -225,18 +228,18 @@ class FederatedLoop:
 
         history: list[RoundRecord] = []
         everyone = self.clients_per_round is None or self.clients_per_round >= session.data.num_clients
-        course = _Course(self._baseline_run("centralised", start, not everyone), self.history[-1].round, history)
-        with self.display.phase("centralised", course.rounds, 1):
-            final = self._rounds(session, course, lambda: start, advance)
+        rounds = self.history[-1].round
+        with self._baseline_run("centralised", start, not everyone) as run, self.display.phase("centralised", rounds, 1):
+            final = self._rounds(session, _Course(run, rounds, history), lambda: start, advance)
         assign_(travelling(session.resident.module), final.weights)
         self.baseline_runs["centralised"], self._centralised_test = history, session.evaluate("test").metrics
 
     def _local(self, session: Session, start: ServerState) -> list[dict[str, Any]]:
-        run = self._baseline_run("local", start, split_matters=True)
-        done = run.read("local.jsonl")
         taken = [client for number in range(1, self.history[-1].round + 1) for client in self._cohort(session.data, number)]
-        with self.display.phase("local", 1, session.data.num_clients):
-            for client in range(len(done), session.data.num_clients):
+        clients = session.data.num_clients
+        with self._baseline_run("local", start, split_matters=True) as run, self.display.phase("local", 1, clients):
+            done = run.read("local.jsonl")
+            for client in range(len(done), clients):
                 epochs, loader = self.local_epochs * max(1, taken.count(client)), session.data.client_dataloader(client)
                 record = local(session.resident, start.weights, client, loader, epochs, session.loaders())
                 run.append("local.jsonl", record)
@@ -244,11 +247,13 @@ class FederatedLoop:
                 self.display.local(record)
         return done
 
-    def _baseline_run(self, name: str, start: ServerState, split_matters: bool) -> RunDirectory:
-        """The directory of a baseline, named after all that its numbers depend on."""
+    @contextlib.contextmanager
+    def _baseline_run(self, name: str, start: ServerState, split_matters: bool) -> Iterator[RunDirectory]:
+        """The directory of a baseline, named after all that its numbers depend on; who shares it waits for its turn."""
         folder = self.baseline_dir or (self.run_dir and str(Path(self.run_dir) / "baselines"))
         if not folder:
-            return RunDirectory(None, {}, self.keep)
+            yield RunDirectory(None, {}, self.keep)
+            return
         config = {part: dict(options) for part, options in self.config.items()}
         for key in ("max_rounds", "keep", "progress", "baselines", "baseline_dir"):
             del config["loop"][key]
@@ -256,7 +261,9 @@ class FederatedLoop:
             config["data"].pop(key, None)
         examples = [record.num_examples for record in self.history]
         config["baseline"] = {"name": name, "examples": examples, "start": digest(start.weights)}
-        return RunDirectory(Path(folder) / f"{name}-{fingerprint(config)}", config, self.keep)
+        path = Path(folder) / f"{name}-{fingerprint(config)}"
+        with held(path, wait=True):
+            yield RunDirectory(path, config, self.keep)
 
     def _conclude(self, session: Session, run: RunDirectory, test: dict[str, float]) -> None:
         """Sum up what is known by now."""

@@ -167,21 +167,26 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     >>> differences({"data": {"seed": 0}, "loop": {"max_rounds": 2}}, {"data": {"seed": 1}, "loop": {"max_rounds": 4}})
     ['data.seed: 0 -> 1']
     """
-    old, new = _flat(before), _flat(now)
+    old, new = flat(before), flat(now)
     keys = [key for key in {**old, **new} if key not in _FREE and not key.startswith("versions")]
     return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
 
 
 def fingerprint(config: Mapping[str, Any]) -> str:
     """Eight hexadecimal digits that name a configuration."""
-    return hashlib.sha256(json.dumps(_flat(config), sort_keys=True, default=str).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(flat(config), sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted names.
+
+    >>> flat({"data": {"seed": 0}, "run_dir": None})
+    {'data.seed': 0, 'run_dir': None}
+    """
+    found: dict[str, Any] = {}
     for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
 
 
 def versions() -> dict[str, Any]:

@@ -6,12 +6,13 @@ Both are callbacks; neither changes a number.
 from __future__ import annotations
 
 import os
+import tempfile
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 
@@ -19,6 +20,7 @@ from fedtune.callbacks import FederatedCallback
 from fedtune.checkpoint import write_text
 from fedtune.client import ClientReport
 from fedtune.errors import UsageError
+from fedtune.figures import plot_split
 from fedtune.records import RoundRecord
 from fedtune.summary import spread
 
@@ -107,11 +109,7 @@ class WandbMirror(FederatedCallback):
     """
 
     def __init__(self) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise UsageError("logger", "wandb", "after: pip install wandb (it is not installed)") from error
-        self._wandb = wandb
+        self._wandb = import_wandb("logger")
         self._run: Any = None
 
     def on_fit_start(self, loop: FederatedLoop, module: pl.LightningModule) -> None:
@@ -125,7 +123,7 @@ class WandbMirror(FederatedCallback):
                 resume="allow",
                 reinit="finish_previous",
                 config=config,
-                mode=_mode(),
+                mode=None if os.environ.get("WANDB_MODE") or is_online(self._wandb) else "offline",
                 tags=[str(config[part][key])[:64] for part, key in tagged if key in config.get(part, {})],
             )
         except self._wandb.Error as error:
@@ -133,6 +131,14 @@ class WandbMirror(FederatedCallback):
             return
         self._run.define_metric("round")
         self._run.define_metric("*", step_metric="round")
+        if hasattr(loop.data, "describe"):
+            self._log_split(loop)
+
+    def _log_split(self, loop: FederatedLoop) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "split.png"
+            plot_split(loop.data.describe(), path)
+            self._run.log({"split": self._wandb.Image(str(path)), "round": len(loop.history)})
 
     def on_round_end(self, loop: FederatedLoop, module: pl.LightningModule, record: RoundRecord) -> None:
         """Log every number of the record."""
@@ -159,20 +165,26 @@ class WandbMirror(FederatedCallback):
             loop.display.line(f"W&B wrote offline files; send them with: wandb sync {os.path.dirname(folder)}")
 
 
+def import_wandb(argument: str) -> Any:
+    """The package wandb. Raises `UsageError` about `argument` when it is not installed."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UsageError(argument, "wandb", "after: pip install wandb (it is not installed)") from error
+    return wandb
+
+
+def is_online(wandb: Any) -> bool:
+    """Whether runs go to W&B: WANDB_MODE decides it, or that there is a key."""
+    mode = os.environ.get("WANDB_MODE")
+    return mode == "online" if mode else bool(wandb.api.api_key)
+
+
 def _run_id(run_dir: str | None) -> str | None:
-    """The W&B run that a run directory belongs to; drawn at its first start."""
-    if run_dir is None:
+    """The W&B run that a run directory belongs to; drawn at its first start. An agent of a W&B sweep gives its own."""
+    if run_dir is None or os.environ.get("WANDB_SWEEP_ID"):
         return None
     file = Path(run_dir) / "wandb_id"
     if not file.exists():
         write_text(file, uuid.uuid4().hex[:12])
     return file.read_text(encoding="utf-8")
-
-
-def _mode() -> Literal["offline"] | None:
-    """wandb's own choice where WANDB_MODE or a key decides it, else offline."""
-    import wandb
-
-    if os.environ.get("WANDB_MODE"):
-        return None
-    return None if wandb.api.api_key else "offline"

@@ -1,0 +1,57 @@
+"""One process at a time in a folder. The system takes the lock back when its owner dies, so no lock outlives a kill."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+from fedtune.errors import UsageError
+
+
+@contextlib.contextmanager
+def held(folder: str | Path | None, wait: bool = False) -> Iterator[None]:
+    """Inside the block no other process that asks works in the folder; within one process blocks may be nested.
+
+    Args:
+        folder: made when it does not exist; None locks nothing.
+        wait: wait for another process to finish, instead of giving up.
+
+    Raises:
+        UsageError: another process works there (it is named), or the folder cannot be written.
+    """
+    if folder is None:
+        yield
+        return
+    from filelock import FileLock, Timeout
+
+    path = Path(folder)
+    owner = path / ".lock.owner"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path / ".lock", is_singleton=True)
+        lock.acquire(timeout=-1 if wait else 0)
+        owner.write_text(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
+    except Timeout as error:
+        who = owner.read_text().strip() if owner.exists() else "another process"
+        raise UsageError("run_dir", str(folder), f"a directory that nobody else works in ({who} does)") from error
+    except OSError as error:
+        raise UsageError("run_dir", str(folder), f"a directory that can be written ({error.strerror})") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_held(folder: str | Path) -> bool:
+    """Whether another process works in a folder."""
+    if not (Path(folder) / ".lock").exists():
+        return False
+    try:
+        with held(folder):
+            return False
+    except UsageError:
+        return True

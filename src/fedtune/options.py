@@ -1,0 +1,130 @@
+"""The options of a run: every flag is a constructor argument; from them come a data module, a module and a loop."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
+
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+
+from fedtune.datamodule import FederatedDataModule
+from fedtune.errors import UsageError
+from fedtune.loop import FederatedLoop
+from fedtune.models import TextClassifier, build_classifier
+from fedtune.rundir import fingerprint
+from fedtune.tracking import LOGGERS
+
+STOPPED = 2
+PARTS = ("data", "model", "loop")
+_FREE = ("progress", "keep", "baseline_dir")  # of the loop: where and how a run is kept, and not what it is
+_WHOLE = ("iid", "by_label", "by_author", "dirichlet")  # splits that give a single client all texts, in one order
+_FLAGS = {"data.model": "model.name", "model.model": "model.name", "loop.run_dir": "run_dir", "loop.logger": "logger"}
+
+
+class Parser(ArgumentParser):
+    """A parser whose every error is one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End with the message, as one line."""
+        text = " ".join(message.split())
+        unknown = re.match(r"[Uu]nrecognized arguments: (--\S+)", text)
+        if unknown:
+            came = unknown.group(1).split("=")[0]
+            near = difflib.get_close_matches(came, [flag for action in self._actions for flag in action.option_strings], n=3)
+            text = f"{came}: no such flag; nearest: {', '.join(near) or 'none, see --help'}"
+        text = re.sub(r'^Parser key "([^"]+)":', r"--\1:", text)
+        text = re.sub(r"Expected an? <class '(\w+)'>\.? Got value: (\S+)", r"got '\2'; allowed: \1", text)
+        stop(STOPPED, text)
+
+
+def stop(code: int, text: str) -> NoReturn:
+    """End the command with one line."""
+    print(f"fedtune: {text}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def run_parser() -> Parser:
+    """The parser of `fedtune run`."""
+    run = Parser(
+        description="One federated run, beside its baselines. An interrupted run goes on where it stopped.", allow_abbrev=False
+    )
+    run.add_argument("--config", action=ActionConfigFile, help="YAML or JSON file with any of the values below")
+    run.add_class_arguments(FederatedDataModule, "data", skip={"model"})
+    run.add_class_arguments(TextClassifier, "model", skip={"num_labels"})
+    run.add_class_arguments(FederatedLoop, "loop", skip={"run_dir", "logger", "callbacks"})
+    run.add_argument("--seed", type=int | None, default=None, help="sets data.seed, model.seed and loop.seed")
+    run.add_argument("--run_dir", type=str | None, default=None, help="directory of the run; nothing is written without it")
+    run.add_argument(
+        "--runs_dir",
+        type=str | None,
+        default=None,
+        help="directory of many runs: without --run_dir, the run's own is in it, named by the hash of its configuration",
+    )
+    run.add_argument("--logger", type=str, default="none", help=f"one of {', '.join(LOGGERS)}")
+    for name in ("versions", "content"):
+        run.add_argument(f"--{name}", type=dict | None, default=None, help="ignored: a run's config.yaml has it")
+    return run
+
+
+def resolved(options: Namespace) -> dict[str, dict[str, Any]]:
+    """The arguments of data module, module and loop, complete; `seed` handed on to each."""
+    found = {part: dict(options[part].as_dict()) for part in PARTS}
+    if options.seed is not None:
+        for part in PARTS:
+            found[part]["seed"] = options.seed
+    return found
+
+
+def name_of(arguments: Mapping[str, Mapping[str, Any]]) -> str:
+    """The name of a run in a directory of runs: eight hexadecimal digits of its complete configuration.
+
+    A single client holds the same texts whatever the split, so such runs have one name.
+    """
+    loop = {key: value for key, value in arguments["loop"].items() if key not in _FREE}
+    data = dict(arguments["data"])
+    if data["num_clients"] == 1 and data["split"] in _WHOLE:
+        data |= {"split": "iid", "skew": None, "alpha": None}
+    return fingerprint({**arguments, "loop": loop, "data": data})
+
+
+@contextlib.contextmanager
+def flags(part: str) -> Iterator[None]:
+    """Name the flag, and not only the argument, in errors about the values of one part of the configuration."""
+    try:
+        yield
+    except UsageError as error:
+        name = f"{part}.{error.argument}"
+        raise UsageError(f"--{_FLAGS.get(name, name)}", error.came, error.allowed) from error
+
+
+def fit(arguments: Mapping[str, Mapping[str, Any]], **where: Any) -> FederatedLoop:
+    """Build data module, module and loop, and run.
+
+    Args:
+        arguments: as from `resolved`.
+        where: `run_dir`, `logger` and `callbacks` of the loop.
+
+    Raises:
+        UsageError: a value that cannot be used, under the name of its flag.
+        RunError: the run had to stop.
+    """
+    model = dict(arguments["model"])
+    with flags("loop"):
+        loop = FederatedLoop(**arguments["loop"], **where)
+    with flags("data"):
+        data = FederatedDataModule(**arguments["data"], model=model["name"])
+        data.setup()
+    with flags("model"):
+        if model["init"] == "random" and arguments["data"]["tokenizer"] is not None:
+            model["vocab_size"] = model["vocab_size"] or len(data.tokenizer)
+        module = build_classifier(model.pop("name"), data.num_labels, **model)
+    if len(data.tokenizer) > module.network.config.vocab_size:
+        allowed = f"one of at most {module.network.config.vocab_size} tokens, which {module.hparams['name']} knows"
+        raise UsageError("--data.tokenizer", arguments["data"]["tokenizer"], allowed)
+    with flags("loop"):
+        loop.fit(module, data)
+    return loop
