@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fedtune.models.text_classifier import TextClassifier
     from fedtune.pretrained import MODELS
     from fedtune.records import RoundRecord
-    from fedtune.results import read_runs, results
+    from fedtune.results import compare, read_runs
     from fedtune.splits import SPLITS
     from fedtune.tasks import TASKS
     from fedtune.texttask import TextTask
@@ -45,11 +45,11 @@ _HOME = {
     "TextTask": "texttask",
     "UsageError": "errors",
     "build_classifier": "models",
+    "compare": "results",
     "plot_curves": "figures",
     "plot_grid": "figures",
     "plot_split": "figures",
     "read_runs": "results",
-    "results": "results",
 }
 
 __all__ = [
@@ -69,11 +69,11 @@ __all__ = [
     "TextTask",
     "UsageError",
     "build_classifier",
+    "compare",
     "plot_curves",
     "plot_grid",
     "plot_split",
     "read_runs",
-    "results",
 ]
 
 

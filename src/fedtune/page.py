@@ -22,7 +22,7 @@ _PAGE = Template("""<!DOCTYPE html>
 <title>fedtune: $title</title>
 <link rel="icon" href="data:,">
 <style>
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em; color: #222; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1500px; padding: 0 1em; color: #222; }
 table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto; }
 th, td { border-bottom: 1px solid #ddd; padding: 3px 8px; text-align: left; white-space: nowrap; }
 label { margin-right: 1.2em; }
@@ -107,7 +107,8 @@ def _figure(rounds: DataFrame, metrics: list[str]) -> tuple[str, list[dict[str, 
             )
             of_run = {key: str(first[key]) for key in FILTERS}
             about.append(of_run | {"metric": metric, "pooled": bool(pooled)})
-    figure.update_layout(height=560, xaxis_title="round", yaxis_title="accuracy", template="plotly_white", legend_font_size=10)
+    figure.update_xaxes(title="round", tickformat="d")
+    figure.update_layout(height=560, yaxis_title="accuracy", template="plotly_white", legend_font_size=10)
     return figure.to_html(full_html=False, include_plotlyjs=True, div_id="curves"), about
 
 

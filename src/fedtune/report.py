@@ -9,7 +9,7 @@ from fedtune.checkpoint import write_text
 from fedtune.errors import UsageError
 from fedtune.figures import plot_grid
 from fedtune.page import page
-from fedtune.results import CELL, failures, read_runs, results, settings
+from fedtune.results import CELL, compare, failures, read_runs, settings
 from fedtune.summary import SHARES
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def report(folder: Path, out: Path) -> None:
         UsageError: there is no run below the folder, or `out` cannot be written.
     """
     rounds = read_runs(folder)
-    table, failed = results(rounds), failures(folder)
+    table, failed = compare(rounds), failures(folder)
     try:
         out.mkdir(parents=True, exist_ok=True)
         table.to_csv(out / "tables.csv", index=False)
@@ -40,7 +40,7 @@ def report(folder: Path, out: Path) -> None:
 
 
 def readable(table: DataFrame) -> DataFrame:
-    """The table of `results` for a reader: text in every cell, mean and range in one."""
+    """The table of `compare` for a reader: text in every cell, mean and range in one."""
     from pandas import DataFrame
 
     return DataFrame([_readable(row, settings(table)) for _, row in table.iterrows()])
@@ -48,10 +48,8 @@ def readable(table: DataFrame) -> DataFrame:
 
 def markdown(table: DataFrame, failed: dict[str, str]) -> str:
     """The tables as Markdown, one a task."""
-    text = "# Results\n\nAccuracy after the last round: mean over seeds (least to greatest). Rounds to a share of\n"
-    text += (
-        "accuracy: mean over seeds, – where a seed did not get there. The baseline has one client, or else is centralised.\n"
-    )
+    text = "# Results\n\nAccuracy after the last round: mean over seeds (least to greatest). Rounds to a share of the\n"
+    text += "baseline's: mean over seeds, – where one did not get there. The baseline has one client, else it is centralised.\n"
     for task, rows in table.groupby("task", sort=False):
         shown = readable(rows).drop(columns="task")
         text += f"\n## {task}\n\n" + _lines([list(shown.columns), ["---"] * len(shown.columns), *shown.values.tolist()])

@@ -63,7 +63,7 @@ def failures(folder: str | Path) -> dict[str, str]:
     return found
 
 
-def results(rounds: DataFrame) -> DataFrame:
+def compare(rounds: DataFrame) -> DataFrame:
     """What a paper's table says: one row for each task, model, split, number of clients and other setting.
 
     The baseline of a run is the run with one client and the same seed, as in Hilmkil et al. 2021, or where there is none the
@@ -75,8 +75,8 @@ def results(rounds: DataFrame) -> DataFrame:
     Returns:
         columns `task`, `model`, `split`, `clients`, other settings, `seeds` (their number), `rounds`, `accuracy`,
         `accuracy_min`, `accuracy_max` (mean and range over seeds), `loss_nats`, `baseline` (its accuracy), `rounds_to_90pct`
-        and so on (mean over seeds; missing unless all seeds get there), `client_min`, `client_max` (least and greatest accuracy for a client, mean
-        over seeds), `megabytes` (sent, both ways) and `seconds`, each a mean over seeds.
+        and so on (mean over seeds; missing unless all seeds get there), `client_min`, `client_max` (least and greatest
+        accuracy for a client, mean over seeds), `megabytes` (sent, both ways) and `seconds`, each a mean over seeds.
     """
     from pandas import DataFrame
 

@@ -256,7 +256,7 @@ def _start(cell: Cell, board: _Board, logger: str) -> _Running:
     import torch
 
     slot = min(set(range(board.workers)) - {one.slot for one in board.running})
-    environment = {"WANDB_RUN_GROUP": os.environ.get("WANDB_RUN_GROUP", board.sweep.name)}
+    environment = {"WANDB_RUN_GROUP": board.sweep.name} | os.environ  # the server may have been started with another one
     if torch.cuda.device_count() > 1:
         environment["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
     threads = max(1, len(os.sched_getaffinity(0)) // board.workers)

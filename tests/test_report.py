@@ -1,0 +1,164 @@
+"""The report, from records whose numbers are known."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import fedtune
+from fedtune.client import ClientReport
+from fedtune.errors import UsageError
+from fedtune.figures import plot_grid
+from fedtune.report import FILES, report
+from fedtune.results import failures, settings
+
+
+def write_run(folder: Path, accuracies: list[float], **about: Any) -> None:
+    """A run directory as `FederatedLoop` leaves it."""
+    about = {"task": "spooky", "model": "minilm", "split": "iid", "clients": 1, "seed": 0, "rate": 0.1} | about
+    config: dict[str, Any] = {
+        "model": {"name": about["model"], "learning_rate": about["rate"], "seed": about["seed"]},
+        "data": {"task": about["task"], "num_clients": about["clients"], "split": about["split"], "skew": 0.8, "alpha": 0.5},
+        "loop": {"seed": about["seed"], "max_rounds": len(accuracies), "keep": 2},
+        "versions": {"torch": "2"},
+    }
+    if "baseline" in about:
+        del config["data"]["num_clients"], config["data"]["split"], config["data"]["skew"], config["data"]["alpha"]
+        config["baseline"] = {"name": about["baseline"]}
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    client = ClientReport(0, 10, 1, 100, 1.0, 0.1)
+    times = {"seconds": 2.0, "seconds_train": 1.0, "seconds_aggregate": 0.1, "seconds_evaluate": 0.9}
+    counts = {"num_clients": 1, "num_examples": 10, "num_steps": 1, "num_tokens": 100}
+    traffic = {"bytes_up": 3_000_000, "bytes_down": 1_000_000, "update_norm": 1.0, "update_cosine": None, "drift": {"a": 0.1}}
+    spread = {"clients": [client], "client_accuracy": [0.1, 0.3, None]}
+    with open(folder / "rounds.jsonl", "w") as file:
+        for number, accuracy in enumerate(accuracies, start=1):
+            metrics = {"accuracy": accuracy, "loss_nats": 1 - accuracy}
+            record = fedtune.RoundRecord(number, metrics, 0.5, **counts, **times, **traffic, **spread)
+            file.write(json.dumps(record.to_dict()) + "\n")
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """One client and four clients, two seeds; a run of another task with a centralised baseline; a failed one."""
+    folder = tmp_path / "runs"
+    write_run(folder / "a0", [0.5, 0.8], seed=0)
+    write_run(folder / "a1", [0.6, 0.6], seed=1)
+    write_run(folder / "b0", [0.7, 0.76], seed=0, clients=4, split="by_author")
+    write_run(folder / "b1", [0.6, 0.5], seed=1, clients=4, split="by_author")
+    write_run(folder / "c", [0.1, 0.2], task="authors", clients=2)
+    write_run(folder / "baselines" / "centralised-1", [0.3, 0.4], task="authors", baseline="centralised")
+    (folder / "d").mkdir()
+    (folder / "d" / "status.json").write_text(json.dumps({"state": "failed", "error": "no <model> | of that name"}))
+    return folder
+
+
+def test_mean_range_and_rounds_to_the_baseline_of_the_same_seed(runs: Path) -> None:
+    table = fedtune.compare(fedtune.read_runs(runs)).set_index(["task", "clients"])
+    four = table.loc[("spooky", 4)]
+    assert four["split"] == "by_author 0.8"
+    assert (four["seeds"], four["rounds"]) == (2, 2)
+    assert [four[name] for name in ("accuracy", "accuracy_min", "accuracy_max")] == pytest.approx([0.63, 0.5, 0.76])
+    assert four["baseline"] == pytest.approx(0.7)
+    assert four["rounds_to_90pct"] == pytest.approx(1.5)  # 0.72 of 0.8 in round 2, 0.54 of 0.6 in round 1
+    assert four["rounds_to_95pct"] == pytest.approx(1.5)
+    assert four["rounds_to_99pct"] != four["rounds_to_99pct"]  # seed 0 does not get to 0.792
+    assert (four["client_min"], four["client_max"]) == (0.1, 0.3)
+    assert (four["megabytes"], four["seconds"]) == (8, 4)
+
+
+def test_without_a_run_of_one_client_the_centralised_baseline_counts(runs: Path) -> None:
+    table = fedtune.compare(fedtune.read_runs(runs)).set_index(["task", "clients"])
+    assert table.loc[("authors", 2)]["baseline"] == 0.4
+    assert ("authors", 1) not in table.index  # a baseline is no result
+
+
+def test_values_in_which_runs_differ_are_columns_and_no_means_are_taken_over_them(runs: Path) -> None:
+    assert settings(fedtune.read_runs(runs)) == []
+    write_run(runs / "e", [0.9, 0.9], clients=4, split="by_author", rate=0.5)
+    rounds = fedtune.read_runs(runs)
+    assert settings(rounds) == ["model.learning_rate"]
+    four = fedtune.compare(rounds).query("task == 'spooky' and clients == 4")
+    assert four["model.learning_rate"].tolist() == [0.1, 0.5]
+    assert four["seeds"].tolist() == [2, 1]
+    assert four["baseline"].isna().tolist() == [False, True]  # a baseline has the same learning rate
+
+
+def test_the_report_holds_every_run_and_every_failure(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report(runs, tmp_path / "out")
+    assert all((tmp_path / "out" / name).stat().st_size for name in FILES)
+    text = (tmp_path / "out" / "tables.md").read_text()
+    assert "| minilm | by_author 0.8 | 4 | 2 | 2 | 0.630 (0.500 to 0.760) | 0.700 | 1.5 | 1.5 | – | 0.100 to 0.300 |" in text
+    assert "| d | no <model> \\| of that name |" in text
+    assert len((tmp_path / "out" / "tables.csv").read_text().splitlines()) == 4
+    assert "5 runs, 1 failed" in capsys.readouterr().out
+    assert failures(runs) == {"d": "no <model> | of that name"}
+
+
+def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a directory with runs in it"):
+        report(tmp_path, tmp_path)
+
+
+def test_a_panel_for_every_task_model_and_split(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr("fedtune.figures._save", lambda figure, path: drawn.append(figure))
+    plot_grid(fedtune.read_runs(runs), tmp_path / "x.png")
+    panels = {axes.get_title(): axes for axes in drawn[0].axes}
+    assert set(panels) == {f"{task}, minilm\n{split}" for task in ("spooky", "authors") for split in ("by_author 0.8", "iid")}
+    lines = {line.get_label(): line for line in panels["spooky, minilm\nby_author 0.8"].get_lines()}
+    assert lines["4 clients"].get_ydata().tolist() == pytest.approx([0.65, 0.63])
+    assert lines["baseline"].get_ydata().tolist() == pytest.approx([0.55, 0.7])
+    assert lines["baseline"].get_linestyle() == "--"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("needs chromium and chromedriver (Debian: chromium, chromium-driver)")
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1400,1600"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield found
+    found.quit()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # selenium's own sockets
+def test_the_page_works_in_a_browser_without_a_network(browser: Any, runs: Path, tmp_path: Path) -> None:
+    report(runs, tmp_path / "out")
+    browser.get((tmp_path / "out" / "report.html").as_uri())
+
+    def visible() -> list[str]:
+        script = "return document.getElementById('curves').data.filter(t => t.visible === true).map(t => t.name)"
+        return list(browser.execute_script(script))
+
+    def choose(name: str, value: str) -> None:
+        browser.find_element("css selector", f"#{name} option[value='{value}']").click()
+
+    assert browser.get_log("browser") == []
+    assert len(browser.find_elements("css selector", "#curves .scatterlayer .trace")) == 6
+    assert len(visible()) == 6
+    choose("task", "spooky")
+    choose("clients", "4")
+    assert visible() == [f"spooky, minilm, 4 clients, by_author 0.8, seed {seed}" for seed in (0, 1)]
+    choose("seed", "1")
+    assert len(visible()) == 1
+    assert len(browser.find_elements("css selector", "#curves .scatterlayer .trace")) == 1
+    choose("metric", "loss_nats")
+    assert browser.execute_script("return document.getElementById('curves').layout.yaxis.title.text") == "loss_nats"
+    assert "no <model> | of that name" in browser.find_element("id", "failed").text
+    requested = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+    assert [name for name in requested if not name.startswith("data:")] == []
+    assert browser.get_log("browser") == []

@@ -1,0 +1,201 @@
+"""A sweep survives failures, kills and company, and repeats nothing."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fedtune import grid, runner, wandb_sweep
+from fedtune.errors import UsageError
+from fedtune.locks import held, is_held
+
+PROCESSES = multiprocessing.get_context("forkserver")  # as in test_kill.py: real processes that start at once
+Write = Callable[..., str]
+
+
+@pytest.fixture
+def write(tmp_path: Path, tiny_bert: str) -> Write:
+    """Write a sweep of small runs; dotted names change or add parameters."""
+    data = tmp_path / "data.csv"
+    rows = (f"{' '.join(f'word{(i * j) % 37}' for j in range(1, 9))} {i},{'abc'[i % 3]}\n" for i in range(120))
+    data.write_text("text,label\n" + "".join(rows))
+
+    def write(**changes: Any) -> str:
+        values = {"data.task": "csv", "data.task_options": {"path": str(data)}, "data.max_length": 16, "data.batch_size": 4}
+        values |= {"model.name": tiny_bert, "loop.max_rounds": 2, "loop.precision": "32-true", "loop.baselines": []}
+        parameters: dict[str, Any] = {key: {"value": value} for key, value in values.items()}
+        parameters["data.num_clients"] = {"values": [1, 2, 3]}
+        parameters |= {key.replace("__", "."): spec for key, spec in changes.items()}
+        file = tmp_path / f"sweep-{len(list(tmp_path.glob('sweep-*.yaml')))}.yaml"
+        file.write_text(yaml.safe_dump({"method": "grid", "parameters": parameters}))
+        return str(file)
+
+    return write
+
+
+def command_line(arguments: list[str], log: Path) -> None:
+    """What a child process does."""
+    from fedtune.cli import main
+
+    stream = open(log, "w", buffering=1)  # noqa: SIM115 - it is the child's output to its end
+    sys.stdout = sys.stderr = stream
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ["FEDTUNE_CACHE"] = str(log.parent / "cache")
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # one thread: the models are too small to share between cores
+    main(arguments)
+
+
+def start(file: str, folder: Path, log: Path, *more: str) -> multiprocessing.process.BaseProcess:
+    arguments = ["sweep", file, "--runs_dir", str(folder), *more]
+    process = PROCESSES.Process(target=command_line, args=(arguments, log))
+    process.start()
+    return process
+
+
+def finals(folder: Path) -> dict[str, bytes]:
+    """The last weights of every run."""
+    return {file.parts[-4]: file.read_bytes() for file in sorted(folder.glob("*/checkpoints/round-0002/weights.safetensors"))}
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+
+
+def test_a_failed_run_is_recorded_and_the_others_are_done(write: Write, tmp_path: Path, tiny_bert: str) -> None:
+    file = write(model__name={"values": [tiny_bert, "no-such-model"]}, data__num_clients={"values": [2]})
+    folder, log = tmp_path / "runs", tmp_path / "log"
+    process = start(file, folder, log, "--workers=2")
+    process.join()
+    assert process.exitcode == 1
+    states = {status["state"]: status for status in map(runner.status, sorted(folder.glob("*"))) if status}
+    assert set(states) == {"finished", "failed"}
+    assert "--model.name: got 'no-such-model'; allowed: bert" in states["failed"]["error"]
+    assert set(states["finished"]["metrics"]) == {"accuracy", "macro_f1", "loss_nats"}
+    out = log.read_text()
+    assert "1 of 2 done, 0 running, 1 failed" in out
+    assert "failed: --model.name" in out
+    assert "Traceback" in next(folder.glob("*/log.txt")).read_text() + "".join(p.read_text() for p in folder.glob("*/log.txt"))
+
+
+def test_killed_in_the_middle_a_sweep_repeats_nothing_and_ends_alike(write: Write, tmp_path: Path) -> None:
+    file, folder, calm = write(), tmp_path / "killed", tmp_path / "calm"
+    undisturbed = start(file, calm, tmp_path / "log-calm")  # with as many threads: else the last bits differ
+    process = start(file, folder, tmp_path / "log-1")
+    wait_until(lambda: len(list(folder.glob("*/status.json"))) == 1 and len(list(folder.glob("*/rounds.jsonl"))) == 2)
+    os.kill(process.pid or 0, signal.SIGKILL)
+    process.join()
+    started, ended = ({path.parent.name for path in folder.glob(f"*/{name}")} for name in ("rounds.jsonl", "status.json"))
+    wait_until(lambda: not any(is_held(folder / name) for name in started - ended))  # runs end with their runner
+    done = {path: path.stat().st_mtime_ns for path in folder.glob("*/status.json")}
+    again = start(file, folder, tmp_path / "log-2")
+    again.join()
+    undisturbed.join()
+    assert (again.exitcode, undisturbed.exitcode) == (0, 0)
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+    assert len(finals(folder)) == 3
+    assert finals(folder) == finals(calm)
+
+
+def test_two_sweeps_on_one_folder_share_the_work(write: Write, tmp_path: Path) -> None:
+    file, folder = write(), tmp_path / "runs"
+    both = [start(file, folder, tmp_path / f"log-{number}") for number in range(2)]
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    said = "".join((tmp_path / f"log-{number}").read_text() for number in range(2))
+    names = [cell.name for cell in grid.read(file).cells]
+    assert sorted(line.split()[0] for line in said.splitlines() if ", accuracy " in line and "finished" in line) == sorted(
+        names
+    )
+    for name in names:
+        assert [json.loads(line)["round"] for line in (folder / name / "rounds.jsonl").read_text().splitlines()] == [1, 2]
+
+
+def test_interrupted_a_sweep_says_how_to_go_on(write: Write, tmp_path: Path) -> None:
+    file, folder, log = write(loop__max_rounds={"value": 50}), tmp_path / "runs", tmp_path / "log"
+    process = start(file, folder, log)
+    wait_until(lambda: len(list(folder.glob("*/rounds.jsonl"))) > 0)
+    os.kill(process.pid or 0, signal.SIGINT)
+    process.join()
+    assert process.exitcode == 130
+    assert f"interrupted; the same command goes on from the last complete round in {folder}" in log.read_text()
+    assert not any(is_held(path) for path in folder.glob("*"))
+
+
+def test_a_plan_tells_what_is_done_and_estimates_the_rest(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = grid.read(write())
+    runner.plan(sweep, tmp_path / "runs", 1)
+    assert "0 of 3 done, 0 running, 0 failed, time left unknown until a run is done" in capsys.readouterr().out
+    first = tmp_path / "runs" / sweep.cells[0].name
+    first.mkdir(parents=True)
+    (first / "status.json").write_text(json.dumps({"state": "finished", "seconds": 100, "metrics": {"accuracy": 0.5}}))
+    runner.plan(sweep, tmp_path / "runs", 2)
+    out = capsys.readouterr().out
+    assert "1 of 3 done" in out
+    assert "time left 1 min 40 s, best accuracy 0.500 (num_clients 1)" in out
+    assert not (tmp_path / "runs" / sweep.cells[1].name).exists()
+
+
+def test_a_folder_is_for_one_process_and_its_owner_is_named(tmp_path: Path, make_data: Any, make_module: Any) -> None:
+    from conftest import make_loop
+
+    script = PROCESSES.Process(target=_hold, args=(str(tmp_path / "run"), str(tmp_path / "ready")))
+    script.start()
+    wait_until((tmp_path / "ready").exists)
+    with pytest.raises(UsageError, match=f"nobody else works in .process {script.pid} on "):
+        make_loop(run_dir=str(tmp_path / "run")).fit(make_module(), make_data())
+    script.kill()
+    script.join()
+    make_loop(run_dir=str(tmp_path / "run")).fit(make_module(), make_data())  # a dead owner's lock is no lock
+
+
+def _hold(folder: str, ready: str) -> None:
+    with held(folder):
+        Path(ready).touch()
+        time.sleep(60)
+
+
+def test_a_wandb_sweep_runs_our_command_on_any_machine(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    from fedtune.options import name_of, resolved, run_parser
+
+    file = write()
+    content = wandb_sweep.registered(file, "runs/w")
+    assert content["parameters"] == yaml.safe_load(Path(file).read_text())["parameters"]
+    assert create_sweep_command(content["command"]) == content["command"]
+    cell = grid.read(file).cells[0]
+    drawn = {key: {"value": spec.get("value", (spec.get("values") or [0])[0])} for key, spec in content["parameters"].items()}
+    values = create_sweep_command_args({"args": drawn})["args_json"][0]  # what W&B's agent writes for a cell
+    path = Path(file).with_suffix(".json")
+    path.write_text(values)
+    options = run_parser().parse_args(["--config", str(path), "--logger", "wandb", "--runs_dir", "runs/w"])
+    assert name_of(resolved(options)) == cell.name
+
+
+def test_without_a_key_a_wandb_sweep_is_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert not wandb_sweep.online()
+    with pytest.raises(UsageError, match="--only"):
+        wandb_sweep.run("x.yaml", "runs", 1, ["a=b"])
+
+
+def test_without_wandb_asking_for_it_names_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UsageError, match="--wandb: got 'wandb'; allowed: after: pip install wandb"):
+        wandb_sweep.online()
