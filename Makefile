@@ -5,9 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUNS ?= runs
+SWEEP ?= experiments/quick.yaml
+SWEEP_RUNS = $(RUNS)/$(basename $(notdir $(SWEEP)))
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check clean
+.PHONY: help install demo sweep report notebooks test check clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +27,16 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 
 demo: $(STAMP) ## federated against centralised and local training, on embedded real text, in a few minutes
 	$(BIN)/python experiments/demo/demo.py --runs $(RUNS)/demo
+
+sweep: $(STAMP) ## a grid of runs, and its report: SWEEP=file.yaml WORKERS=2 WANDB=1
+	@code=0; $(BIN)/fedtune sweep $(SWEEP) --runs_dir $(SWEEP_RUNS) --workers $(WORKERS) $(if $(WANDB),--wandb) || code=$$?; \
+	if [ $$code -le 1 ]; then $(BIN)/fedtune report $(SWEEP_RUNS); fi; exit $$code  # 1: some runs failed, the others are worth a report
+
+report: $(STAMP) ## tables, curves and one page of the runs below SWEEP_RUNS
+	$(BIN)/fedtune report $(SWEEP_RUNS)
+
+notebooks: $(STAMP) ## run the notebooks and store them with their outputs
+	$(BIN)/python -m pytest --overwrite notebooks
 
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest

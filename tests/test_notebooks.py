@@ -1,0 +1,25 @@
+"""What a notebook may be; nbmake runs them (setup.cfg)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_small_shows_its_outputs_and_defines_nothing(path: Path) -> None:
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    source = "\n".join("".join(cell["source"]) for cell in cells)
+    assert path.stat().st_size < 300_000
+    assert "\ndef " not in f"\n{source}"
+    assert "class " not in source
+    assert "lambda" not in source
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert [output for output in outputs if "image/png" in output.get("data", {})]
+    said = json.dumps([output for output in outputs if "image/png" not in output.get("data", {})])
+    assert not [word for word in ("/tmp/", "site-packages", str(Path.home()), str(path.parent)) if word in said]
