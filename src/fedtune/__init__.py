@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fedtune.aggregation import ALGORITHMS
     from fedtune.callbacks import FederatedCallback
     from fedtune.datamodule import FederatedDataModule
     from fedtune.errors import RunError, UsageError
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "ALGORITHMS": "aggregation",
     "AlbertClassifier": "models.albert",
     "BertClassifier": "models.bert",
     "DistilBertClassifier": "models.distilbert",
@@ -53,6 +55,7 @@ _HOME = {
 }
 
 __all__ = [
+    "ALGORITHMS",
     "FAMILIES",
     "MODELS",
     "SPLITS",

@@ -33,7 +33,8 @@ class ServerState:
         weights: the server's weights.
         steps, epochs: position in the learning-rate schedule: steps and epochs of the client that did most, summed over rounds.
         examples: examples seen by all clients together.
-        optimizer: state of an optimizer that outlives its round (the centralised baseline), flat; empty in FedAvg.
+        optimizer: what outlives the round beside the weights, by name (the optimizer of the centralised baseline, the momentum
+            of a server); empty in FedAvg.
     """
 
     round: int
@@ -231,3 +232,6 @@ def fedavg(
     traffic = num_bytes(state.weights) * len(reports)
     agreed = agreement.result(after.weights)
     return RoundResult(after, reports, agreed, seconds, bytes_up=traffic, bytes_down=traffic)
+
+
+ALGORITHMS: dict[str, Callable[..., RoundResult]] = {"fedavg": fedavg}

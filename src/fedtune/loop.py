@@ -17,7 +17,7 @@ from typing import Any
 import pytorch_lightning as pl
 from lightning_fabric import Fabric
 
-from fedtune.aggregation import Averaging, RoundResult, ServerState, cohort, fedavg
+from fedtune.aggregation import ALGORITHMS, Averaging, RoundResult, ServerState, cohort
 from fedtune.baselines import centralised, local
 from fedtune.callbacks import FederatedCallback
 from fedtune.client import ClientReport, Resident
@@ -57,6 +57,7 @@ class FederatedLoop:
         evaluation: "pooled" (metrics over all examples), or "clients" as in the code of Hilmkil et al. 2021: the test part
             divided like the training part, mean of batches within a client, then mean over clients.
         weighting: of the average: "examples" (McMahan et al. 2017), or "uniform".
+        algorithm: a name of `fedtune.ALGORITHMS`, or a function with the signature of `fedavg`.
         agreement: record how the clients' updates agree (norm and cosine of their updates, drift per layer), for a copy of the
             weights and some 0.5 % of the time; False records the norms only.
         gradient_clip_val: largest norm of a gradient; no clipping by default.
@@ -85,6 +86,7 @@ class FederatedLoop:
     evaluate_on: str = "validation"
     evaluation: str = "pooled"
     weighting: str = "examples"
+    algorithm: str | Callable[..., RoundResult] = "fedavg"
     agreement: bool = True
     gradient_clip_val: float | None = None
     baselines: Sequence[str] = BASELINES
@@ -120,6 +122,8 @@ class FederatedLoop:
             for value in values:
                 if value not in allowed:
                     raise one_of(name, value, allowed)
+        if isinstance(self.algorithm, str) and self.algorithm not in ALGORITHMS:
+            raise one_of("algorithm", self.algorithm, ALGORITHMS)
         resolve_precision(self.precision, self.accelerator)
         self.display = Progress(self.progress)
         self._hooks = [*self.callbacks, *([WandbMirror()] if self.logger == "wandb" else [])]
@@ -180,7 +184,9 @@ class FederatedLoop:
         def advance(state: ServerState) -> RoundResult:
             clients = self._cohort(session.data, state.round + 1)
             loader_of, averaging = session.data.client_dataloader, Averaging(self.weighting, self.agreement)
-            return fedavg(session.resident, state, clients, loader_of, self.local_epochs, told, averaging)
+            return algorithm(session.resident, state, clients, loader_of, self.local_epochs, told, averaging)
+
+        algorithm = ALGORITHMS[self.algorithm] if isinstance(self.algorithm, str) else self.algorithm
 
         size = min(self.clients_per_round or session.data.num_clients, session.data.num_clients)
         course = _Course(run, self.max_rounds, self.history, self._hooks)
@@ -193,7 +199,8 @@ class FederatedLoop:
         found, course.history[:] = course.run.resume()
         state = start() if found is None else found
         assign_(travelling(module), state.weights)
-        state = dataclasses.replace(state, weights=snapshot(travelling(module)))
+        memory = {name: tensor.to(module.device) for name, tensor in state.optimizer.items()}
+        state = dataclasses.replace(state, weights=snapshot(travelling(module)), optimizer=memory)
         if state.round > course.rounds:
             raise UsageError("max_rounds", course.rounds, f"{state.round} or more, the rounds that {self.run_dir} has")
         self.display.resumed(state.round)
