@@ -6,17 +6,12 @@ combination, interleaved. Run it from the project's folder: .venv/bin/python ben
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
-import subprocess
-from datetime import date
-from pathlib import Path
 
 import torch
+from machine import about, write
 
 import fedtune
-from fedtune.rundir import versions
 
 REPEATS = 5
 VARIANTS = [(precision, attention) for precision in ("32-true", "bf16-mixed") for attention in ("sdpa", "eager")]
@@ -32,12 +27,6 @@ def seconds(data: fedtune.FederatedDataModule, precision: str, attention: str) -
     return record.seconds_train, record.seconds_evaluate
 
 
-def processor() -> str:
-    found = subprocess.run(["lscpu"], capture_output=True, text=True, check=False).stdout
-    names = [line.partition(":")[2].strip() for line in found.splitlines() if line.startswith("Model name")]
-    return names[0] if names else platform.processor()
-
-
 def main() -> None:
     data = fedtune.FederatedDataModule(num_clients=1, limit=256)
     raw: dict[str, list[tuple[float, float]]] = {f"{precision} {attention}": [] for precision, attention in VARIANTS}
@@ -49,25 +38,8 @@ def main() -> None:
     print(f"{'':18}  train s  evaluate s   times as fast as fp32 sdpa: train, evaluate")
     for name, (train, evaluate) in medians.items():
         print(f"{name:18}  {train:7.2f}  {evaluate:10.2f}   {base[0] / train:.2f}, {base[1] / evaluate:.2f}")
-    capabilities = {name: value for name, value in torch.cpu.get_capabilities().items() if "bf16" in name or "amx" in name}
-    result = {
-        "command": "python benchmarks/precision.py",
-        "date": date.today().isoformat(),
-        "machine": {
-            "processor": processor(),
-            "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.is_available(),
-            **capabilities,
-        },
-        "versions": versions(),
-        "unit": "seconds: [training, evaluation] of one round, 256 training and 192 validation passages",
-        "raw": raw,
-        "median": medians,
-    }
-    path = Path(__file__).parent / "results" / "precision.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written: {path}")
+    unit = "seconds: [training, evaluation] of one round, 256 training and 192 validation passages"
+    write("precision", about("python benchmarks/precision.py") | {"unit": unit, "raw": raw, "median": medians})
 
 
 if __name__ == "__main__":

@@ -38,6 +38,23 @@ def test_wandb_changes_no_number_and_holds_every_round(
         assert rounds[record.round]["accuracy"] == pytest.approx(record.accuracy)
         assert rounds[record.round]["loss_nats"] == pytest.approx(record.loss_nats)
     assert any(key.startswith("clients") for row in rows for key in row)
+    assert sum("split" in key for row in rows for key in row) > 0
+    for record in mirrored.history:
+        known = [value for value in record.client_accuracy if value is not None]
+        assert rounds[record.round]["client_accuracy/min"] == pytest.approx(min(known))
+
+
+@pytest.mark.filterwarnings("ignore")  # wandb's own
+def test_a_resumed_run_mirrors_the_last_round_again_as_the_kill_may_have_come_before_it(
+    make_data: Make, make_module: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    folder = str(tmp_path / "a")
+    make_loop(max_rounds=2, run_dir=folder).fit(make_module(), make_data())  # a mirror that was killed has logged nothing
+    make_loop(max_rounds=3, run_dir=folder, logger="wandb").fit(make_module(), make_data())
+    rows = read_offline(next((tmp_path / "a" / "wandb").glob("offline-run-*/*.wandb")))
+    assert [row["round"] for row in rows if "accuracy" in row] == [2, 3]
 
 
 def read_offline(file: Path) -> list[dict[str, Any]]:

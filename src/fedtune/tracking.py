@@ -133,6 +133,8 @@ class WandbMirror(FederatedCallback):
         self._run.define_metric("*", step_metric="round")
         if hasattr(loop.data, "describe"):
             self._log_split(loop)
+        if loop.history:  # a kill may have come between its checkpoint and its mirror
+            self.on_round_end(loop, module, loop.history[-1])
 
     def _log_split(self, loop: FederatedLoop) -> None:
         with tempfile.TemporaryDirectory() as folder:
