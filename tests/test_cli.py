@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -168,4 +169,18 @@ def test_a_traceback_is_for_our_mistakes(run: Run, tiny: list[str], monkeypatch:
 def test_no_command_is_a_usage_error(run: Run) -> None:
     code, _, err = run()
     assert code == 2
-    assert "{run,describe}" in err
+    assert all(f"\n  {name} " in err for name in ("run", "sweep", "report", "describe"))
+
+
+def test_help_and_a_misspelt_command_name_the_commands(run: Run) -> None:
+    code, out, _ = run("--help")
+    assert (code, "a grid of runs" in out) == (0, True)
+    code, _, err = run("rum", "--data.task=authors")
+    assert (code, err) == (2, "fedtune: rum: no such command; nearest: run\n")
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = "import sys; from fedtune.cli import main\ntry: main(['--help'])\nexcept SystemExit: print(sorted(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert "fedtune.cli" in loaded
+    assert not [name for name in ("torch", "jsonargparse", "transformers", "numpy") if f"'{name}'" in loaded]

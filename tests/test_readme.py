@@ -54,7 +54,7 @@ def test_every_file_that_the_readme_links_to_exists() -> None:
 
 def test_every_command_of_the_readme_parses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The flags are real ones with values of the right type; what the commands do is tested elsewhere."""
-    from fedtune.cli import _parser
+    from fedtune.cli import parser
 
     commands = [
         line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines() if line.startswith("fedtune ")
@@ -65,4 +65,5 @@ def test_every_command_of_the_readme_parses(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "runs" / "skewed").mkdir(parents=True)
     (tmp_path / "runs" / "skewed" / "config.yaml").write_text("data: {split: by_author}\n")
     for command in commands:
-        _parser().parse_args(command.split("#")[0].split()[1:])
+        _, name, *flags = command.split("#")[0].split()
+        parser(name).parse_args(flags)

@@ -173,7 +173,8 @@ def _hold(folder: str, ready: str) -> None:
 def test_a_wandb_sweep_runs_our_command_on_any_machine(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-    from fedtune.options import name_of, resolved, run_parser
+    from fedtune.cli import parser
+    from fedtune.options import name_of, resolved
 
     file = write()
     content = wandb_sweep.registered(file, "runs/w")
@@ -184,7 +185,7 @@ def test_a_wandb_sweep_runs_our_command_on_any_machine(write: Write, monkeypatch
     values = create_sweep_command_args({"args": drawn})["args_json"][0]  # what W&B's agent writes for a cell
     path = Path(file).with_suffix(".json")
     path.write_text(values)
-    options = run_parser().parse_args(["--config", str(path), "--logger", "wandb", "--runs_dir", "runs/w"])
+    options = parser("run").parse_args(["--config", str(path), "--logger", "wandb", "--runs_dir", "runs/w"])
     assert name_of(resolved(options)) == cell.name
 
 

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from jsonargparse import ActionConfigFile, Namespace
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from fedtune.errors import RunError, UsageError
 
 if TYPE_CHECKING:
-    from fedtune.options import Parser
+    from jsonargparse import Namespace
 
-INTERRUPTED = 130
+    from fedtune.parser import Parser
+
+STOPPED, INTERRUPTED = 2, 130
+
+
+def stop(code: int, text: str) -> NoReturn:
+    """End the command with one line."""
+    print(f"fedtune: {text}", file=sys.stderr)
+    raise SystemExit(code)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -25,22 +32,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sweep with failed runs."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.showwarning = _show_warning
-    from fedtune.options import STOPPED, stop
-
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    name = given[0] if given and given[0] in _COMMANDS else _choose(given)
     hint = ""
     try:
-        parser = _parser()
+        options = parser(name).parse_args(given[1:])
         logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # after the import, which sets it
-        options = parser.parse_args(arguments)
-        command = options.subcommand
-        kept = options[command].get("run_dir") or options[command].get("runs_dir")
+        kept = options.get("run_dir") or options.get("runs_dir")
         if kept:
             hint = f"; the same command goes on from the last complete round in {kept}"
-        {"run": _run, "sweep": _sweep, "report": _report, "describe": _describe}[command](options[command])
+        _COMMANDS[name].act(options)
     except (UsageError, RunError) as error:
         stop(STOPPED, " ".join(str(error).split()))
     except KeyboardInterrupt:
         stop(INTERRUPTED, f"interrupted{hint}")
+
+
+def _choose(given: Sequence[str]) -> NoReturn:
+    """Say what commands there are; what they are made of is imported when one is chosen."""
+    lines = "\n".join(f"  {name:9} {command.what}" for name, command in _COMMANDS.items())
+    if given and given[0] not in ("-h", "--help"):
+        near = difflib.get_close_matches(given[0], _COMMANDS, n=1) or list(_COMMANDS)
+        stop(STOPPED, f"{given[0]}: no such command; nearest: {', '.join(near)}")
+    text = f"usage: fedtune COMMAND [--help]\n\nFederated fine-tuning of language models on text classification.\n\n{lines}"
+    print(text, file=sys.stdout if given else sys.stderr)
+    raise SystemExit(0 if given else STOPPED)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
@@ -49,43 +65,49 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__
         print(f"fedtune: {message}", file=sys.stderr)
 
 
-def _parser() -> Parser:
-    from fedtune.datamodule import FederatedDataModule
-    from fedtune.options import Parser, run_parser
+def parser(name: str) -> Parser:
+    """The parser of a command."""
+    from fedtune.parser import Parser
 
-    parser = Parser(
-        prog="fedtune", description="Federated fine-tuning of language models on text classification.", allow_abbrev=False
-    )
-    commands = parser.add_subcommands(required=True)
-    commands.add_subcommand("run", run_parser(), help="one federated run")
+    command = _COMMANDS[name]
+    found = Parser(prog=f"fedtune {name}", description=command.description, allow_abbrev=False)
+    command.fill(found)
+    return found
 
-    sweep = Parser(
-        description="A grid of runs from a sweep file as W&B reads it, too. It goes on where it was.", allow_abbrev=False
-    )
-    sweep.add_argument("file", type=str, help="YAML file: method, parameters (value, values, distribution; nested)")
-    sweep.add_argument("--runs_dir", type=str, default="runs/sweep", help="directory of the runs")
-    sweep.add_argument("--workers", type=int, default=1, help="processes; threads, and GPUs, are divided among them")
-    sweep.add_argument("--only", type=str, action="append", default=[], help="take a part of the grid: key=value, repeatable")
-    sweep.add_argument(
+
+def _fill_run(found: Parser) -> None:
+    from fedtune.options import add_run_arguments
+
+    add_run_arguments(found)
+
+
+def _fill_sweep(found: Parser) -> None:
+    found.add_argument("file", type=str, help="YAML file: method, parameters (value, values, distribution; nested)")
+    found.add_argument("--runs_dir", type=str, default="runs/sweep", help="directory of the runs")
+    found.add_argument("--workers", type=int, default=1, help="processes; threads, and GPUs, are divided among them")
+    found.add_argument("--only", type=str, action="append", default=[], help="take a part of the grid: key=value, repeatable")
+    found.add_argument(
         "--dry_run", "--dry-run", action="store_true", help="print the grid and an estimate of the time, run nothing"
     )
-    sweep.add_argument("--wandb", action="store_true", help="mirror to W&B: as a W&B sweep with a key, else offline")
-    commands.add_subcommand("sweep", sweep, help="a grid of runs")
+    found.add_argument("--wandb", action="store_true", help="mirror to W&B: as a W&B sweep with a key, else offline")
 
-    report = Parser(description="Tables, curves and one page from the records of many runs.", allow_abbrev=False)
-    report.add_argument("runs_dir", type=str, help="directory with runs, at any depth")
-    report.add_argument(
+
+def _fill_report(found: Parser) -> None:
+    found.add_argument("runs_dir", type=str, help="directory with runs, at any depth")
+    found.add_argument(
         "--out", type=str | None, default=None, help="where the report goes; the directory of the runs by default"
     )
-    commands.add_subcommand("report", report, help="tables, curves and one page")
 
-    describe = Parser(description="The client split, as a table and a picture.", allow_abbrev=False)
-    describe.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the values below")
-    describe.add_class_arguments(FederatedDataModule, "data", skip={"model"})
-    describe.add_argument("--model.name", type=str, default="minilm", help="the model whose tokenizer counts the tokens")
-    describe.add_argument("--picture", type=str, default="split.png", help="where the picture goes")
-    commands.add_subcommand("describe", describe, help="the client split as a table and a picture")
-    return parser
+
+def _fill_describe(found: Parser) -> None:
+    from jsonargparse import ActionConfigFile
+
+    from fedtune.datamodule import FederatedDataModule
+
+    found.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the values below")
+    found.add_class_arguments(FederatedDataModule, "data", skip={"model"})
+    found.add_argument("--model.name", type=str, default="minilm", help="the model whose tokenizer counts the tokens")
+    found.add_argument("--picture", type=str, default="split.png", help="where the picture goes")
 
 
 def _run(options: Namespace) -> None:
@@ -159,6 +181,35 @@ def _describe(options: Namespace) -> None:
 def _most_frequent(counts: dict[str, int]) -> str:
     ranked = sorted(counts, key=lambda name: -counts[name])
     return f"{len(counts)}: " + ", ".join(f"{name} {counts[name]}" for name in ranked[:2])
+
+
+class _Command(NamedTuple):
+    what: str
+    description: str
+    fill: Callable[[Parser], None]
+    act: Callable[[Namespace], None]
+
+
+_COMMANDS = {
+    "run": _Command(
+        "one federated run",
+        "One federated run, beside its baselines. An interrupted run goes on where it stopped.",
+        _fill_run,
+        _run,
+    ),
+    "sweep": _Command(
+        "a grid of runs",
+        "A grid of runs from a sweep file as W&B reads it, too. It goes on where it was.",
+        _fill_sweep,
+        _sweep,
+    ),
+    "report": _Command(
+        "tables, curves and one page", "Tables, curves and one page from the records of many runs.", _fill_report, _report
+    ),
+    "describe": _Command(
+        "the client split as a table and a picture", "The client split, as a table and a picture.", _fill_describe, _describe
+    ),
+}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from fedtune.errors import UsageError, one_of
-from fedtune.options import name_of, resolved, run_parser
+from fedtune.options import name_of, resolve
 from fedtune.randomness import stream
 
 METHODS = ("grid", "random")
@@ -77,10 +77,9 @@ def read(file: str | Path, only: Sequence[str] = ()) -> Sweep:
     if not chosen:
         raise UsageError("only", " ".join(only), f"values of the file for {', '.join(parameters)}")
     varied = [key for key, spec in parameters.items() if "value" not in spec]
-    parser = run_parser()
     cells: dict[str, Cell] = {}
     for values in chosen:
-        cell = Cell(resolved(parser.parse_object(nested(values))), {key: values[key] for key in varied})
+        cell = Cell(resolve(nested(values)), {key: values[key] for key in varied})
         cells.setdefault(cell.name, cell)
     metric = content.get("metric") or {}
     best = (metric.get("name", "accuracy"), metric.get("goal", "maximize") == "maximize")

@@ -3,55 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
-import re
-import sys
+import functools
 from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, Namespace
 
 from fedtune.datamodule import FederatedDataModule
 from fedtune.errors import UsageError
 from fedtune.loop import FederatedLoop
 from fedtune.models import TextClassifier, build_classifier
+from fedtune.parser import Parser
 from fedtune.rundir import fingerprint
 from fedtune.tracking import LOGGERS
 
-STOPPED = 2
 PARTS = ("data", "model", "loop")
 _FREE = ("progress", "keep", "baseline_dir")  # of the loop: where and how a run is kept, and not what it is
 _WHOLE = ("iid", "by_label", "by_author", "dirichlet")  # splits that give a single client all texts, in one order
 _FLAGS = {"data.model": "model.name", "model.model": "model.name", "loop.run_dir": "run_dir", "loop.logger": "logger"}
 
 
-class Parser(ArgumentParser):
-    """A parser whose every error is one line."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """End with the message, as one line."""
-        text = " ".join(message.split())
-        unknown = re.match(r"[Uu]nrecognized arguments: (--\S+)", text)
-        if unknown:
-            came = unknown.group(1).split("=")[0]
-            near = difflib.get_close_matches(came, [flag for action in self._actions for flag in action.option_strings], n=3)
-            text = f"{came}: no such flag; nearest: {', '.join(near) or 'none, see --help'}"
-        text = re.sub(r'^Parser key "([^"]+)":', r"--\1:", text)
-        text = re.sub(r"Expected an? <class '(\w+)'>\.? Got value: (\S+)", r"got '\2'; allowed: \1", text)
-        stop(STOPPED, text)
-
-
-def stop(code: int, text: str) -> NoReturn:
-    """End the command with one line."""
-    print(f"fedtune: {text}", file=sys.stderr)
-    raise SystemExit(code)
-
-
-def run_parser() -> Parser:
-    """The parser of `fedtune run`."""
-    run = Parser(
-        description="One federated run, beside its baselines. An interrupted run goes on where it stopped.", allow_abbrev=False
-    )
+def add_run_arguments(run: Parser) -> None:
+    """Give a parser the arguments of `fedtune run`."""
     run.add_argument("--config", action=ActionConfigFile, help="YAML or JSON file with any of the values below")
     run.add_class_arguments(FederatedDataModule, "data", skip={"model"})
     run.add_class_arguments(TextClassifier, "model", skip={"num_labels"})
@@ -67,7 +40,22 @@ def run_parser() -> Parser:
     run.add_argument("--logger", type=str, default="none", help=f"one of {', '.join(LOGGERS)}")
     for name in ("versions", "content"):
         run.add_argument(f"--{name}", type=dict | None, default=None, help="ignored: a run's config.yaml has it")
-    return run
+
+
+def resolve(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The arguments of a run from nested values, as in a configuration file.
+
+    Raises:
+        SystemExit: a value that a run does not have, or of a wrong type; said in one line.
+    """
+    return resolved(_run_parser().parse_object(dict(values)))
+
+
+@functools.cache
+def _run_parser() -> Parser:
+    parser = Parser(prog="fedtune run")
+    add_run_arguments(parser)
+    return parser
 
 
 def resolved(options: Namespace) -> dict[str, dict[str, Any]]:
