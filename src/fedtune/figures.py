@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fedtune.records import RoundRecord
 
@@ -88,13 +88,15 @@ def _stack(axes: Axes, clients: Sequence[Mapping[str, int]]) -> None:
         axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+def _figure(
+    rows: int, columns: int, size: tuple[float, float], sharey: bool | Literal["row"] = False
+) -> tuple[Figure, list[Axes]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")  # no pyplot: the caller's figures and backend stay as they are
     FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+    return figure, list(figure.subplots(rows, columns, squeeze=False, sharey=sharey).flat)
 
 
 def _save(figure: Figure, path: str | Path) -> None:
@@ -118,8 +120,9 @@ def plot_grid(rounds: DataFrame, path: str | Path, metric: str = "accuracy") -> 
     base = base if len(base) else rounds[rounds.kind == "centralised"]
     curves = federated if len(federated) else base
     lines = curves[["task", "model"]].drop_duplicates().values.tolist()
-    splits, counts = sorted(curves.split.unique()), sorted(curves.clients.unique())
-    figure, panels = _figure(len(lines), len(splits), (4.2 * len(splits) + 1, 2.9 * len(lines) + 0.8))
+    splits = sorted(curves.split.unique(), key=lambda split: (not split.endswith("iid"), split))
+    counts = sorted(curves.clients.unique())
+    figure, panels = _figure(len(lines), len(splits), (4.2 * len(splits) + 1, 2.9 * len(lines) + 0.8), sharey="row")
     for number, panel in enumerate(panels):
         (task, model), split = lines[number // len(splits)], splits[number % len(splits)]
         here = curves[(curves.task == task) & (curves.model == model) & (curves.split == split)]
