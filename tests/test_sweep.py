@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from fedtune import grid, runner, wandb_sweep
+from fedtune import grid, runner, wandb_sweep, worker
 from fedtune.errors import UsageError
 from fedtune.locks import held, is_held
 
@@ -80,7 +80,7 @@ def test_a_failed_run_is_recorded_and_the_others_are_done(write: Write, tmp_path
     process = start(file, folder, log, "--workers=2")
     process.join()
     assert process.exitcode == 1
-    states = {status["state"]: status for status in map(runner.status, sorted(folder.glob("*"))) if status}
+    states = {status["state"]: status for status in map(worker.status, sorted(folder.glob("*"))) if status}
     assert set(states) == {"finished", "failed"}
     assert "--model.name: got 'no-such-model'; allowed: bert" in states["failed"]["error"]
     assert set(states["finished"]["metrics"]) == {"accuracy", "macro_f1", "loss_nats"}

@@ -26,7 +26,7 @@ from fedtune.evaluation import attached
 from fedtune.hardware import peak_memory_bytes, resolve_precision
 from fedtune.locks import held
 from fedtune.records import RoundRecord
-from fedtune.rundir import RunDirectory, describe, fingerprint
+from fedtune.rundir import Course, RunDirectory, baseline_config, describe, fingerprint
 from fedtune.session import Session
 from fedtune.summary import mean_of, summarise
 from fedtune.tracking import LOGGERS, Progress, WandbMirror
@@ -189,11 +189,11 @@ class FederatedLoop:
         algorithm = ALGORITHMS[self.algorithm] if isinstance(self.algorithm, str) else self.algorithm
 
         size = min(self.clients_per_round or session.data.num_clients, session.data.num_clients)
-        course = _Course(run, self.max_rounds, self.history, self._hooks)
+        course = Course(run, self.max_rounds, self.history, self._hooks)
         with self.display.phase("federated", self.max_rounds, size):
             return self._rounds(session, course, run.start, advance)
 
-    def _rounds(self, session: Session, course: _Course, start: Callable[[], ServerState], advance: Advance) -> ServerState:
+    def _rounds(self, session: Session, course: Course, start: Callable[[], ServerState], advance: Advance) -> ServerState:
         """Rounds one after the other, each evaluated, recorded and kept; from where the run stopped, if it did."""
         module = session.resident.module
         found, course.history[:] = course.run.resume()
@@ -237,7 +237,7 @@ class FederatedLoop:
         everyone = self.clients_per_round is None or self.clients_per_round >= session.data.num_clients
         rounds = self.history[-1].round
         with self._baseline_run("centralised", start, not everyone) as run, self.display.phase("centralised", rounds, 1):
-            final = self._rounds(session, _Course(run, rounds, history), lambda: start, advance)
+            final = self._rounds(session, Course(run, rounds, history), lambda: start, advance)
         assign_(travelling(session.resident.module), final.weights)
         self.baseline_runs["centralised"], self._centralised_test = history, session.evaluate("test").metrics
 
@@ -261,13 +261,8 @@ class FederatedLoop:
         if not folder:
             yield RunDirectory(None, {}, self.keep)
             return
-        config = {part: dict(options) for part, options in self.config.items()}
-        for key in ("max_rounds", "keep", "progress", "baselines", "baseline_dir"):
-            del config["loop"][key]
-        for key in () if split_matters else ("num_clients", "split", "skew", "alpha"):
-            config["data"].pop(key, None)
-        examples = [record.num_examples for record in self.history]
-        config["baseline"] = {"name": name, "examples": examples, "start": digest(start.weights)}
+        about = {"name": name, "examples": [record.num_examples for record in self.history], "start": digest(start.weights)}
+        config = baseline_config(self.config, about, split_matters)
         path = Path(folder) / f"{name}-{fingerprint(config)}"
         with held(path, wait=True):
             yield RunDirectory(path, config, self.keep)
@@ -300,13 +295,3 @@ class FederatedLoop:
             raise UsageError("evaluate_on", self.evaluate_on, "test, with evaluation by clients")
         if self.clients_per_round is not None and self.clients_per_round > data.num_clients:
             raise UsageError("clients_per_round", self.clients_per_round, f"at most num_clients, {data.num_clients}")
-
-
-@dataclass
-class _Course:
-    """A sequence of rounds: where it is kept, how long it is, its records so far, and who is told."""
-
-    run: RunDirectory
-    rounds: int
-    history: list[RoundRecord]
-    hooks: Sequence[FederatedCallback] = ()

@@ -8,6 +8,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import yaml
 
 from fedtune import checkpoint, records
 from fedtune.aggregation import ServerState
+from fedtune.callbacks import FederatedCallback
 from fedtune.errors import RunError, UsageError
 from fedtune.figures import plot_curves
 from fedtune.records import RoundRecord
@@ -123,6 +125,16 @@ class RunDirectory:
         checkpoint.write_text(file, text)
 
 
+@dataclass
+class Course:
+    """A sequence of rounds: where it is kept, how long it is, its records so far, and who is told."""
+
+    run: RunDirectory
+    rounds: int
+    history: list[RoundRecord]
+    hooks: Sequence[FederatedCallback] = ()
+
+
 @contextlib.contextmanager
 def _disk(file: Path) -> Iterator[None]:
     try:
@@ -141,6 +153,17 @@ def describe(module: Any, data: Any, loop: Mapping[str, Any]) -> dict[str, Any]:
     if other is not None and other != model.get("name"):
         text["tokenizer"] = text["tokenizer"] or other
     return {"model": model, "data": text, "loop": plain(loop), "content": {"task": getattr(data, "digest", None)}}
+
+
+def baseline_config(config: Mapping[str, Any], about: Mapping[str, Any], split_matters: bool) -> dict[str, Any]:
+    """What the numbers of a baseline depend on: the configuration without how long the run is and where it is kept, without
+    the split where texts are pooled, and with what the baseline is `about`."""
+    found = {part: dict(options) for part, options in config.items()}
+    for key in ("max_rounds", "keep", "progress", "baselines", "baseline_dir"):
+        del found["loop"][key]
+    for key in () if split_matters else ("num_clients", "split", "skew", "alpha"):
+        found["data"].pop(key, None)
+    return found | {"baseline": dict(about)}
 
 
 def config_of(part: Any) -> dict[str, Any]:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import signal
-import threading
 import time
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -20,12 +17,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from fedtune.callbacks import FederatedCallback
 from fedtune.checkpoint import write_text
-from fedtune.errors import RunError, UsageError, at_least
+from fedtune.errors import at_least
 from fedtune.grid import Cell, Sweep
 from fedtune.locks import held, is_held
-from fedtune.options import fit
+from fedtune.worker import status, work
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerProcess
@@ -34,77 +30,6 @@ if TYPE_CHECKING:
 _PROCESSES = multiprocessing.get_context("forkserver")
 _IMPORTS = ["fedtune.options", "transformers.models.bert.modeling_bert"]
 _SHARED = "baselines"  # beside the runs: what they are compared with, for those that can share it
-
-
-def status(folder: Path) -> dict[str, Any]:
-    """How the last start of a run ended: `state` ("finished" or "failed"), `seconds`, `metrics` or `error`; else nothing."""
-    try:
-        found: dict[str, Any] = json.loads((folder / "status.json").read_text(encoding="utf-8"))
-        return found
-    except (OSError, ValueError):
-        return {}
-
-
-# ------------------------------------------------------------------------------------------------ in a run's process
-
-
-class _Reporter(FederatedCallback):
-    """Tells the runner how far the run is."""
-
-    def __init__(self, line: Connection) -> None:
-        self._line = line
-
-    def on_fit_start(self, loop: Any, module: Any) -> None:
-        self._send(loop)
-
-    def on_round_end(self, loop: Any, module: Any, record: Any) -> None:
-        self._send(loop)
-
-    def _send(self, loop: Any) -> None:
-        done = len(loop.history)
-        self._line.send(f"round {done}/{loop.max_rounds}" if done < loop.max_rounds else "baselines")
-
-
-def _work(arguments: Mapping[str, Mapping[str, Any]], folder: Path, setting: Mapping[str, Any], line: Connection) -> None:
-    """One run, from its directory's lock to its status."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the runner, which ends this process
-    threading.Thread(target=_end_with_the_runner, args=(line,), daemon=True).start()
-    os.environ.update(setting["environment"])
-    import torch
-
-    torch.set_num_threads(setting["threads"])
-    try:
-        with held(folder):
-            if status(folder).get("state") != "finished":
-                _logged(arguments, folder, setting, line)
-    except UsageError as error:
-        line.send(f"left: {error}")
-
-
-def _logged(arguments: Mapping[str, Mapping[str, Any]], folder: Path, setting: Mapping[str, Any], line: Connection) -> None:
-    began = time.perf_counter()
-    with open(folder / "log.txt", "a", encoding="utf-8", buffering=1) as log:
-        for stream in (1, 2):  # the streams themselves: handlers of other libraries hold on to them
-            os.dup2(log.fileno(), stream)
-        try:
-            loop = fit(arguments, run_dir=str(folder), logger=setting["logger"], callbacks=[_Reporter(line)])
-            ended: dict[str, Any] = {"state": "finished", "metrics": loop.history[-1].metrics}
-        except Exception as error:
-            traceback.print_exc()
-            kind = "" if isinstance(error, (UsageError, RunError)) else f"{type(error).__name__}: "
-            ended = {"state": "failed", "error": kind + " ".join(str(error).split())}
-    ended["seconds"] = time.perf_counter() - began
-    write_text(folder / "status.json", json.dumps(ended, indent=1, ensure_ascii=False) + "\n")
-
-
-def _end_with_the_runner(line: Connection) -> None:
-    try:
-        line.recv()
-    except (EOFError, OSError):
-        os._exit(1)
-
-
-# ------------------------------------------------------------------------------------------------ in the runner
 
 
 @dataclass
@@ -264,7 +189,7 @@ def _start(cell: Cell, board: _Board, logger: str) -> _Running:
     arguments = {part: dict(values) for part, values in cell.arguments.items()}
     arguments["loop"] |= {"progress": False, "baseline_dir": arguments["loop"]["baseline_dir"] or str(board.folder / _SHARED)}
     ours, theirs = _PROCESSES.Pipe()
-    process = _PROCESSES.Process(target=_work, args=(arguments, board.folder / cell.name, setting, theirs))
+    process = _PROCESSES.Process(target=work, args=(arguments, board.folder / cell.name, setting, theirs))
     process.start()
     theirs.close()
     return _Running(cell, process, ours, slot)
