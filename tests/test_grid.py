@@ -58,6 +58,8 @@ def test_only_takes_a_part_by_whole_or_shortened_key(write: Write) -> None:
     file = write({"data.num_clients": {"values": [1, 2, 4]}, "seed": {"values": [0, 1]}})
     assert len(grid.read(file, ["num_clients=2"]).cells) == 2
     assert len(grid.read(file, ["data.num_clients=2", "seed=1"]).cells) == 1
+    rates = write({"model.learning_rate": {"values": [0.001, 2.0e-5]}, "model.freeze_embeddings": {"values": [True, False]}})
+    assert len(grid.read(rates, ["learning_rate=1e-3", "freeze_embeddings=true"]).cells) == 1
 
 
 def test_random_draws_within_bounds_and_the_same_each_time(write: Write) -> None:
@@ -81,9 +83,16 @@ def test_random_draws_within_bounds_and_the_same_each_time(write: Write) -> None
         ({"seed": {"min": 1, "max": 2}}, {}, [], "for the method grid"),
         ({"seed": {"min": 1, "max": 2}}, {"method": "random"}, [], "run_cap: got None"),
         ({"seed": {"distribution": "beta"}}, {"method": "random", "run_cap": 1}, [], "distribution: got 'beta'"),
-        ({"seed": {"distribution": "normal"}}, {"method": "random", "run_cap": 1}, [], "the bounds of its distribution normal"),
+        ({"seed": {"distribution": "normal"}}, {"method": "random", "run_cap": 1}, [], "what its distribution normal needs"),
+        ({"seed": {"value": 1}}, {"metric": "accuracy"}, [], "metric: got 'accuracy'; allowed: name and goal"),
+        ({"seed": {"value": 1}}, {"metric": {"name": "a", "goal": "maximise"}}, [], r"maximize \(nearest\)"),
+        ({"seed": {"value": 1}}, {"method": "random", "run_cap": "ten"}, [], "run_cap: got 'ten'"),
+        ({"seed": {"values": 3}}, {"method": "random", "run_cap": 1}, [], "what its distribution categorical needs"),
+        ({"model": {"value": "bert"}, "model.seed": {"value": 1}}, {}, [], "nothing, beside a value for model"),
+        ({"model": {"parameters": None}}, {}, [], "parameters of model: got None"),
+        ({"run_dir": {"value": "x"}}, {}, [], "any of a run but config, run_dir"),
         ({"seed": {"value": 1}}, {}, ["sead=1"], "--only: got 'sead=1'; allowed: key=value, with a key of the file: seed"),
-        ({"seed": {"value": 1}}, {}, ["seed=2"], "only: got 'seed=2'"),
+        ({"seed": {"value": 1}}, {}, ["seed=2"], "--only: got 'seed=2'; allowed: seed 1"),
     ],
 )
 def test_what_no_sweep_can_be_made_of_is_refused(write: Write, parameters: Any, content: Any, only: Any, said: str) -> None:

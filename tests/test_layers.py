@@ -52,6 +52,7 @@ ROAD = [
         "runner",
         "wandb_sweep",
         "results",
+        "curves",
         "page",
         "report",
         "cli",

@@ -13,8 +13,8 @@ import yaml
 
 import fedtune
 from fedtune.client import ClientReport
+from fedtune.curves import plot_grid
 from fedtune.errors import UsageError
-from fedtune.figures import plot_grid
 from fedtune.report import FILES, report
 from fedtune.results import failures, settings
 
@@ -28,9 +28,11 @@ def write_run(folder: Path, accuracies: list[float], **about: Any) -> None:
         "loop": {"seed": about["seed"], "max_rounds": len(accuracies), "keep": 2},
         "versions": {"torch": "2"},
     }
+    config["loop"]["max_rounds"] = about.get("asked", len(accuracies))
     if "baseline" in about:
+        del config["loop"]["max_rounds"]
         del config["data"]["num_clients"], config["data"]["split"], config["data"]["skew"], config["data"]["alpha"]
-        config["baseline"] = {"name": about["baseline"]}
+        config["baseline"] = {"name": about["baseline"], "examples": [10] * len(accuracies)}
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     client = ClientReport(0, 10, 1, 100, 1.0, 0.1)
@@ -91,6 +93,45 @@ def test_values_in_which_runs_differ_are_columns_and_no_means_are_taken_over_the
     assert four["baseline"].isna().tolist() == [False, True]  # a baseline has the same learning rate
 
 
+def test_the_baseline_has_the_same_split_where_there_is_one(tmp_path: Path) -> None:
+    for split, accuracy in (("hilmkil_iid", 0.9), ("hilmkil_sorted", 0.3)):
+        write_run(tmp_path / f"1-{split}", [accuracy], split=split)
+        write_run(tmp_path / f"4-{split}", [accuracy / 2], split=split, clients=4)
+    table = fedtune.compare(fedtune.read_runs(tmp_path)).set_index(["split", "clients"])
+    assert table.loc[("hilmkil_iid", 4)]["baseline"] == 0.9
+    assert table.loc[("hilmkil_sorted", 4)]["baseline"] == 0.3
+
+
+def test_a_run_without_all_its_rounds_is_no_result(runs: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    write_run(runs / "b2", [0.1], seed=2, clients=4, split="by_author", asked=3)
+    assert fedtune.compare(fedtune.read_runs(runs)).query("task == 'spooky' and clients == 4")["seeds"].sum() == 2
+    report(runs, tmp_path / "out")
+    assert "6 runs, 1 unfinished and not in the tables, 1 failed" in capsys.readouterr().out
+    (runs / "b2" / "summary.json").write_text('{"rounds": 1}')  # a callback stopped it
+    assert fedtune.compare(fedtune.read_runs(runs)).query("task == 'spooky' and clients == 4")["seeds"].sum() == 3
+
+
+def test_a_centralised_baseline_counts_for_runs_of_any_length(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", [0.1, 0.2], clients=2)
+    write_run(tmp_path / "b", [0.1, 0.2, 0.3], clients=2, seed=1)
+    write_run(tmp_path / "c", [0.3, 0.4], baseline="centralised")
+    table = fedtune.compare(fedtune.read_runs(tmp_path))
+    assert settings(table) == ["loop.max_rounds"]
+    assert table["baseline"].tolist()[0] == 0.4
+
+
+def test_runs_of_other_modules_and_data_are_reported_too(tmp_path: Path, make_module: Any) -> None:
+    from conftest import make_loop
+    from pytorch_lightning.demos.boring_classes import BoringModel, RandomDataset
+    from test_loop import GivenLoaders
+    from torch.utils.data import DataLoader
+
+    loader = DataLoader(RandomDataset(32, 8), batch_size=4)
+    make_loop(run_dir=str(tmp_path / "runs" / "boring")).fit(BoringModel(), GivenLoaders([loader, loader], loader))
+    report(tmp_path / "runs", tmp_path / "out")
+    assert "| BoringModel | – | 2 | 1 | 2 | – |" in (tmp_path / "out" / "tables.md").read_text()
+
+
 def test_the_report_holds_every_run_and_every_failure(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report(runs, tmp_path / "out")
     assert all((tmp_path / "out" / name).stat().st_size for name in FILES)
@@ -109,7 +150,7 @@ def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
 
 def test_a_panel_for_every_task_model_and_split(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
-    monkeypatch.setattr("fedtune.figures._save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr("fedtune.curves.save", lambda figure, path, dpi: drawn.append(figure))
     plot_grid(fedtune.read_runs(runs), tmp_path / "x.png")
     panels = {axes.get_title(): axes for axes in drawn[0].axes}
     assert set(panels) == {f"{task}, minilm\n{split}" for task in ("spooky", "authors") for split in ("by_author 0.8", "iid")}
@@ -117,6 +158,11 @@ def test_a_panel_for_every_task_model_and_split(runs: Path, tmp_path: Path, monk
     assert lines["4 clients"].get_ydata().tolist() == pytest.approx([0.65, 0.63])
     assert lines["baseline"].get_ydata().tolist() == pytest.approx([0.55, 0.7])
     assert lines["baseline"].get_linestyle() == "--"
+    (pooled,) = [line for line in panels["authors, minilm\niid"].get_lines() if line.get_label() == "baseline"]
+    assert pooled.get_ydata().tolist() == pytest.approx([0.3, 0.4])
+    write_run(runs / "e", [0.9, 0.9], clients=4, split="by_author", rate=0.5)
+    plot_grid(fedtune.read_runs(runs), tmp_path / "x.png")
+    assert len(drawn[1].axes) == 6  # means are over seeds, never over settings
 
 
 @pytest.fixture(scope="module")
@@ -152,10 +198,11 @@ def test_the_page_works_in_a_browser_without_a_network(browser: Any, runs: Path,
     assert len(visible()) == 6
     choose("task", "spooky")
     choose("clients", "4")
-    assert visible() == [f"spooky, minilm, 4 clients, by_author 0.8, seed {seed}" for seed in (0, 1)]
+    four = [f"spooky, minilm, 4 clients, by_author 0.8, seed {seed}" for seed in (0, 1)]
+    assert visible() == [*(f"spooky, minilm, 1 clients, iid, seed {seed}" for seed in (0, 1)), *four]  # with their baseline
     choose("seed", "1")
-    assert len(visible()) == 1
-    assert len(browser.find_elements("css selector", "#curves .scatterlayer .trace")) == 1
+    assert len(visible()) == 2
+    assert len(browser.find_elements("css selector", "#curves .scatterlayer .trace")) == 2
     choose("metric", "loss_nats")
     assert browser.execute_script("return document.getElementById('curves').layout.yaxis.title.text") == "loss_nats"
     assert "no <model> | of that name" in browser.find_element("id", "failed").text

@@ -20,6 +20,9 @@ from fedtune.errors import UsageError
 from fedtune.locks import held, is_held
 
 PROCESSES = multiprocessing.get_context("forkserver")  # as in test_kill.py: real processes that start at once
+PROCESSES.set_forkserver_preload(
+    ["fedtune.cli", "fedtune.runner", "fedtune.datamodule", "transformers.models.bert.modeling_bert"]
+)
 Write = Callable[..., str]
 
 
@@ -75,14 +78,14 @@ def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
 
 
 def test_a_failed_run_is_recorded_and_the_others_are_done(write: Write, tmp_path: Path, tiny_bert: str) -> None:
-    file = write(model__name={"values": [tiny_bert, "no-such-model"]}, data__num_clients={"values": [2]})
+    file = write(model__name={"values": [tiny_bert, "[/no-such-model]"]}, data__num_clients={"values": [2]})
     folder, log = tmp_path / "runs", tmp_path / "log"
     process = start(file, folder, log, "--workers=2")
     process.join()
     assert process.exitcode == 1
     states = {status["state"]: status for status in map(worker.status, sorted(folder.glob("*"))) if status}
     assert set(states) == {"finished", "failed"}
-    assert "--model.name: got 'no-such-model'; allowed: bert" in states["failed"]["error"]
+    assert "--model.name: got '[/no-such-model]'; allowed: bert" in states["failed"]["error"]
     assert set(states["finished"]["metrics"]) == {"accuracy", "macro_f1", "loss_nats"}
     out = log.read_text()
     assert "1 of 2 done, 0 running, 1 failed" in out
@@ -187,6 +190,30 @@ def test_a_wandb_sweep_runs_our_command_on_any_machine(write: Write, monkeypatch
     path.write_text(values)
     options = parser("run").parse_args(["--config", str(path), "--logger", "wandb", "--runs_dir", "runs/w"])
     assert name_of(resolved(options)) == cell.name
+
+
+def test_a_worker_gets_one_of_the_gpus_that_the_sweep_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [runner.gpu(slot, 2) for slot in range(3)] == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    assert [runner.gpu(slot, 2) for slot in range(3)] == ["2", "3", "2"]
+
+
+def test_one_client_is_one_run_however_its_split_is_called(write: Write, tmp_path: Path) -> None:
+    from fedtune.cli import main
+
+    flags = [
+        f"--data.task_options={json.dumps({'path': str(tmp_path / 'data.csv')})}",
+        "--data.task=csv",
+        "--data.num_clients=1",
+    ]
+    cell = grid.read(write(), ["num_clients=1"]).cells[0]
+    flags += [f"--model.name={cell.arguments['model']['name']}", "--data.max_length=16", "--data.batch_size=4"]
+    flags += ["--loop.max_rounds=2", "--loop.precision=32-true", "--loop.baselines=[]", f"--runs_dir={tmp_path / 'runs'}"]
+    for split in ("iid", "by_label"):  # as W&B's agents do it, which know nothing of our names
+        main(["run", *flags, f"--data.split={split}"])
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [cell.name]
+    assert worker.status(tmp_path / "runs" / cell.name)["state"] == "finished"
 
 
 def test_without_a_key_a_wandb_sweep_is_offline(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedtune.aggregation import ALGORITHMS
     from fedtune.callbacks import FederatedCallback
+    from fedtune.curves import plot_grid
     from fedtune.datamodule import FederatedDataModule
     from fedtune.errors import RunError, UsageError
-    from fedtune.figures import plot_curves, plot_grid, plot_split
+    from fedtune.figures import plot_curves, plot_split
     from fedtune.loop import FederatedLoop
     from fedtune.models import FAMILIES, build_classifier
     from fedtune.models.albert import AlbertClassifier
@@ -49,7 +50,7 @@ _HOME = {
     "build_classifier": "models",
     "compare": "results",
     "plot_curves": "figures",
-    "plot_grid": "figures",
+    "plot_grid": "curves",
     "plot_split": "figures",
     "read_runs": "results",
 }

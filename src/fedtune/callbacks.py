@@ -28,5 +28,8 @@ class FederatedCallback:
     def on_round_end(self, loop: FederatedLoop, module: pl.LightningModule, record: RoundRecord) -> None:
         """After the record was written; the module holds the averaged weights."""
 
+    def on_exception(self, loop: FederatedLoop, module: pl.LightningModule, error: BaseException) -> None:
+        """When the run has to stop; the error goes on."""
+
     def on_fit_end(self, loop: FederatedLoop, module: pl.LightningModule) -> None:
         """After the last round and the baselines; `loop.summary` is complete, the module holds the averaged weights."""

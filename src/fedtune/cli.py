@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from fedtune.errors import RunError, UsageError
+from fedtune.errors import RunError, UsageError, at_least
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -112,12 +112,13 @@ def _fill_describe(found: Parser) -> None:
 
 def _run(options: Namespace) -> None:
     from fedtune.options import fit, name_of, resolved
+    from fedtune.worker import recorded
 
     arguments = resolved(options)
-    run_dir = options.run_dir
-    if run_dir is None and options.runs_dir is not None:
-        run_dir = str(Path(options.runs_dir) / name_of(arguments))
-    loop = fit(arguments, run_dir=run_dir, logger=options.logger)
+    if options.run_dir is None and options.runs_dir is not None:
+        loop = recorded(arguments, Path(options.runs_dir) / name_of(arguments), logger=options.logger)
+    else:
+        loop = fit(arguments, run_dir=options.run_dir, logger=options.logger)
     shown = ("accuracy", "macro_f1", "majority_accuracy", "local_accuracy", "centralised_accuracy")
     values = [f"{name} {loop.summary[name]:.3f}" for name in shown if loop.summary.get(name) is not None]
     print(f"test part: {'  '.join(values)}")
@@ -128,16 +129,18 @@ def _run(options: Namespace) -> None:
 def _sweep(options: Namespace) -> None:
     from fedtune import grid, runner, wandb_sweep
 
-    sweep = grid.read(options.file, options.only)
-    if options.dry_run:
-        runner.plan(sweep, Path(options.runs_dir), options.workers)
-    elif options.wandb and wandb_sweep.online():
-        wandb_sweep.run(options.file, options.runs_dir, options.workers, options.only)
+    at_least("--workers", options.workers, 1)
+    folder = Path(options.runs_dir)
+    if options.wandb and not options.dry_run and wandb_sweep.online():
+        failed = wandb_sweep.run(options.file, options.runs_dir, options.workers, options.only)
     else:
-        logger = "wandb" if options.wandb else "none"
-        failed = runner.run(sweep, Path(options.runs_dir), options.workers, logger)
-        if failed:
-            raise SystemExit(1)
+        sweep = grid.read(options.file, options.only)
+        if options.dry_run:
+            runner.plan(sweep, folder, options.workers)
+            return
+        failed = runner.run(sweep, folder, options.workers, "wandb" if options.wandb else "none")
+    if failed:
+        raise SystemExit(1)
 
 
 def _report(options: Namespace) -> None:

@@ -11,7 +11,6 @@ from fedtune.records import RoundRecord
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from pandas import DataFrame
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -30,7 +29,7 @@ def plot_curves(
     """
     from matplotlib.ticker import MaxNLocator
 
-    figure, (left, right) = _figure(1, 2, (10, 4.2))
+    figure, (left, right) = new_figure(1, 2, (10, 4.2))
     for colour, (name, history) in zip(PALETTE, runs.items(), strict=False):
         style: dict[str, Any] = {
             "color": colour,
@@ -52,7 +51,7 @@ def plot_curves(
         axes.grid(alpha=0.3)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.suptitle(title)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_split(table: Sequence[Mapping[str, Any]], path: str | Path, title: str = "") -> None:
@@ -63,14 +62,14 @@ def plot_split(table: Sequence[Mapping[str, Any]], path: str | Path, title: str 
         path: the picture.
     """
     panels = [key for key in ("labels", "authors") if key in table[0]]
-    figure, axes = _figure(1, len(panels), (5.5 * len(panels) + 1, max(3.5, 0.3 * len(table) + 1.5)))
+    figure, axes = new_figure(1, len(panels), (5.5 * len(panels) + 1, max(3.5, 0.3 * len(table) + 1.5)))
     for panel, key in zip(axes, panels, strict=True):
         _stack(panel, [row[key] for row in table])
         panel.set(xlabel="training texts", ylabel="client", title=f"{key} per client")
         panel.set_yticks(range(len(table)) if len(table) <= 40 else range(0, len(table), len(table) // 20))
         panel.invert_yaxis()
     figure.suptitle(title)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _stack(axes: Axes, clients: Sequence[Mapping[str, int]]) -> None:
@@ -88,9 +87,10 @@ def _stack(axes: Axes, clients: Sequence[Mapping[str, int]]) -> None:
         axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def _figure(
+def new_figure(
     rows: int, columns: int, size: tuple[float, float], sharey: bool | Literal["row"] = False
 ) -> tuple[Figure, list[Axes]]:
+    """A figure with rows x columns panels, row by row; `size` in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -99,52 +99,7 @@ def _figure(
     return figure, list(figure.subplots(rows, columns, squeeze=False, sharey=sharey).flat)
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def save(figure: Figure, path: str | Path, dpi: int = 120) -> None:
+    """Write a figure; the folder is made where it is missing."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-
-
-def plot_grid(rounds: DataFrame, path: str | Path, metric: str = "accuracy") -> None:
-    """Draw the convergence of many runs: a row a task and model, a column a split, a line a number of clients.
-
-    Lines are means over seeds, bands go from the least to the greatest. The baseline (one client, else centralised training) is
-    dashed in every panel.
-
-    Args:
-        rounds: as from `read_runs`.
-        path: the picture; its suffix chooses the format.
-        metric: a column of `rounds`.
-    """
-    federated = rounds[(rounds.kind == "federated") & (rounds.clients > 1)]
-    base = rounds[(rounds.kind == "federated") & (rounds.clients == 1)]
-    base = base if len(base) else rounds[rounds.kind == "centralised"]
-    curves = federated if len(federated) else base
-    lines = curves[["task", "model"]].drop_duplicates().values.tolist()
-    splits = sorted(curves.split.unique(), key=lambda split: (not split.endswith("iid"), split))
-    counts = sorted(curves.clients.unique())
-    figure, panels = _figure(len(lines), len(splits), (4.2 * len(splits) + 1, 2.9 * len(lines) + 0.8), sharey="row")
-    for number, panel in enumerate(panels):
-        (task, model), split = lines[number // len(splits)], splits[number % len(splits)]
-        here = curves[(curves.task == task) & (curves.model == model) & (curves.split == split)]
-        for colour, count in zip(PALETTE[1:] + PALETTE[:1], counts, strict=False):
-            _band(panel, here[here.clients == count], metric, color=colour, label=f"{count} clients")
-        one = base[(base.task == task) & (base.model == model)]
-        _band(panel, one, metric, color=PALETTE[6], linestyle="--", label="baseline")
-        panel.set_title(f"{task}, {model}\n{split}", fontsize=9)
-        panel.set(xlabel="round", ylabel=metric)
-        panel.grid(alpha=0.3)
-    handles = {label: line for panel in panels for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, fontsize=8, frameon=False)
-    _save(figure, path)
-
-
-def _band(panel: Axes, runs: DataFrame, metric: str, **style: Any) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    if not len(runs):
-        return
-    by_round = runs.groupby("round")[metric]
-    mean, low, high = by_round.mean(), by_round.min(), by_round.max()
-    panel.plot(mean.index, mean, marker="o", markersize=3, **style)
-    panel.fill_between(mean.index, low, high, color=style["color"], alpha=0.15, linewidth=0)
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.savefig(path, dpi=dpi)

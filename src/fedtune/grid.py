@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from fedtune.options import name_of, resolve
 from fedtune.randomness import stream
 
 METHODS = ("grid", "random")
+GOALS = ("minimize", "maximize")
+_OWN = ("config", "run_dir", "runs_dir", "logger")  # the sweep decides on these
 _KEYS = ("method", "metric", "parameters", "name", "description", "project", "entity", "run_cap", "program", "command")
 _NOT_LOCAL = ("early_terminate",)  # W&B's agents know these; the local runner would have to ignore them
 
@@ -32,7 +35,7 @@ class Cell:
     arguments: dict[str, dict[str, Any]]
     varied: dict[str, Any]
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """The name of its directory."""
         return name_of(self.arguments)
@@ -75,15 +78,31 @@ def read(file: str | Path, only: Sequence[str] = ()) -> Sweep:
     parameters = flat(content["parameters"])
     chosen = [values for values in _draws(content, parameters) if _taken(values, only)]
     if not chosen:
-        raise UsageError("only", " ".join(only), f"values of the file for {', '.join(parameters)}")
+        keys = {condition.partition("=")[0] for condition in only}
+        known = {
+            name: spec.get("values", spec.get("value"))
+            for name, spec in parameters.items()
+            if keys & {name, name.rpartition(".")[2]}
+        }
+        raise UsageError("--only", " ".join(only), "; ".join(f"{name} {values}" for name, values in known.items()))
     varied = [key for key, spec in parameters.items() if "value" not in spec]
     cells: dict[str, Cell] = {}
     for values in chosen:
         cell = Cell(resolve(nested(values)), {key: values[key] for key in varied})
         cells.setdefault(cell.name, cell)
-    metric = content.get("metric") or {}
-    best = (metric.get("name", "accuracy"), metric.get("goal", "maximize") == "maximize")
-    return Sweep(str(content.get("name", Path(file).stem)), list(cells.values()), best)
+    return Sweep(str(content.get("name", Path(file).stem)), list(cells.values()), _metric(content.get("metric")))
+
+
+def _metric(given: Any) -> tuple[str, bool]:
+    """The name of what is best, and whether more is better; W&B minimises unless told otherwise."""
+    if given is None:
+        return "accuracy", True
+    if not isinstance(given, Mapping) or "name" not in given:
+        raise UsageError("metric", given, "name and goal")
+    goal = given.get("goal", "minimize")
+    if goal not in GOALS:
+        raise one_of("goal", goal, GOALS)
+    return str(given["name"]), goal == "maximize"
 
 
 def load(file: str | Path) -> dict[str, Any]:
@@ -104,7 +123,13 @@ def flat(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, dict[str,
     {'data.task': {'value': 'imdb'}, 'loop.seed': {'values': [0, 1]}}
     """
     found: dict[str, dict[str, Any]] = {}
+    if not isinstance(parameters, Mapping):
+        raise UsageError(
+            "parameters of " + prefix.rstrip("."), parameters, "names with value, values, distribution or parameters"
+        )
     for key, spec in parameters.items():
+        if prefix + str(key) in _OWN:
+            raise UsageError("parameter", key, f"any of a run but {', '.join(_OWN)}")
         if not isinstance(spec, Mapping) or not {"value", "values", "distribution", "parameters", "min"} & spec.keys():
             raise UsageError(f"parameter {prefix}{key}", spec, "value, values, distribution or parameters")
         found |= flat(spec["parameters"], f"{prefix}{key}.") if "parameters" in spec else {f"{prefix}{key}": dict(spec)}
@@ -123,6 +148,8 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
         place = found
         for part in path:
             place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                raise UsageError(f"parameter {name}", value, f"nothing, beside a value for {part}")
         place[last] = value
     return found
 
@@ -130,8 +157,8 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
 def _draws(content: Mapping[str, Any], parameters: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """The values of each cell by dotted name."""
     if content["method"] == "random":
-        if "run_cap" not in content:
-            raise UsageError("run_cap", None, "the number of runs, for the method random")
+        if not isinstance(content.get("run_cap"), int):
+            raise UsageError("run_cap", content.get("run_cap"), "the number of runs, for the method random")
         for number in range(content["run_cap"]):
             yield {name: _draw(name, spec, number) for name, spec in parameters.items()}
         return
@@ -148,24 +175,24 @@ def _draw(name: str, spec: Mapping[str, Any], number: int) -> Any:
     rng = stream(0, f"sweep/{name}", number)
     if "value" in spec:
         return spec["value"]
-    if "values" in spec:
-        shares = spec.get("probabilities")
-        return spec["values"][int(rng.choice(len(spec["values"]), p=shares))]
     whole = all(isinstance(spec.get(bound), int) for bound in ("min", "max"))
-    kind = spec.get("distribution", "int_uniform" if whole else "uniform")
+    kind = "categorical" if "values" in spec else spec.get("distribution", "int_uniform" if whole else "uniform")
+    if kind not in _DISTRIBUTIONS:
+        raise one_of(f"parameter {name}, distribution", kind, _DISTRIBUTIONS)
     try:
-        if kind == "int_uniform":
-            return int(rng.integers(spec["min"], spec["max"] + 1))
-        if kind == "uniform":
-            return float(rng.uniform(spec["min"], spec["max"]))
-        if kind == "log_uniform_values":
-            return float(math.exp(rng.uniform(math.log(spec["min"]), math.log(spec["max"]))))
-        if kind == "normal":
-            return float(rng.normal(spec["mu"], spec["sigma"]))
-    except (KeyError, ValueError) as error:
-        raise UsageError(f"parameter {name}", dict(spec), f"the bounds of its distribution {kind} ({error})") from error
-    known = ("int_uniform", "uniform", "log_uniform_values", "normal")
-    raise one_of(f"parameter {name}, distribution", kind, known)
+        return _DISTRIBUTIONS[kind](rng, spec)
+    except (KeyError, TypeError, ValueError) as error:
+        allowed = f"what its distribution {kind} needs ({type(error).__name__}: {error})"
+        raise UsageError(f"parameter {name}", dict(spec), allowed) from error
+
+
+_DISTRIBUTIONS: dict[str, Callable[[Any, Mapping[str, Any]], Any]] = {
+    "categorical": lambda rng, spec: spec["values"][int(rng.choice(len(spec["values"]), p=spec.get("probabilities")))],
+    "int_uniform": lambda rng, spec: int(rng.integers(int(spec["min"]), int(spec["max"]) + 1)),
+    "uniform": lambda rng, spec: float(rng.uniform(float(spec["min"]), float(spec["max"]))),
+    "log_uniform_values": lambda rng, spec: math.exp(rng.uniform(math.log(float(spec["min"])), math.log(float(spec["max"])))),
+    "normal": lambda rng, spec: float(rng.normal(float(spec["mu"]), float(spec["sigma"]))),
+}
 
 
 def _taken(values: Mapping[str, Any], only: Sequence[str]) -> bool:
@@ -174,6 +201,14 @@ def _taken(values: Mapping[str, Any], only: Sequence[str]) -> bool:
         keys = [name for name in values if name == key or name.endswith(f".{key}")]
         if not separator or not keys:
             raise UsageError("--only", condition, f"key=value, with a key of the file: {', '.join(values)}")
-        if all(str(values[name]) != wanted for name in keys):
+        if all(wanted != str(values[name]) and _number(yaml.safe_load(wanted)) != _number(values[name]) for name in keys):
             return False
     return True
+
+
+def _number(value: Any) -> Any:
+    """YAML takes 1e-3 for text; a parameter given like that is a number all the same."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value

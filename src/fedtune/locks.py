@@ -12,6 +12,10 @@ from pathlib import Path
 from fedtune.errors import UsageError
 
 
+class Busy(UsageError):
+    """Another process works in the folder."""
+
+
 @contextlib.contextmanager
 def held(folder: str | Path | None, wait: bool = False) -> Iterator[None]:
     """Inside the block no other process that asks works in the folder; within one process blocks may be nested.
@@ -21,7 +25,8 @@ def held(folder: str | Path | None, wait: bool = False) -> Iterator[None]:
         wait: wait for another process to finish, instead of giving up.
 
     Raises:
-        UsageError: another process works there (it is named), or the folder cannot be written.
+        Busy: another process works there; it is named.
+        UsageError: the folder cannot be written.
     """
     if folder is None:
         yield
@@ -34,16 +39,21 @@ def held(folder: str | Path | None, wait: bool = False) -> Iterator[None]:
         path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path / ".lock", is_singleton=True)
         lock.acquire(timeout=-1 if wait else 0)
-        owner.write_text(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
+        _sign(owner)
     except Timeout as error:
         who = owner.read_text().strip() if owner.exists() else "another process"
-        raise UsageError("run_dir", str(folder), f"a directory that nobody else works in ({who} does)") from error
+        raise Busy("run_dir", str(folder), f"a directory that nobody else works in ({who} does)") from error
     except OSError as error:
         raise UsageError("run_dir", str(folder), f"a directory that can be written ({error.strerror})") from error
     try:
         yield
     finally:
         lock.release()
+
+
+def _sign(owner: Path) -> None:
+    with contextlib.suppress(OSError):  # a full disk: the lock holds without a name, too
+        owner.write_text(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
 
 
 def is_held(folder: str | Path) -> bool:
@@ -53,5 +63,7 @@ def is_held(folder: str | Path) -> bool:
     try:
         with held(folder):
             return False
-    except UsageError:
+    except Busy:
         return True
+    except UsageError:
+        return False

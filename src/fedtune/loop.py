@@ -157,7 +157,7 @@ class FederatedLoop:
         own["precision"] = precision  # a continuation on other hardware must not change it in silence
         self.config = describe(module, data, {name: value for name, value in own.items() if name not in _NOT_CONFIG})
         self.history, self.baseline_runs, self.should_stop, self.data = [], {}, False, data
-        with held(self.run_dir), attached(fabric, module):
+        with held(self.run_dir), attached(fabric, module), self._told_of_exceptions(module):
             run = RunDirectory(Path(self.run_dir) if self.run_dir else None, self.config, self.keep)
             resident = Resident(fabric, module, self.seed, self.gradient_clip_val)
             session = Session(resident, data, self.evaluate_on, self.evaluation)
@@ -174,6 +174,15 @@ class FederatedLoop:
             for hook in self._hooks:
                 hook.on_fit_end(self, module)
         return self.history
+
+    @contextlib.contextmanager
+    def _told_of_exceptions(self, module: pl.LightningModule) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            for hook in self._hooks:
+                hook.on_exception(self, module, error)
+            raise
 
     def _federated(self, session: Session, run: RunDirectory) -> ServerState:
         def told(report: ClientReport) -> None:

@@ -59,24 +59,23 @@ def _run_parser() -> Parser:
 
 
 def resolved(options: Namespace) -> dict[str, dict[str, Any]]:
-    """The arguments of data module, module and loop, complete; `seed` handed on to each."""
+    """The arguments of data module, module and loop, complete; `seed` handed on to each.
+
+    A single client holds the same texts whatever the split, so its split is always "iid": such runs are one run.
+    """
     found = {part: dict(options[part].as_dict()) for part in PARTS}
     if options.seed is not None:
         for part in PARTS:
             found[part]["seed"] = options.seed
+    if found["data"]["num_clients"] == 1 and found["data"]["split"] in _WHOLE:
+        found["data"] |= {"split": "iid", "skew": 1.0, "alpha": 0.5}
     return found
 
 
 def name_of(arguments: Mapping[str, Mapping[str, Any]]) -> str:
-    """The name of a run in a directory of runs: eight hexadecimal digits of its complete configuration.
-
-    A single client holds the same texts whatever the split, so such runs have one name.
-    """
+    """The name of a run in a directory of runs: eight hexadecimal digits of its complete configuration."""
     loop = {key: value for key, value in arguments["loop"].items() if key not in _FREE}
-    data = dict(arguments["data"])
-    if data["num_clients"] == 1 and data["split"] in _WHOLE:
-        data |= {"split": "iid", "skew": None, "alpha": None}
-    return fingerprint({**arguments, "loop": loop, "data": data})
+    return fingerprint({**arguments, "loop": loop})
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 from fedtune.figures import PALETTE
-from fedtune.results import settings
+from fedtune.results import settings, unfinished
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -32,8 +32,8 @@ label { margin-right: 1.2em; }
 <h1>$title</h1>
 <p>$summary</p>
 <h2>Curves</h2>
-<p>Colour: number of clients. Line: model. Dashes with crosses: the centralised baseline. Hover for a run; double-click a name
-in the legend for that one alone.</p>
+<p>Colour: number of clients. Line: model. Dashes with crosses: the centralised baseline. Runs with one client, and
+centralised ones, stay whatever split and clients are chosen: they are the baseline. Hover for a run.</p>
 <p id="filters">$filters</p>
 $figure
 <h2>Results</h2>
@@ -45,10 +45,10 @@ $differences
 $failed
 <script>
 const about = $about;
-const shown = {metric: "accuracy"};
+const shown = {metric: $metric};
 function choose(key, value) {
   shown[key] = value;
-  const fits = (one, name) => !shown[name] || one[name] === shown[name] || one.pooled && ["clients", "split"].includes(name);
+  const fits = (one, name) => !shown[name] || one[name] === shown[name] || one.baseline && ["clients", "split"].includes(name);
   const visible = about.map(one => one.metric === shown.metric && $names.every(name => fits(one, name)));
   Plotly.restyle("curves", {visible: visible});
   Plotly.relayout("curves", {"yaxis.title.text": shown.metric});
@@ -68,13 +68,14 @@ def page(rounds: DataFrame, table: DataFrame, failed: dict[str, str], title: str
         failed: directory -> reason.
         title: what the runs are.
     """
-    metrics = [name for name in ("accuracy", "macro_f1", "loss_nats", "train_loss_nats") if name in rounds]
+    known = ("accuracy", "macro_f1", "loss_nats", "train_loss_nats")
+    metrics = [name for name in known if name in rounds and rounds[name].notna().any()]
     figure, about = _figure(rounds, metrics)
-    runs = rounds[rounds.kind == "federated"].run.nunique()
+    runs, longest = rounds[rounds.kind == "federated"].run.nunique(), int(rounds["round"].max())
     values = {name: sorted(map(str, rounds.loc[rounds.kind == "federated", name].unique()), key=_natural) for name in FILTERS}
     return _PAGE.substitute(
         title=html.escape(title),
-        summary=f"{runs} runs with {int(rounds['round'].max())} rounds at most, {len(failed)} failed.",
+        summary=f"{runs} runs, {longest} rounds at most, {unfinished(rounds)} unfinished, {len(failed)} failed.",
         filters=_select("metric", metrics) + "".join(_select(name, found, "all") for name, found in values.items()),
         figure=figure,
         results=_table(table),
@@ -82,6 +83,7 @@ def page(rounds: DataFrame, table: DataFrame, failed: dict[str, str], title: str
         failed=_list(failed),
         about=json.dumps(about).replace("</", "<\\/"),
         names=json.dumps(FILTERS),
+        metric=json.dumps(metrics[0]),
     )
 
 
@@ -96,6 +98,7 @@ def _figure(rounds: DataFrame, metrics: list[str]) -> tuple[str, list[dict[str, 
     for run, one in rounds.groupby("run", sort=False):
         first = one.iloc[0]
         pooled = first.kind != "federated"
+        baseline = pooled or first.clients == 1
         line = {"color": "#555", "dash": "dash"} if pooled else {"color": colours[first.clients], "dash": dashes[first.model]}
         what = first.kind if pooled else f"{first.clients} clients, {first.split}"
         name = f"{first.task}, {first.model}, {what}, seed {first.seed}"
@@ -103,12 +106,12 @@ def _figure(rounds: DataFrame, metrics: list[str]) -> tuple[str, list[dict[str, 
             drawn = {"mode": "lines+markers", "marker": {"symbol": "x" if pooled else "circle", "size": 5}, "line": line}
             hover = f"{html.escape(name)}<br>round %{{x}}: %{{y:.4f}}<extra>{html.escape(str(run))}</extra>"
             figure.add_trace(
-                Scatter(x=one["round"], y=one[metric], name=name, visible=metric == "accuracy", hovertemplate=hover, **drawn)
+                Scatter(x=one["round"], y=one[metric], name=name, visible=metric == metrics[0], hovertemplate=hover, **drawn)
             )
             of_run = {key: str(first[key]) for key in FILTERS}
-            about.append(of_run | {"metric": metric, "pooled": bool(pooled)})
+            about.append(of_run | {"metric": metric, "baseline": bool(baseline)})
     figure.update_xaxes(title="round", tickformat="d")
-    figure.update_layout(height=560, yaxis_title="accuracy", template="plotly_white", legend_font_size=10)
+    figure.update_layout(height=560, yaxis_title=metrics[0], template="plotly_white", legend_font_size=10)
     return figure.to_html(full_html=False, include_plotlyjs=True, div_id="curves"), about
 
 

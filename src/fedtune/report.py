@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.checkpoint import write_text
+from fedtune.curves import plot_grid
 from fedtune.errors import UsageError
-from fedtune.figures import plot_grid
 from fedtune.page import page
-from fedtune.results import CELL, compare, failures, read_runs, settings
+from fedtune.results import CELL, compare, failures, read_runs, settings, unfinished
 from fedtune.summary import SHARES
 
 if TYPE_CHECKING:
@@ -24,19 +24,27 @@ def report(folder: Path, out: Path) -> None:
     Raises:
         UsageError: there is no run below the folder, or `out` cannot be written.
     """
-    rounds = read_runs(folder)
-    table, failed = compare(rounds), failures(folder)
+    failed = failures(folder)
+    try:
+        rounds = read_runs(folder)
+    except UsageError as error:
+        if not failed:
+            raise
+        reasons = "; ".join(f"{run}: {reason}" for run, reason in failed.items())
+        raise UsageError("runs_dir", str(folder), f"a directory with runs that did not all fail ({reasons})") from error
+    table, metric = compare(rounds), "accuracy" if rounds.accuracy.notna().any() else "train_loss_nats"
     try:
         out.mkdir(parents=True, exist_ok=True)
         table.to_csv(out / "tables.csv", index=False)
         write_text(out / "tables.md", markdown(table, failed))
         for suffix in ("png", "svg"):
-            plot_grid(rounds, out / f"curves.{suffix}")
+            plot_grid(rounds, out / f"curves.{suffix}", metric)
         write_text(out / "report.html", page(rounds, readable(table), failed, folder.resolve().name))
     except OSError as error:
         raise UsageError("--out", str(out), f"a directory that can be written ({error})") from error
     number = rounds[rounds.kind == "federated"].run.nunique()
-    print(f"{number} runs, {len(failed)} failed: {', '.join(str(out / name) for name in FILES)}")
+    left_out = f"{unfinished(rounds)} unfinished and not in the tables, " if unfinished(rounds) else ""
+    print(f"{number} runs, {left_out}{len(failed)} failed: {', '.join(str(out / name) for name in FILES)}")
 
 
 def readable(table: DataFrame) -> DataFrame:

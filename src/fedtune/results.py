@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 CELL = ["task", "model", "split", "clients"]  # what a run is called by, but for its seed
 _NAMED = {"data.task", "model.name", "data.split", "data.skew", "data.alpha", "data.num_clients"}
 _NAMED |= {"data.seed", "model.seed", "loop.seed"}
+_SUMS = ["accuracy", "accuracy_min", "accuracy_max", "loss_nats", "baseline", *(f"rounds_to_{share}pct" for share in SHARES)]
+_SUMS += ["client_min", "client_max", "megabytes", "seconds"]
 _ASIDE = ("versions.", "content.", "baseline.", "loop.keep", "loop.progress", "loop.baseline_dir", "loop.baselines")
 
 
@@ -28,7 +30,8 @@ def read_runs(folder: str | Path) -> DataFrame:
 
     Returns:
         columns `run` (directory), `kind` ("federated", or "centralised" for a baseline), `task`, `model`, `split`, `clients`,
-        `seed`, then the values in which the runs differ otherwise (dotted names), then what `rounds.jsonl` has: `round`, the
+        `seed`, `complete` (whether the run has all its rounds), then the values in which the runs differ otherwise (dotted
+        names), then what `rounds.jsonl` has: `round`, the
         metrics, `train_loss_nats`, `num_examples`, `seconds` and so on, and of the accuracy for each client the `client_min`,
         `client_mean` and `client_max`. Sorted by run and round.
 
@@ -43,14 +46,28 @@ def read_runs(folder: str | Path) -> DataFrame:
     other = _differing({name: config for name, (config, _) in found.items()})
     rows = []
     for name, (config, rounds) in found.items():
-        of_run = _named(name, config) | {key: config.get(key) for key in other}
+        of_run = (
+            {"clients": rounds[0]["num_clients"]}
+            | _named(name, config)
+            | {"complete": _complete(Path(folder) / name, config, rounds)}
+        )
+        of_run |= {key: _plain(config.get(key)) for key in other}
         rows += [of_run | _numbers(one) for one in rounds]
-    return DataFrame(rows).sort_values(["run", "round"], ignore_index=True)
+    table = DataFrame(rows).sort_values(["run", "round"], ignore_index=True)
+    for name in ("accuracy", "loss_nats"):  # a module of another kind may log neither
+        table[name] = table.get(name, float("nan"))
+    return table
 
 
 def settings(rounds: DataFrame) -> list[str]:
     """The columns of `read_runs` in which runs differ beyond task, model, split, clients and seed."""
     return [column for column in rounds.columns if "." in column]
+
+
+def unfinished(rounds: DataFrame) -> int:
+    """The number of runs that do not have all their rounds yet."""
+    federated = rounds[rounds.kind == "federated"]
+    return int(federated.run.nunique() - federated[federated.complete].run.nunique())
 
 
 def failures(folder: str | Path) -> dict[str, str]:
@@ -65,6 +82,8 @@ def failures(folder: str | Path) -> dict[str, str]:
 
 def compare(rounds: DataFrame) -> DataFrame:
     """What a paper's table says: one row for each task, model, split, number of clients and other setting.
+
+    Runs that do not have all their rounds yet are left out.
 
     The baseline of a run is the run with one client and the same seed, as in Hilmkil et al. 2021, or where there is none the
     centralised baseline. Accuracies are those of the last round, on the part that the rounds were evaluated on.
@@ -81,7 +100,10 @@ def compare(rounds: DataFrame) -> DataFrame:
     from pandas import DataFrame
 
     keys = [*CELL, *settings(rounds)]
+    rounds = rounds[rounds.complete]
     federated = rounds[rounds.kind == "federated"]
+    if not len(federated):
+        return DataFrame(columns=[*keys, "seeds", "rounds", *_SUMS])
     runs = DataFrame([_run(one, rounds) for _, one in federated.groupby("run", sort=False)])
     rows = []
     for key, group in runs.groupby(keys, sort=False, dropna=False):
@@ -91,30 +113,49 @@ def compare(rounds: DataFrame) -> DataFrame:
         row |= {name: group[name].mean() for name in ("loss_nats", "baseline")}
         row |= {f"rounds_to_{share}pct": group[f"rounds_to_{share}pct"].mean(skipna=False) for share in SHARES}
         rows.append(row | {name: group[name].mean() for name in ("client_min", "client_max", "megabytes", "seconds")})
-    return DataFrame(rows).sort_values(keys, ignore_index=True, key=_sortable)
+    return DataFrame(rows, columns=[*keys, "seeds", "rounds", *_SUMS]).sort_values(keys, ignore_index=True, key=_sortable)
+
+
+def baselines_among(rounds: DataFrame, split: str) -> DataFrame:
+    """What runs of a split are compared with, among rounds of one task, model and setting: those of one client with the same
+    split, as in Hilmkil et al. 2021; else of one client; else the centralised baseline."""
+    single = rounds[(rounds.kind == "federated") & (rounds.clients == 1)]
+    for found in (single[single.split == split], single):
+        if len(found):
+            return found
+    return rounds[rounds.kind == "centralised"]
 
 
 def baseline_of(run: DataFrame, rounds: DataFrame) -> DataFrame:
-    """The rounds that a run is compared with: its own where it has one client; else those of the run with one client and
-    the same seed and setting; else of the centralised baseline; else none."""
+    """The rounds that a run is compared with: its own where it has one client, else `baselines_among` those with the same
+    seed and setting."""
     first = run.iloc[0]
-    alike = rounds[_equal(rounds, first, ["task", "model", "seed", *settings(rounds)])]
-    single = alike[(alike.kind == "federated") & (alike.clients == 1)]
-    pooled = alike[(alike.kind == "centralised")]
-    for found in (run if first.clients == 1 else single, pooled):
-        if len(found):
-            return found[found.run == found.run.iloc[0]]
-    return pooled
+    if first.clients == 1 and first.kind == "federated":
+        return run
+    found = baselines_among(alike(rounds, first, ["task", "model", "seed", *settings(rounds)]), first.split)
+    return found[found.run == found.run.iloc[0]] if len(found) else found
+
+
+def alike(rounds: DataFrame, row: Any, columns: list[str]) -> DataFrame:
+    """The rounds that are equal to a row in some columns. What a centralised baseline does not depend on, it does not have,
+    and so does not differ in."""
+    from pandas import isna
+
+    same = rounds["round"].notna()
+    for column in columns:
+        missing = rounds[column].isna()
+        same &= missing if isna(row[column]) else (rounds[column] == row[column]) | (missing & (rounds.kind != "federated"))
+    return rounds[same]
 
 
 def _run(run: DataFrame, rounds: DataFrame) -> dict[str, Any]:
     """What is known of one run, from its rounds."""
     first, last, base = run.iloc[0], run.iloc[-1], baseline_of(run, rounds)
-    target = base.accuracy.iloc[-1] if len(base) and "accuracy" in base else None
+    target = base.accuracy.iloc[-1] if len(base) else float("nan")
     row = {name: first[name] for name in [*CELL, *settings(rounds)]} | {"rounds": last["round"], "baseline": target}
-    row |= {name: last.get(name) for name in ("accuracy", "loss_nats", "client_min", "client_max")}
+    row |= {name: last[name] for name in ("accuracy", "loss_nats", "client_min", "client_max")}
     for share in SHARES:
-        there = [] if target is None else run["round"][run.accuracy >= share / 100 * target].tolist()
+        there = run["round"][run.accuracy >= share / 100 * target].tolist()
         row[f"rounds_to_{share}pct"] = there[0] if there else float("nan")
     return row | {"megabytes": (run.bytes_up + run.bytes_down).sum() / 1e6, "seconds": run.seconds.sum()}
 
@@ -135,16 +176,16 @@ def _named(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "run": name,
         "kind": config["baseline.name"] if pooled else "federated",
-        "task": config.get("data.task"),
-        "model": config.get("model.name", config.get("model.class")),
-        "split": "pooled" if pooled else f"{split} {config.get(level)}" if level else split,
-        "clients": 1 if pooled else config.get("data.num_clients"),
+        "task": config.get("data.task", config.get("data.class", "–")),
+        "model": config.get("model.name", config.get("model.class", "–")),
+        "split": "pooled" if pooled else f"{split} {config.get(level)}" if level else split or "–",
         "seed": config.get("loop.seed"),
-    }
+    } | ({"clients": 1} if pooled else {"clients": config["data.num_clients"]} if "data.num_clients" in config else {})
 
 
 def _numbers(record: Mapping[str, Any]) -> dict[str, Any]:
-    clients = {f"client_{name}": value for name, value in spread(record.get("client_accuracy") or []).items()}
+    known = spread(record.get("client_accuracy") or [])
+    clients = {f"client_{name}": float("nan") if value is None else value for name, value in known.items()}
     return {key: value for key, value in record.items() if not isinstance(value, (list, dict))} | clients
 
 
@@ -153,16 +194,23 @@ def _differing(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     values: dict[str, set[str]] = {}
     for config in configs.values():
         for key, value in config.items():
-            if key not in _NAMED and not key.startswith(_ASIDE):
+            if key not in _NAMED and not key.startswith(_ASIDE) and "baseline.name" not in config:
                 values.setdefault(key, set()).add(json.dumps(value, default=str))
     return [key for key, found in values.items() if len(found) > 1]
 
 
-def _equal(rounds: DataFrame, row: Any, columns: list[str]) -> Any:
-    same = rounds["round"] == rounds["round"]
-    for column in columns:
-        same &= (rounds[column] == row[column]) | (rounds[column].isna() & (row[column] != row[column]))
-    return same
+def _plain(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, (list, dict)) else value
+
+
+def _complete(folder: Path, config: Mapping[str, Any], rounds: list[dict[str, Any]]) -> bool:
+    """Whether a run has as many rounds as it was asked for, or stopped by itself and said so in its summary."""
+    examples = config.get("baseline.examples")
+    asked = config.get("loop.max_rounds") if examples is None else len(examples)
+    if asked is None or rounds[-1]["round"] >= asked:
+        return True
+    summary = folder / "summary.json"
+    return summary.exists() and bool(json.loads(summary.read_text(encoding="utf-8"))["rounds"] == rounds[-1]["round"])
 
 
 def _tuple(key: Hashable) -> tuple[Any, ...]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
+import signal
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +22,6 @@ from rich.table import Table
 from rich.text import Text
 
 from fedtune.checkpoint import write_text
-from fedtune.errors import at_least
 from fedtune.grid import Cell, Sweep
 from fedtune.locks import held, is_held
 from fedtune.worker import status, work
@@ -50,12 +53,25 @@ class _Board:
     workers: int
     running: list[_Running] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
-    began: float = field(default_factory=time.perf_counter)
+    began: float = field(default_factory=time.time)
+    finished: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def ended(self) -> dict[str, dict[str, Any]]:
         """Directory name -> status, of the finished runs."""
-        found = {cell.name: status(self.folder / cell.name) for cell in self.sweep.cells}
-        return {name: one for name, one in found.items() if one.get("state") == "finished"}
+        for cell in self.sweep.cells:
+            if cell.name not in self.finished:
+                found = status(self.folder / cell.name)
+                if found.get("state") == "finished":
+                    self.finished[cell.name] = found
+        return self.finished
+
+    def failed_elsewhere(self, cell: Cell) -> str | None:
+        """Why a run failed in another sweep since this one began; None where it did not."""
+        folder = self.folder / cell.name
+        found = status(folder)
+        if found.get("state") != "failed" or (folder / "status.json").stat().st_mtime < self.began:
+            return None
+        return str(found.get("error"))
 
     def summary(self) -> str:
         """One line: how many are done, running, failed, what is left, the best."""
@@ -78,7 +94,7 @@ class _Board:
         for column in ("running", "", ""):
             table.add_column(column)
         for one in self.running:
-            table.add_row(one.cell.name, one.cell.title, one.note)
+            table.add_row(one.cell.name, Text(one.cell.title), Text(one.note))
         return Group(Text(self.summary()), table)
 
 
@@ -101,7 +117,7 @@ def estimate(cells: Sequence[Cell], among: Sequence[Cell], done: Mapping[str, Ma
 
 def plan(sweep: Sweep, folder: Path, workers: int) -> None:
     """Print the grid, what is done of it, and an estimate of the time for the rest."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     board = _Board(sweep, folder, workers)
     done = board.ended()
     table = Table(title=f"{sweep.name}: {len(sweep.cells)} runs in {folder}", title_justify="left")
@@ -110,7 +126,9 @@ def plan(sweep: Sweep, folder: Path, workers: int) -> None:
     for cell in sweep.cells:
         seconds = None if cell.name in done else estimate([cell], sweep.cells, done)
         state = status(folder / cell.name).get("state", "to do")
-        table.add_row(cell.name, *map(str, cell.varied.values()), state, "" if seconds is None else _duration(seconds))
+        table.add_row(
+            cell.name, *map(Text, map(str, cell.varied.values())), state, "" if seconds is None else _duration(seconds)
+        )
     console.print(table)
     console.print(board.summary(), soft_wrap=True)
 
@@ -127,16 +145,15 @@ def run(sweep: Sweep, folder: Path, workers: int = 1, logger: str = "none") -> i
         the number of runs that failed; their reasons are printed and kept in their status.json.
 
     Raises:
-        UsageError: `workers` is below 1, or the folder cannot be written.
+        UsageError: the folder cannot be written.
     """
-    at_least("--workers", workers, 1)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     board = _Board(sweep, folder, workers)
     with held(folder / _SHARED, wait=True):  # nothing but a look whether the folder can be written
         pass
     console.print(f"{sweep.name}: {len(sweep.cells)} runs in {folder.resolve()}, {workers} at a time", soft_wrap=True)
-    _PROCESSES.set_forkserver_preload(_IMPORTS)
-    with Live(board, console=console, transient=True, auto_refresh=console.is_terminal):
+    _start_server()
+    with Live(board, console=console, transient=True, auto_refresh=console.is_terminal, refresh_per_second=2):
         try:
             _all(board, console, logger)
         finally:
@@ -154,13 +171,29 @@ def run(sweep: Sweep, folder: Path, workers: int = 1, logger: str = "none") -> i
     return len(board.failed)
 
 
+def _start_server() -> None:
+    """Start the server of processes; Ctrl-C is not for it."""
+    _PROCESSES.set_forkserver_preload(_IMPORTS)
+    if threading.current_thread() is not threading.main_thread():
+        return forkserver.ensure_running()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _all(board: _Board, console: Console, logger: str) -> None:
     queue = list(board.sweep.cells)
     while queue or board.running:
         for cell in list(queue):
             folder = board.folder / cell.name
-            if status(folder).get("state") == "finished":
+            error = board.failed_elsewhere(cell)
+            if cell.name in board.ended():
                 queue.remove(cell)
+            elif error is not None:
+                queue.remove(cell)
+                board.failed[cell.name] = f"{cell.title}: {error}"
             elif len(board.running) < board.workers and not is_held(folder):
                 queue.remove(cell)
                 board.running.append(_start(cell, board, logger))
@@ -183,7 +216,7 @@ def _start(cell: Cell, board: _Board, logger: str) -> _Running:
     slot = min(set(range(board.workers)) - {one.slot for one in board.running})
     environment = {"WANDB_RUN_GROUP": board.sweep.name} | os.environ  # the server may have been started with another one
     if torch.cuda.device_count() > 1:
-        environment["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
+        environment["CUDA_VISIBLE_DEVICES"] = gpu(slot, torch.cuda.device_count())
     threads = max(1, len(os.sched_getaffinity(0)) // board.workers)
     setting = {"environment": environment, "threads": threads, "logger": logger}
     arguments = {part: dict(values) for part, values in cell.arguments.items()}
@@ -193,6 +226,12 @@ def _start(cell: Cell, board: _Board, logger: str) -> _Running:
     process.start()
     theirs.close()
     return _Running(cell, process, ours, slot)
+
+
+def gpu(slot: int, count: int) -> str:
+    """The GPU of a worker, among those that this process may use."""
+    mine = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if os.environ.get("CUDA_VISIBLE_DEVICES") else None
+    return mine[slot % len(mine)] if mine else str(slot % count)
 
 
 def _close(one: _Running, board: _Board, console: Console, queue: list[Cell]) -> None:
@@ -207,9 +246,12 @@ def _close(one: _Running, board: _Board, console: Console, queue: list[Cell]) ->
         _say(console, one, f"finished, {metric} {found['metrics'].get(metric, float('nan')):.3f}, {found['seconds']:.0f} s")
     else:
         error = found.get("error") if one.process.exitcode == 0 else None
+        error = one.note.removeprefix("failed: ") if one.note.startswith("failed: ") else error
         error = error or f"its process ended with exit code {one.process.exitcode}; {folder / 'log.txt'} may say why"
         if one.process.exitcode:
-            write_text(folder / "status.json", json.dumps({"state": "failed", "error": error}) + "\n")
+            with contextlib.suppress(OSError):  # the disk may be what is wrong
+                folder.mkdir(parents=True, exist_ok=True)
+                write_text(folder / "status.json", json.dumps({"state": "failed", "error": error}) + "\n")
         board.failed[one.cell.name] = f"{one.cell.title}: {error}"
         _say(console, one, f"failed: {error}")
 

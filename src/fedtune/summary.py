@@ -59,6 +59,7 @@ def summarise(
         "rounds": history[-1].round,
         "evaluated_on": evaluated_on,
         "best_round": best.round if best else None,
+        "best_accuracy": best.accuracy if best else None,
         "best_validation_accuracy": best.accuracy if best and evaluated_on == "validation" else None,
         **{f"rounds_to_{share}pct": rounds_to(history, share / 100 * pooled[-1]) if pooled else None for share in SHARES},
         "seconds": sum(record.seconds for record in history),

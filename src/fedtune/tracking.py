@@ -131,7 +131,7 @@ class WandbMirror(FederatedCallback):
             return
         self._run.define_metric("round")
         self._run.define_metric("*", step_metric="round")
-        if hasattr(loop.data, "describe"):
+        if hasattr(loop.data, "describe") and not loop.history:
             self._log_split(loop)
         if loop.history:  # a kill may have come between its checkpoint and its mirror
             self.on_round_end(loop, module, loop.history[-1])
@@ -160,11 +160,16 @@ class WandbMirror(FederatedCallback):
         rows = [report | {"accuracy": accuracy.get(report["client"])} for report in last["clients"]]
         table = self._wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
         self._run.log({"clients": table, "round": last["round"]})
-        self._run.summary.update(loop.summary)
+        self._run.summary.update({f"final/{name}": value for name, value in loop.summary.items()})
         folder, offline = self._run.dir, self._run.settings.mode == "offline"
         self._run.finish()
         if offline:
             loop.display.line(f"W&B wrote offline files; send them with: wandb sync {os.path.dirname(folder)}")
+
+    def on_exception(self, loop: FederatedLoop, module: pl.LightningModule, error: BaseException) -> None:
+        """Close the run as a failed one."""
+        if self._run is not None:
+            self._run.finish(exit_code=1)
 
 
 def import_wandb(argument: str) -> Any:

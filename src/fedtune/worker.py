@@ -11,13 +11,19 @@ import traceback
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from fedtune import records
 from fedtune.callbacks import FederatedCallback
 from fedtune.checkpoint import write_text
 from fedtune.errors import RunError, UsageError
-from fedtune.locks import held
+from fedtune.locks import Busy, held
 from fedtune.options import fit
+
+if TYPE_CHECKING:
+    from fedtune.loop import FederatedLoop
+
+Arguments = Mapping[str, Mapping[str, Any]]
 
 
 def status(folder: Path) -> dict[str, Any]:
@@ -46,8 +52,13 @@ class _Reporter(FederatedCallback):
         self._line.send(f"round {done}/{loop.max_rounds}" if done < loop.max_rounds else "baselines")
 
 
-def work(arguments: Mapping[str, Mapping[str, Any]], folder: Path, setting: Mapping[str, Any], line: Connection) -> None:
-    """One run, from its directory's lock to its status."""
+def work(arguments: Arguments, folder: Path, setting: Mapping[str, Any], line: Connection) -> None:
+    """One run, from its directory's lock to its status.
+
+    Args:
+        setting: `environment`, `threads` and `logger`.
+        line: to the runner. "left: ..." says that another process has the run.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the runner, which ends this process
     threading.Thread(target=_end_with_the_runner, args=(line,), daemon=True).start()
     os.environ.update(setting["environment"])
@@ -57,25 +68,46 @@ def work(arguments: Mapping[str, Mapping[str, Any]], folder: Path, setting: Mapp
     try:
         with held(folder):
             if status(folder).get("state") != "finished":
-                _logged(arguments, folder, setting, line)
-    except UsageError as error:
+                with open(folder / "log.txt", "a", encoding="utf-8", buffering=1) as log:
+                    for stream in (1, 2):  # the streams themselves: handlers of other libraries hold on to them
+                        os.dup2(log.fileno(), stream)
+                    _run(arguments, folder, setting["logger"], line)
+    except Busy as error:
         line.send(f"left: {error}")
+    except (UsageError, OSError) as error:
+        line.send(f"failed: {' '.join(str(error).split())}")
 
 
-def _logged(arguments: Mapping[str, Mapping[str, Any]], folder: Path, setting: Mapping[str, Any], line: Connection) -> None:
-    began = time.perf_counter()
-    with open(folder / "log.txt", "a", encoding="utf-8", buffering=1) as log:
-        for stream in (1, 2):  # the streams themselves: handlers of other libraries hold on to them
-            os.dup2(log.fileno(), stream)
+def _run(arguments: Arguments, folder: Path, logger: str, line: Connection) -> None:
+    try:
+        recorded(arguments, folder, logger=logger, callbacks=[_Reporter(line)])
+    except Exception:
+        traceback.print_exc()
+
+
+def recorded(arguments: Arguments, folder: Path, **where: Any) -> FederatedLoop:
+    """Run, and keep in status.json how it ended: "finished" with `metrics`, or "failed" with `error`; and its `seconds`.
+
+    Raises:
+        UsageError, RunError: as `options.fit`.
+    """
+    with held(folder):
+        (folder / "status.json").unlink(missing_ok=True)
+        before = sum(record["seconds"] for record in records.read(folder / "rounds.jsonl"))
+        began = time.perf_counter()
+        ended: dict[str, Any] = {}
         try:
-            loop = fit(arguments, run_dir=str(folder), logger=setting["logger"], callbacks=[_Reporter(line)])
-            ended: dict[str, Any] = {"state": "finished", "metrics": loop.history[-1].metrics}
+            loop = fit(arguments, run_dir=str(folder), **where)
+            ended = {"state": "finished", "metrics": loop.history[-1].metrics}
+            return loop
         except Exception as error:
-            traceback.print_exc()
             kind = "" if isinstance(error, (UsageError, RunError)) else f"{type(error).__name__}: "
             ended = {"state": "failed", "error": kind + " ".join(str(error).split())}
-    ended["seconds"] = time.perf_counter() - began
-    write_text(folder / "status.json", json.dumps(ended, indent=1, ensure_ascii=False) + "\n")
+            raise
+        finally:
+            if ended:  # an interrupted run has no status
+                ended["seconds"] = before + time.perf_counter() - began
+                write_text(folder / "status.json", json.dumps(ended, indent=1, ensure_ascii=False) + "\n")
 
 
 def _end_with_the_runner(line: Connection) -> None:
