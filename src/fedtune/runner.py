@@ -153,7 +153,8 @@ def run(sweep: Sweep, folder: Path, workers: int = 1, logger: str = "none") -> i
         pass
     console.print(f"{sweep.name}: {len(sweep.cells)} runs in {folder.resolve()}, {workers} at a time", soft_wrap=True)
     _start_server()
-    with Live(board, console=console, transient=True, auto_refresh=console.is_terminal, refresh_per_second=2):
+    live = console.is_terminal and not console.is_jupyter
+    with Live(board, console=console, transient=True, refresh_per_second=2) if live else contextlib.nullcontext():
         try:
             _all(board, console, logger)
         finally:
@@ -265,7 +266,7 @@ def _duration(seconds: float) -> str:
     """Seconds for a reader.
 
     >>> _duration(75), _duration(7300)
-    ('1 min 15 s', '2 h 2 min')
+    ('1 min 15 s', '2 h 1 min')
     """
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
