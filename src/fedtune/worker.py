@@ -49,7 +49,7 @@ class _Reporter(FederatedCallback):
 
     def _send(self, loop: Any) -> None:
         done = len(loop.history)
-        self._line.send(f"round {done}/{loop.max_rounds}" if done < loop.max_rounds else "baselines")
+        self._line.send(f"round {done}/{loop.max_rounds}" if done < loop.max_rounds else "last evaluation, baselines")
 
 
 def work(arguments: Arguments, folder: Path, setting: Mapping[str, Any], line: Connection) -> None:
