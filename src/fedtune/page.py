@@ -95,7 +95,7 @@ def _figure(rounds: DataFrame, metrics: list[str]) -> tuple[str, list[dict[str, 
     colours = dict(zip(sorted(federated.clients.unique()), PALETTE * 100, strict=False))
     dashes = dict(zip(sorted(federated.model.unique()), _DASHES * 100, strict=False))
     figure, about = Figure(), []
-    for run, one in rounds.groupby("run", sort=False):
+    for (*_, run), one in rounds.groupby(["task", "model", "clients", "split", "seed", "run"], dropna=False):
         first = one.iloc[0]
         pooled = first.kind != "federated"
         baseline = pooled or first.clients == 1
@@ -110,7 +110,7 @@ def _figure(rounds: DataFrame, metrics: list[str]) -> tuple[str, list[dict[str, 
             )
             of_run = {key: str(first[key]) for key in FILTERS}
             about.append(of_run | {"metric": metric, "baseline": bool(baseline)})
-    figure.update_xaxes(title="round", tickformat="d")
+    figure.update_xaxes(title="round", tick0=0, dtick=max(1, round(rounds["round"].max() / 10)))
     figure.update_layout(height=560, yaxis_title=metrics[0], template="plotly_white", legend_font_size=10)
     return figure.to_html(full_html=False, include_plotlyjs=True, div_id="curves"), about
 
