@@ -120,7 +120,13 @@ def ours(task: fedtune.TextTask, folder: str, clients: int, iid: bool, dropout: 
     )
     module = fedtune.build_classifier(folder, 4, optimizer="sgd", learning_rate=RATE, dropout=dropout)
     loop = make_loop(
-        max_rounds=ROUNDS, local_epochs=EPOCHS, evaluate_on="test", evaluation="clients", weighting="uniform", seed=5
+        max_rounds=ROUNDS,
+        local_epochs=EPOCHS,
+        evaluate_on="test",
+        evaluation="clients",
+        weighting="uniform",
+        seed=5,
+        fast_dropout=False,
     )
     loop.fit(module, data)
     return data, module, loop.history
@@ -194,7 +200,10 @@ def test_hilmkil_files_are_the_protocol() -> None:
     for file in files:
         config = yaml.safe_load(file.read_text())
         expected = {"max_rounds": 100, "local_epochs": 2, "weighting": "uniform", "evaluation": "clients", "baselines": []}
-        assert config["loop"].items() >= (expected | {"evaluate_on": "test", "precision": "32-true"}).items()
+        assert (
+            config["loop"].items()
+            >= (expected | {"evaluate_on": "test", "precision": "32-true", "fast_dropout": False}).items()
+        )
         assert config["model"].items() >= {"optimizer": "sgd", "learning_rate": 2e-5}.items()
         batches = {"batch_size": 32, "eval_batch_size": 512, "max_length": 128, "padding": "max_length"}
         assert config["data"].items() >= (batches | {"mask": False, "shuffle": False, "drop_last": True}).items()

@@ -28,6 +28,7 @@ ROAD = [
         "models.distilbert",
         "models.albert",
         "models",
+        "dropout",
         "client",
         "aggregation",
         "evaluation",

@@ -6,6 +6,7 @@ what it would send is read from it. No client has a module of its own, so memory
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import time
 import warnings
@@ -23,6 +24,7 @@ from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from fedtune.dropout import FastDropout
 from fedtune.errors import RunError
 from fedtune.randomness import seeded
 
@@ -36,6 +38,7 @@ class Resident:
         module: the module, on the device.
         seed: seed of the run.
         gradient_clip_val: largest norm of a gradient, or None.
+        fast_dropout: whether dropout draws the cheap masks of `fedtune.dropout`.
         phase: what errors name before the round: nothing in the federated rounds, a baseline's name and a comma.
     """
 
@@ -43,6 +46,7 @@ class Resident:
     module: pl.LightningModule
     seed: int
     gradient_clip_val: float | None = None
+    fast_dropout: bool = True
     phase: str = ""
 
 
@@ -147,13 +151,14 @@ def run_steps(
     sizes: list[int] = []
     tokens: list[Tensor] = []
     try:
-        for batch in batches:
-            loss = _step(resident, optimisation, batch, len(losses))
-            if loss is None:
-                continue
-            losses.append(loss)
-            sizes.append(extract_batch_size(batch))
-            tokens.append(_count_tokens(batch))
+        with FastDropout() if resident.fast_dropout else contextlib.nullcontext():
+            for batch in batches:
+                loss = _step(resident, optimisation, batch, len(losses))
+                if loss is None:
+                    continue
+                losses.append(loss)
+                sizes.append(extract_batch_size(batch))
+                tokens.append(_count_tokens(batch))
     except Exception as error:
         raise RunError(f"{where}, training step {len(losses) + 1}: {type(error).__name__}: {error}") from error
     if not sizes:

@@ -61,6 +61,8 @@ class FederatedLoop:
         agreement: record how the clients' updates agree (norm and cosine of their updates, drift per layer), for a copy of the
             weights and some 0.5 % of the time; False records the norms only.
         gradient_clip_val: largest norm of a gradient; no clipping by default.
+        fast_dropout: on a CPU, dropout masks of the same distribution at less than half the cost (`fedtune.dropout`); False
+            takes torch's own.
         baselines: what the result is compared with: "centralised" (pooled data, the same number of examples a round)
             and "local" (each client alone, its own epochs). They run after the rounds; () leaves them out.
         baseline_dir: where baselines are kept, so that runs that differ only in the split share the centralised one; by
@@ -89,6 +91,7 @@ class FederatedLoop:
     algorithm: str | Callable[..., RoundResult] = "fedavg"
     agreement: bool = True
     gradient_clip_val: float | None = None
+    fast_dropout: bool = True
     baselines: Sequence[str] = BASELINES
     baseline_dir: str | None = None
     keep: int = 2
@@ -159,7 +162,7 @@ class FederatedLoop:
         self.history, self.baseline_runs, self.should_stop, self.data = [], {}, False, data
         with held(self.run_dir), attached(fabric, module), self._told_of_exceptions(module):
             run = RunDirectory(Path(self.run_dir) if self.run_dir else None, self.config, self.keep)
-            resident = Resident(fabric, module, self.seed, self.gradient_clip_val)
+            resident = Resident(fabric, module, self.seed, self.gradient_clip_val, self.fast_dropout)
             session = Session(resident, data, self.evaluate_on, self.evaluation)
             if session.loader(self.evaluate_on) is None:
                 raise UsageError("evaluate_on", self.evaluate_on, "a part that the data have")
