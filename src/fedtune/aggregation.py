@@ -21,7 +21,17 @@ from torch import Tensor
 from fedtune.client import ClientReport, Resident, train_client
 from fedtune.errors import RunError
 from fedtune.randomness import stream
-from fedtune.weights import Weights, assign_, distance, move_towards_, num_bytes, snapshot, travelling
+from fedtune.weights import (
+    Weights,
+    assign_,
+    differences,
+    distance,
+    move_towards_,
+    num_bytes,
+    snapshot,
+    squared_distances,
+    travelling,
+)
 
 
 @dataclass(frozen=True)
@@ -141,15 +151,17 @@ class RunningAgreement:
         """Take in one client's weights; returns the length of its update."""
         if not self._full:
             return float(distance(weights, self._server))
-        squares = {name: (weights[name] - before).float().square_().sum() for name, before in self._server.items()}
-        norm = torch.stack(list(squares.values())).sum().sqrt()
+        squares = squared_distances(weights, self._server)
+        norm = float(torch.stack(list(squares.values())).sum().sqrt())
         for name, square in squares.items():
-            unit = (weights[name] - self._server[name]).div_(norm.clamp(min=1e-30))
-            self._units[name] = self._units[name].add_(unit) if name in self._units else unit
             layer = layer_of(name)
             self._squares[layer] = self._squares.get(layer, torch.zeros_like(square)) + weight * square
+        if not self._units:
+            self._units = {name: torch.zeros_like(tensor.reshape(-1)) for name, tensor in self._server.items()}
+        for name, place, update in differences(weights, self._server):
+            self._units[name][place].add_(update, alpha=1 / max(norm, 1e-30))
         self._total, self._count = self._total + weight, self._count + 1
-        return float(norm)
+        return norm
 
     @torch.no_grad()
     def result(self, mean: Weights) -> Agreement:
@@ -157,8 +169,7 @@ class RunningAgreement:
         if not self._full:
             return Agreement(float(distance(mean, self._server)))
         moved: dict[str, Tensor] = {}
-        for name, before in self._server.items():
-            square = (mean[name] - before).float().square_().sum()
+        for name, square in squared_distances(mean, self._server).items():
             moved[layer_of(name)] = moved.get(layer_of(name), torch.zeros_like(square)) + square
         drift = {layer: max(0.0, float(self._squares[layer] / self._total - moved[layer])) for layer in moved}
         pairs = self._count * (self._count - 1)

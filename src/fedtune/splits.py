@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -54,12 +55,20 @@ def by_author(columns: Columns, num_clients: int, seed: int, skew: float = 1.0) 
         raise UsageError("skew", skew, "a probability between 0 and 1")
     rng = stream(seed, "split/by_author")
     client = np.empty(len(columns.labels), dtype=np.int64)
+    names, numbers = np.unique(columns.authors, return_inverse=True)
+    rows_of = dict(zip(names.tolist(), _groups(numbers, len(names)), strict=True))
     for author, homes in _homes(columns.authors, num_clients).items():
-        rows = rng.permutation(np.flatnonzero(columns.authors == author))
+        rows = rng.permutation(rows_of[author])
         client[rows] = np.resize(homes, len(rows))
     away = rng.random(len(client)) >= skew
     client[away] = rng.integers(num_clients, size=int(away.sum()))
-    return [np.flatnonzero(client == k) for k in range(num_clients)]
+    return _groups(client, num_clients)
+
+
+def _groups(numbers: IntArray, count: int) -> list[IntArray]:
+    """For each number below `count` the places where it stands, in order."""
+    sizes = np.bincount(numbers, minlength=count)
+    return np.split(np.argsort(numbers, kind="stable"), np.cumsum(sizes)[:-1])
 
 
 def _homes(authors: IntArray, num_clients: int) -> dict[int, list[int]]:
@@ -74,9 +83,11 @@ def _homes(authors: IntArray, num_clients: int) -> dict[int, list[int]]:
             homes[int(names[i])].append(client)
             load[client] += counts[i]
         return homes
+    fullest = [(-counts[i] / 1e-9, place, int(names[i])) for place, i in enumerate(largest_first)]  # sorted, so it is a heap
     for client in range(num_clients):  # the author whose home clients are the fullest gets one more
-        i = max(largest_first, key=lambda i: counts[i] / (len(homes[int(names[i])]) or 1e-9))
-        homes[int(names[i])].append(client)
+        _, place, name = fullest[0]
+        homes[name].append(client)
+        heapq.heapreplace(fullest, (-counts[largest_first[place]] / len(homes[name]), place, name))
     return homes
 
 
@@ -97,7 +108,7 @@ def dirichlet(columns: Columns, num_clients: int, seed: int, alpha: float = 0.5)
             rows = rng.permutation(np.flatnonzero(columns.labels == label))
             shares = rng.dirichlet(np.full(num_clients, alpha))
             client[rows] = np.searchsorted(np.cumsum(shares)[:-1], (np.arange(len(rows)) + 0.5) / len(rows))
-        parts = [np.flatnonzero(client == k) for k in range(num_clients)]
+        parts = _groups(client, num_clients)
         if all(len(part) for part in parts):
             return parts
     raise UsageError(

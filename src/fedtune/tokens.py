@@ -6,6 +6,7 @@ Legend: N texts, T tokens in all, B texts of a batch, L its padded length.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import tempfile
 import warnings
@@ -104,9 +105,11 @@ def _read(path: Path) -> tuple[Tensor, Tensor] | None:
 def _tokenise(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, most: int, path: Path) -> tuple[Tensor, Tensor]:
     pieces, lengths = [], []
     for start in range(0, len(texts), _CHUNK):
-        encoded = tokenizer(list(texts[start : start + _CHUNK]), truncation=True, max_length=most)["input_ids"]
-        lengths += [len(ids) for ids in encoded]
-        pieces.append(np.fromiter((token for ids in encoded for token in ids), dtype=np.int32, count=sum(map(len, encoded))))
+        chunk = list(texts[start : start + _CHUNK])
+        only_ids = {"return_attention_mask": False, "return_token_type_ids": False}
+        encoded = tokenizer(chunk, truncation=True, max_length=most, **only_ids)["input_ids"]
+        lengths += map(len, encoded)
+        pieces.append(np.fromiter(itertools.chain.from_iterable(encoded), dtype=np.int32))
     ids_T = torch.from_numpy(np.concatenate(pieces))
     offsets = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int64))
     _write(path, {"ids": ids_T, "offsets": offsets})

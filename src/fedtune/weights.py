@@ -7,12 +7,14 @@ parameters and counters stay where they are.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 Weights = dict[str, Tensor]
+
+_BLOCK = 2**19  # elements
 
 
 def travelling(module: nn.Module) -> Weights:
@@ -40,10 +42,31 @@ def move_towards_(target: Weights, source: Weights, fraction: float) -> None:
     torch._foreach_lerp_(list(target.values()), [source[name] for name in target], fraction)
 
 
-@torch.no_grad()
+def differences(one: Weights, other: Weights) -> Iterator[tuple[str, slice, Tensor]]:
+    """one - other in blocks that a CPU's cache holds: name, place in the flattened tensor, difference.
+
+    Each difference is valid until the next one is asked for. Whole tensors would need fresh memory each time, which costs more.
+    """
+    for name, tensor in one.items():
+        mine, theirs = tensor.reshape(-1), other[name].reshape(-1)
+        scratch = torch.empty_like(mine[:_BLOCK])
+        for start in range(0, len(mine), _BLOCK):
+            place = slice(start, min(start + _BLOCK, len(mine)))
+            yield name, place, torch.sub(mine[place], theirs[place], out=scratch[: place.stop - start])
+
+
+def squared_distances(one: Weights, other: Weights) -> dict[str, Tensor]:
+    """For each tensor the squared Euclidean distance, as a scalar on its device."""
+    squares: dict[str, list[Tensor]] = {name: [] for name in one}
+    for name, _, difference in differences(one, other):
+        flat = difference.float()
+        squares[name].append(torch.dot(flat, flat))
+    return {name: torch.stack(found).sum() if found else torch.zeros(()) for name, found in squares.items()}
+
+
 def distance(one: Weights, other: Weights) -> Tensor:
-    """Euclidean distance over all tensors, as a scalar on their device; needs the memory of one tensor at a time."""
-    squares = [(one[name] - other[name]).float().square_().sum() for name in one]
+    """Euclidean distance over all tensors, as a scalar on their device."""
+    squares = list(squared_distances(one, other).values())
     return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
 
 

@@ -1,0 +1,57 @@
+"""The floor: one bare training loop in torch over all texts, with fedtune's settings and no federation.
+
+The same precision, attention, dropout masks and batches as fedtune. `pooled` groups the batches by length over all
+texts instead of within each client, which pads less.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from job import load, report
+from ours import data_of, module_of
+
+from fedtune.dropout import FastDropout
+from fedtune.hardware import resolve_precision
+
+
+def main() -> None:
+    job = load()
+    data, module = data_of(job), module_of(job)
+    network, optimizer = module.network, module.configure_optimizers()["optimizer"]
+    loaders = (
+        [data.train_dataloader()] if job.pooled else [data.client_dataloader(client) for client in range(data.num_clients)]
+    )
+    bf16 = resolve_precision("auto", "cpu") == "bf16-mixed"
+
+    def logits(batch: dict[str, Any]) -> Any:
+        return network(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+
+    rounds = []
+    for _ in range(job.rounds):
+        start = time.perf_counter()
+        with FastDropout():
+            for loader in loaders:
+                for batch in loader:
+                    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                        loss = torch.nn.functional.cross_entropy(logits(batch), batch["labels"])
+                    loss.backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+        middle = time.perf_counter()
+        network.eval()
+        right = torch.zeros((), dtype=torch.int64)
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            for batch in data.val_dataloader():
+                right += (logits(batch).argmax(-1) == batch["labels"]).sum()
+        network.train()
+        rounds.append(
+            {"train": middle - start, "evaluate": time.perf_counter() - middle, "accuracy": int(right) / len(job.held_out)}
+        )
+    report(rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Question: how do the seconds and the memory of a round grow with the number of clients, and how long does set-up take?
+
+The same texts, cut to the same length, are divided among more and more clients, so that tokens, steps and padding stay what
+they are and only the clients' own cost grows. Each number of clients runs in a process of its own, and all of them several times.
+Set-up: a million sentences are tokenised (no cache) and divided among 10,000 clients.
+Run it from the project's folder: .venv/bin/python benchmarks/scaling.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+from machine import about, write
+
+import fedtune
+
+LENGTH = 16  # tokens; nearly every text is longer
+# model: clients, texts, texts in a batch, repeats
+GROWTH = {"minilm": ([1, 8, 32, 128], 2048, 16, 3), "tiny": ([1, 10, 100, 1_000, 10_000], 10_000, 1, 1)}
+SETUP_TEXTS, SETUP_CLIENTS = 1_000_000, 10_000
+
+
+def sentences() -> list[str]:
+    """Real sentences of more than LENGTH words; those of the embedded task are passages."""
+    try:
+        task = fedtune.FederatedDataModule("spooky_author").task
+    except fedtune.UsageError:
+        task = fedtune.FederatedDataModule("authors").task
+    return [text for text in task.texts if len(text.split()) >= LENGTH]
+
+
+def task_of(count: int) -> fedtune.TextTask:
+    """So many texts, 20 labels, 5,000 authors."""
+    texts = sentences()
+    rng = np.random.default_rng(0)
+    parts = {"train": np.arange(count), "validation": np.arange(64), "test": np.arange(64)}
+    return fedtune.TextTask(
+        "scaling",
+        [texts[i % len(texts)] for i in range(count)],
+        rng.integers(20, size=count),
+        tuple(map(str, range(20))),
+        parts,
+        authors=rng.integers(min(5_000, count), size=count),
+        author_names=tuple(map(str, range(min(5_000, count)))),
+    )
+
+
+def one_round(model: str, clients: int) -> dict[str, float]:
+    """Seconds of the second of two rounds, and the highest memory, in MB."""
+    _, texts, batch, _ = GROWTH[model]
+    data = fedtune.FederatedDataModule(task_of(texts), num_clients=clients, batch_size=batch, max_length=LENGTH)
+    with tempfile.TemporaryDirectory() as folder:
+        name = "minilm" if model == "minilm" else _tiny(folder)
+        module = fedtune.build_classifier(name, 20, optimizer="sgd", learning_rate=1e-4)
+        loop = fedtune.FederatedLoop(max_rounds=2, baselines=(), progress=False)
+        record = loop.fit(module, data)[-1]
+    seconds = record.seconds_train + record.seconds_aggregate
+    return {"seconds": seconds, "steps": record.num_steps, "memory_mb": loop.summary["peak_memory_bytes"] / 2**20}
+
+
+def _tiny(folder: str) -> str:
+    import transformers
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    transformers.BertModel(transformers.BertConfig(**sizes)).save_pretrained(folder)
+    return folder
+
+
+def set_up() -> dict[str, float]:
+    """Seconds to tokenise and to divide."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["FEDTUNE_CACHE"] = folder
+        task = task_of(SETUP_TEXTS)
+        data = fedtune.FederatedDataModule(task, num_clients=SETUP_CLIENTS, split="by_author", skew=0.8, max_length=128)
+        start = time.perf_counter()
+        tokens = int(data.tokens.lengths.sum())
+        middle = time.perf_counter()
+        _ = data.client_indices
+        return {"tokenise": middle - start, "divide": time.perf_counter() - middle, "tokens": tokens}
+
+
+def apart(*arguments: str) -> dict[str, float]:
+    """What this script prints in a process of its own."""
+    out = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=True).stdout
+    result: dict[str, float] = json.loads(out.splitlines()[-1])
+    return result
+
+
+def main() -> None:
+    raw: dict[str, Any] = {}
+    for model, (counts, _, _, repeats) in GROWTH.items():
+        raw[model] = {clients: [] for clients in counts}
+        for _ in range(repeats):
+            for clients in counts:
+                raw[model][clients].append(apart(model, str(clients)))
+        base = raw[model][counts[0]]
+        print(f"\n{model}\n{'clients':>8} {'seconds':>9} {'ms a further client':>20} {'memory MB':>10}")
+        for clients, results in raw[model].items():
+            seconds, memory = (statistics.median(one[key] for one in results) for key in ("seconds", "memory_mb"))
+            pairs = zip(results, base, strict=True)
+            extra = statistics.median((one["seconds"] - first["seconds"]) / max(clients - 1, 1) for one, first in pairs)
+            print(f"{clients:8} {seconds:9.2f} {1000 * extra:20.1f} {memory:10.0f}", flush=True)
+    raw["set-up"] = apart("set-up")
+    print(f"\nset-up of {SETUP_TEXTS:,} texts into {SETUP_CLIENTS:,} clients: {raw['set-up']}")
+    write("scaling", about("python benchmarks/scaling.py") | {"unit": "seconds of one round; MB", "raw": raw})
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        main()
+    else:
+        print(json.dumps(set_up() if sys.argv[1] == "set-up" else one_round(sys.argv[1], int(sys.argv[2]))))
