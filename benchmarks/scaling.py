@@ -1,7 +1,7 @@
 """Question: how do the seconds and the memory of a round grow with the number of clients, and how long does set-up take?
 
 The same texts, cut to the same length, are divided among more and more clients, so that tokens, steps and padding stay what
-they are and only the clients' own cost grows. Each number of clients runs in a process of its own, and all of them several times.
+they are and only the clients' own cost grows. Each number of clients runs in a process of its own, all of them several times.
 Set-up: a million sentences are tokenised (no cache) and divided among 10,000 clients.
 Run it from the project's folder: .venv/bin/python benchmarks/scaling.py
 """
