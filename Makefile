@@ -8,9 +8,10 @@ RUNS ?= runs
 SWEEP ?= experiments/quick.yaml
 SWEEP_RUNS = $(RUNS)/$(basename $(notdir $(SWEEP)))
 WORKERS ?= 2
+PEERS_VENV := .venv-peers
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo sweep report notebooks test check clean
+.PHONY: help install demo sweep report notebooks bench test check clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +39,16 @@ report: $(STAMP) ## tables, curves and one page of the runs below SWEEP_RUNS
 notebooks: $(STAMP) ## run the notebooks and store them with their outputs
 	$(BIN)/python -m pytest --overwrite notebooks
 
+bench: $(STAMP) $(if $(PEERS),$(PEERS_VENV)/.installed) ## seconds and memory against other ways: QUICK=1 (3 minutes), PEERS=1 (Flower and pfl, too)
+	$(BIN)/python benchmarks/reference.py $(if $(PEERS),--peers $(PEERS_VENV)/bin/python) \
+	  $(if $(QUICK),--sentences 256 --held_out 128 --clients 2 --repeats 1 --name -)
+
+$(PEERS_VENV)/.installed: setup.cfg
+	$(PYTHON) -m venv $(PEERS_VENV)
+	$(PEERS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(PEERS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
+	@touch $@
+
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest
 
@@ -48,4 +59,4 @@ check: $(STAMP) ## check format, style, types and the direction of imports
 	$(BIN)/python -m pytest tests/test_layers.py
 
 clean: ## remove .venv and caches, keep runs
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build
+	rm -rf $(VENV) $(PEERS_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build

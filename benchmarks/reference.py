@@ -2,7 +2,7 @@
 
 Every contender of `reference/` does the same job in a process of its own, one after the other and all of that several times, so
 that a busy minute of the machine hits all alike. `make bench` runs it; QUICK=1 takes a small job once.
-Flower and pfl take part where `--flower` and `--pfl` name the Python of an environment that has them: docs/performance.md.
+PEERS=1 adds Flower and pfl-research, installed in an environment of their own (extra `bench`), as their pins clash with ours.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {  # name in the table: scri
     "Flower simulation, fp32": ("flower.py", {}),
     "pfl-research, fp32": ("pfl_research.py", {}),
 }
+PEERS = ("Flower simulation, fp32", "pfl-research, fp32")
 
 
 def build(options: argparse.Namespace) -> Job:
@@ -108,12 +109,10 @@ def main() -> None:
     parser.add_argument("--optimizer", default="sgd", choices=["sgd", "adamw"])
     parser.add_argument("--learning_rate", type=float, default=0.05)
     parser.add_argument("--only", nargs="*", default=list(CONTENDERS), choices=list(CONTENDERS), metavar="CONTENDER")
-    parser.add_argument("--flower", help="the Python of an environment with flwr[simulation]")
-    parser.add_argument("--pfl", help="the Python of an environment with pfl")
+    parser.add_argument("--peers", help="the Python of an environment with fedtune[bench]")
     parser.add_argument("--name", default="reference", help="of the file below results/; - writes none")
     options = parser.parse_args()
-    python = dict.fromkeys(CONTENDERS, sys.executable)
-    python |= {"Flower simulation, fp32": options.flower, "pfl-research, fp32": options.pfl}
+    python = dict.fromkeys(CONTENDERS, sys.executable) | dict.fromkeys(PEERS, options.peers)
     names = [name for name in options.only if python[name]]
     job = build(options)
     raw: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
@@ -127,7 +126,7 @@ def main() -> None:
                 print(f"repeat {repeat + 1}: {name}: {_line(raw[name][-1])}", flush=True)
     _table(raw)
     if options.name != "-":
-        shown = {key: value for key, value in vars(options).items() if key not in ("flower", "pfl", "name")}
+        shown = {key: value for key, value in vars(options).items() if key not in ("peers", "name")}
         write(options.name, about("python benchmarks/reference.py") | {"job": shown, "raw": raw})
 
 

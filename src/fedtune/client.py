@@ -151,7 +151,7 @@ def run_steps(
     sizes: list[int] = []
     tokens: list[Tensor] = []
     try:
-        with FastDropout() if resident.fast_dropout else contextlib.nullcontext():
+        with FastDropout() if resident.fast_dropout and resident.fabric.device.type == "cpu" else contextlib.nullcontext():
             for batch in batches:
                 loss = _step(resident, optimisation, batch, len(losses))
                 if loss is None:

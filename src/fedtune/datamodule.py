@@ -12,7 +12,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from fedtune.errors import UsageError, at_least, one_of
 from fedtune.pretrained import load_config, load_tokenizer
@@ -20,7 +20,7 @@ from fedtune.randomness import stream
 from fedtune.splits import Columns, Split, divide, entropy_bits
 from fedtune.tasks import load_task
 from fedtune.texttask import PARTS, IntArray, TextTask
-from fedtune.tokens import LengthGroupedBatches, TokenStore, tokenise
+from fedtune.tokens import LengthGroupedBatches, Padding, Texts, TokenStore, tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,6 +45,7 @@ class FederatedDataModule(pl.LightningDataModule):
         eval_batch_size: texts in a validation or test batch.
         max_length: longest sequence in tokens, special ones included; longer texts are cut.
         padding: "longest" (of the batch; batches group texts of similar length) or "max_length" (plain random batches).
+        pad_to_multiple_of: lengths of batches are rounded up to multiples, so that there are few (for `torch.compile`).
         mask: whether batches say what is padding; without the mask, padding is attended to, as in the paper's code.
         shuffle: new random batches each epoch; False keeps the same batches in the same order, those of the split.
         drop_last: leave out a last, smaller training batch.
@@ -80,10 +81,11 @@ class FederatedDataModule(pl.LightningDataModule):
         seed: int = 0,
         folder: str | None = None,
         task_options: dict[str, Any] | None = None,
+        pad_to_multiple_of: int | None = None,
     ) -> None:
         super().__init__()
-        for name in ("num_clients", "batch_size", "eval_batch_size"):
-            at_least(name, locals()[name], 1)
+        for name in ("num_clients", "batch_size", "eval_batch_size", "pad_to_multiple_of"):
+            at_least(name, 1 if locals()[name] is None else locals()[name], 1)
         at_least("max_length", max_length, 3)
         at_least("seed", seed, 0)
         if limit is not None:
@@ -265,27 +267,11 @@ class FederatedDataModule(pl.LightningDataModule):
     def _by_length(self, rows: IntArray) -> IntArray:
         return rows[self.tokens.lengths[rows].argsort(stable=True).numpy()]
 
-    def _texts(self, rows: IntArray) -> _Texts:
-        pad_to = self.hparams["max_length"] if self.hparams["padding"] == "max_length" else None
-        return _Texts(self.tokens, torch.from_numpy(self.task.labels), torch.from_numpy(rows), pad_to, self.hparams["mask"])
-
-
-class _Texts(Dataset[dict[str, Tensor]]):
-    """Some rows of a task; the loader asks for whole batches, so no Python runs per text."""
-
-    def __init__(self, tokens: TokenStore, labels: Tensor, rows: Tensor, pad_to: int | None, mask: bool) -> None:
-        self.tokens, self.labels, self.rows, self.pad_to, self.mask = tokens, labels, rows, pad_to, mask
-        self.lengths = tokens.lengths[rows]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitems__(self, places: list[int]) -> dict[str, Tensor]:
-        chosen = self.rows[places]
-        batch = self.tokens.batch(chosen, self.pad_to) | {"labels": self.labels[chosen]}
-        if not self.mask:
-            del batch["attention_mask"]
-        return batch
+    def _texts(self, rows: IntArray) -> Texts:
+        options = self.hparams
+        most = options["max_length"]
+        padding = Padding(most if options["padding"] == "max_length" else None, options["pad_to_multiple_of"] or 1, most)
+        return Texts(self.tokens, torch.from_numpy(self.task.labels), torch.from_numpy(rows), padding, options["mask"])
 
 
 def _as_is(batch: Any) -> Any:

@@ -13,11 +13,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import Dataset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,6 +48,10 @@ class TokenStore:
         """(N,) tokens of each text."""
         return self.offsets.diff()
 
+    def lengths_of(self, rows: Tensor) -> Tensor:
+        """(B,) tokens of some texts."""
+        return self.offsets[rows + 1] - self.offsets[rows]
+
     def batch(self, rows: Tensor, pad_to: int | None = None) -> dict[str, Tensor]:
         """Padded ids and mask of some texts.
 
@@ -56,7 +62,7 @@ class TokenStore:
         Returns:
             "input_ids" and "attention_mask", each (B, L) int64; the mask is 1 where there is text.
         """
-        starts, lengths = self.offsets[rows], self.lengths[rows]
+        starts, lengths = self.offsets[rows], self.lengths_of(rows)
         steps_L = torch.arange(pad_to or int(lengths.max()))
         mask_BL = steps_L < lengths[:, None]
         places_BL = (starts[:, None] + steps_L).clamp_(max=len(self.ids_T) - 1)
@@ -103,7 +109,8 @@ def _read(path: Path) -> tuple[Tensor, Tensor] | None:
 
 
 def _tokenise(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, most: int, path: Path) -> tuple[Tensor, Tensor]:
-    pieces, lengths = [], []
+    pieces: list[NDArray[np.int32]] = []
+    lengths: list[int] = []
     for start in range(0, len(texts), _CHUNK):
         chunk = list(texts[start : start + _CHUNK])
         only_ids = {"return_attention_mask": False, "return_token_type_ids": False}
@@ -131,6 +138,37 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
         warnings.warn(f"tokens were not cached, the next start tokenises again: {error}", stacklevel=2)
+
+
+class Padding(NamedTuple):
+    """The length of a batch: `length`, or else that of its longest text, rounded up to a multiple, at most `most`."""
+
+    length: int | None
+    multiple: int = 1
+    most: int = 1_000_000
+
+    def __call__(self, longest: int) -> int:
+        """The length of a batch whose longest text has so many tokens."""
+        return self.length or min(-(-longest // self.multiple) * self.multiple, max(self.most, longest))
+
+
+class Texts(Dataset[dict[str, Tensor]]):
+    """Some rows of a task; the loader asks for whole batches, so no Python runs per text."""
+
+    def __init__(self, tokens: TokenStore, labels: Tensor, rows: Tensor, padding: Padding, mask: bool) -> None:
+        self.tokens, self.labels, self.rows, self.padding, self.mask = tokens, labels, rows, padding, mask
+        self.lengths = tokens.lengths_of(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, places: list[int]) -> dict[str, Tensor]:
+        chosen = self.rows[places]
+        length = self.padding(int(self.lengths[places].max()))
+        batch = self.tokens.batch(chosen, length) | {"labels": self.labels[chosen]}
+        if not self.mask:
+            del batch["attention_mask"]
+        return batch
 
 
 class LengthGroupedBatches:

@@ -1,0 +1,82 @@
+"""What the speed work rests on: compiled once for all clients and rounds, stacked clients have each client's gradients."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_loop
+from torch.func import stack_module_state
+from torch.nn import functional as F
+
+import fedtune
+
+Make = Callable[..., Any]
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def stacked() -> Any:
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        spec = importlib.util.spec_from_file_location("stacked", BENCHMARKS / "stacked.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    return module
+
+
+def test_stacked_clients_have_the_gradients_that_each_has_alone(stacked: Any, make_module: Make) -> None:
+    networks = [make_module(dropout=0.0, seed=seed).network for seed in (1, 2, 3)]
+    weights = {name: tensor.detach() for name, tensor in stack_module_state(networks)[0].items()}
+    ids = torch.randint(5, 40, (3, 4, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[:, 1, 6:] = 0
+    labels = torch.tensor([[0, 1, 0, 1]] * 3)
+    found = stacked.gradients(networks[0], weights, ids, mask, labels)
+    for client, network in enumerate(networks):
+        F.cross_entropy(network(input_ids=ids[client], attention_mask=mask[client]).logits, labels[client]).backward()
+        for name, parameter in network.named_parameters():
+            alone = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+            assert torch.allclose(found[name][client], alone, atol=1e-6), name
+
+
+def test_a_compiled_network_is_compiled_once_for_a_shape_not_for_a_client_or_a_round(
+    make_data: Make, make_module: Make
+) -> None:
+    compiled: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        compiled.append(1)
+        return graph.forward
+
+    torch._dynamo.reset()
+    module = make_module()
+    module.network.compile(backend=backend, dynamic=False)
+    counts = []
+    for clients, rounds in ((1, 1), (4, 3)):
+        data = make_data(num_clients=clients, batch_size=4, drop_last=True, pad_to_multiple_of=32)
+        make_loop(max_rounds=rounds, fast_dropout=False).fit(module, data)
+        counts.append(len(compiled))
+    assert counts[0] > 0
+    assert counts[1] == counts[0]
+
+
+@pytest.mark.parametrize(("multiple", "expected"), [(8, {8, 16, 24, 30}), (None, None)])
+def test_lengths_are_rounded_up_to_multiples_and_never_beyond_the_most(
+    multiple: int | None, expected: set[int] | None, tiny_bert: str
+) -> None:
+    texts = [" ".join(["word1"] * count) for count in (2, 3, 9, 12, 17, 26, 40)]
+    parts = {part: torch.arange(len(texts)).numpy() for part in ("train", "validation", "test")}
+    task = fedtune.TextTask("lengths", texts, torch.tensor([0, 1] * 3 + [0]).numpy(), ("a", "b"), parts)
+    data = fedtune.FederatedDataModule(task, tiny_bert, num_clients=1, batch_size=1, max_length=30, pad_to_multiple_of=multiple)
+    lengths = {batch["input_ids"].shape[1] for batch in data.train_dataloader()}
+    assert lengths == (expected or {4, 5, 11, 14, 19, 28, 30})
