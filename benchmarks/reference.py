@@ -1,8 +1,8 @@
 """Question: what does a federated round cost, against centralised training, a plain loop and other frameworks?
 
-Every contender of `reference/` does the same job in a process of its own, one after the other and all of that several times, so
-that a busy minute of the machine hits all alike. `make bench` runs it; QUICK=1 takes a small job once.
-PEERS=1 adds Flower and pfl-research, installed in an environment of their own (extra `bench`), as their pins clash with ours.
+Every contender of `reference/` does the same job in a process of its own, one after the other and all of that several times,
+so that a busy minute of the machine hits all alike. `make bench` runs it; QUICK=1 takes a small job once. PEERS=1 adds Flower
+and pfl-research, installed in an environment of their own (extra `bench`), as their pins clash with ours.
 """
 
 from __future__ import annotations

@@ -70,6 +70,19 @@ def test_a_compiled_network_is_compiled_once_for_a_shape_not_for_a_client_or_a_r
     assert counts[1] == counts[0]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this machine")
+def test_cuda_graphs_train_the_same_weights(make_data: Make, make_module: Make) -> None:
+    trained = []
+    for compiled in (False, True):
+        module = make_module(dropout=0.0)
+        if compiled:
+            module.network.compile(mode="reduce-overhead", dynamic=False)
+        make_loop(max_rounds=2).fit(module, make_data(batch_size=4, drop_last=True, pad_to_multiple_of=32))
+        trained.append(torch.cat([parameter.detach().cpu().flatten() for parameter in module.parameters()]))
+    assert torch.allclose(*trained, atol=1e-3)
+
+
 @pytest.mark.parametrize(("multiple", "expected"), [(8, {8, 16, 24, 30}), (None, None)])
 def test_lengths_are_rounded_up_to_multiples_and_never_beyond_the_most(
     multiple: int | None, expected: set[int] | None, tiny_bert: str

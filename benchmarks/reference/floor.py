@@ -1,7 +1,7 @@
 """The floor: one bare training loop in torch over all texts, with fedtune's settings and no federation.
 
-The same precision, attention, dropout masks and batches as fedtune. `pooled` groups the batches by length over all
-texts instead of within each client, which pads less.
+The same precision, attention, dropout masks and batches as fedtune. `pooled` groups the batches by length over all texts
+instead of within each client, which pads less.
 """
 
 from __future__ import annotations

@@ -1,0 +1,82 @@
+"""Question: how much of the hardware's matrix rate does a training step use, for the real sizes of the paper's models?
+
+BERT-base, DistilBERT and ALBERT with random weights, batches of 32 random texts of 40 and of 128 tokens without padding,
+dropout on, AdamW, in the precision that "auto" chooses. The matrix rate is measured at the shape of the feed-forward layer.
+On a GPU each is also run with the network compiled (`mode="reduce-overhead"`: CUDA graphs).
+Run it from the project's folder: .venv/bin/python benchmarks/throughput.py
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from machine import about, write
+from torch.utils.flop_counter import FlopCounterMode
+
+import fedtune
+from fedtune.client import Optimisation, Resident, run_steps
+from fedtune.evaluation import attached
+from fedtune.hardware import resolve_precision
+
+BATCH = 32
+
+
+def matrix_rate(fabric: Fabric, tokens: int) -> float:
+    """Floating-point operations a second of (tokens, 768) x (768, 3072) in the run's precision."""
+    dtype = torch.bfloat16 if "bf16" in resolve_precision("auto") else torch.float32
+    left, right = (torch.randn(shape, device=fabric.device, dtype=dtype) for shape in ((tokens, 768), (768, 3072)))
+    times = []
+    for _ in range(30):
+        start = _now(fabric)
+        left @ right
+        times.append(_now(fabric) - start)
+    return 2 * tokens * 768 * 3072 / statistics.median(times)
+
+
+def _now(fabric: Fabric) -> float:
+    if fabric.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure(fabric: Fabric, name: str, length: int, compiled: bool) -> dict[str, float]:
+    """Tokens a second, operations of a token, share of the matrix rate."""
+    module = fedtune.build_classifier(name, 4, init="random")
+    ids = torch.randint(5, module.network.config.vocab_size, (BATCH, length))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(BATCH) % 4}
+    with attached(fabric, module):
+        resident, optimisation = Resident(fabric, module, 0), Optimisation(module, 0, 0)
+        with FlopCounterMode(display=False) as counter:
+            run_steps(resident, optimisation, [batch], name)
+        if compiled:
+            module.network.compile(mode="reduce-overhead", dynamic=False)
+        steps = 50 if fabric.device.type == "cuda" else 3
+        run_steps(resident, optimisation, [batch] * (5 if compiled else 1), name)
+        taken = run_steps(resident, optimisation, [batch] * steps, name).seconds
+    rate = steps * BATCH * length / taken
+    per_token = counter.get_total_flops() / (BATCH * length)
+    return {"tokens_per_s": rate, "flop_per_token": per_token, "share": rate * per_token / matrix_rate(fabric, BATCH * length)}
+
+
+def main() -> None:
+    fabric = Fabric(accelerator="auto", devices=1, precision=resolve_precision("auto"))
+    raw: dict[str, Any] = {}
+    print(f"{'':30} {'tokens/s':>9} {'MFLOP a token':>14} {'of the matrix rate':>19}")
+    for length in (40, 128):
+        for name in ("bert", "distilbert", "albert"):
+            for compiled in (False, True) if fabric.device.type == "cuda" else (False,):
+                label = f"{name}, {length} tokens{', compiled' if compiled else ''}"
+                raw[label] = found = measure(fabric, name, length, compiled)
+                print(
+                    f"{label:30} {found['tokens_per_s']:9.0f} {found['flop_per_token'] / 1e6:14.0f} {found['share']:19.2f}",
+                    flush=True,
+                )
+    write("throughput", about("python benchmarks/throughput.py") | {"raw": raw})
+
+
+if __name__ == "__main__":
+    main()
