@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,17 @@ def test_a_compiled_network_is_compiled_once_for_a_shape_not_for_a_client_or_a_r
         counts.append(len(compiled))
     assert counts[0] > 0
     assert counts[1] == counts[0]
+
+
+def test_the_reference_job_runs_and_prints_its_table() -> None:
+    small = ["--sentences", "16", "--held_out", "8", "--clients", "2", "--repeats", "1", "--name", "-"]
+    names = ["fedtune", "floor, pooled batches", "plain loop, fp32"]
+    command = [sys.executable, str(BENCHMARKS / "reference.py"), *small, "--only", *names]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    table = done.stdout[done.stdout.index("x training") :].splitlines()[1:]
+    assert [line[:28].rstrip() for line in table if line] == names
+    assert all(float(line[28:37]) > 0 for line in table if line)
 
 
 @pytest.mark.gpu
