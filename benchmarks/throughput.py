@@ -1,6 +1,6 @@
 """Question: how much of the hardware's matrix rate does a training step use, for the real sizes of the paper's models?
 
-BERT-base, DistilBERT and ALBERT with random weights, batches of 32 random texts of 40 and of 128 tokens without padding,
+BERT-base, DistilBERT, ALBERT and MiniLM with random weights, batches of 32 random texts of 40 and 128 tokens without padding,
 dropout on, AdamW, in the precision that "auto" chooses. The matrix rate is measured at the shape of the feed-forward layer.
 On a GPU each is also run with the network compiled (`mode="reduce-overhead"`: CUDA graphs).
 Run it from the project's folder: .venv/bin/python benchmarks/throughput.py
@@ -8,7 +8,6 @@ Run it from the project's folder: .venv/bin/python benchmarks/throughput.py
 
 from __future__ import annotations
 
-import statistics
 import time
 from typing import Any
 
@@ -25,16 +24,16 @@ from fedtune.hardware import resolve_precision
 BATCH = 32
 
 
-def matrix_rate(fabric: Fabric, tokens: int) -> float:
-    """Floating-point operations a second of (tokens, 768) x (768, 3072) in the run's precision."""
+def matrix_rate(fabric: Fabric, tokens: int, hidden: int) -> float:
+    """Floating-point operations a second of (tokens, hidden) x (hidden, 4 hidden) in the run's precision."""
     dtype = torch.bfloat16 if "bf16" in resolve_precision("auto") else torch.float32
-    left, right = (torch.randn(shape, device=fabric.device, dtype=dtype) for shape in ((tokens, 768), (768, 3072)))
+    left, right = (torch.randn(shape, device=fabric.device, dtype=dtype) for shape in ((tokens, hidden), (hidden, 4 * hidden)))
     times = []
     for _ in range(30):
         start = _now(fabric)
         left @ right
         times.append(_now(fabric) - start)
-    return 2 * tokens * 768 * 3072 / statistics.median(times)
+    return 2 * tokens * hidden * 4 * hidden / min(times)  # the best: what the hardware can do
 
 
 def _now(fabric: Fabric) -> float:
@@ -59,22 +58,29 @@ def measure(fabric: Fabric, name: str, length: int, compiled: bool) -> dict[str,
         taken = run_steps(resident, optimisation, [batch] * steps, name).seconds
     rate = steps * BATCH * length / taken
     per_token = counter.get_total_flops() / (BATCH * length)
-    return {"tokens_per_s": rate, "flop_per_token": per_token, "share": rate * per_token / matrix_rate(fabric, BATCH * length)}
+    possible = matrix_rate(fabric, BATCH * length, module.network.config.hidden_size)
+    return {
+        "tokens_per_s": rate,
+        "flop_per_token": per_token,
+        "matrix_rate": possible,
+        "hidden": module.network.config.hidden_size,
+    }
 
 
 def main() -> None:
     fabric = Fabric(accelerator="auto", devices=1, precision=resolve_precision("auto"))
     raw: dict[str, Any] = {}
-    print(f"{'':30} {'tokens/s':>9} {'MFLOP a token':>14} {'of the matrix rate':>19}")
     for length in (40, 128):
-        for name in ("bert", "distilbert", "albert"):
+        for name in ("bert", "distilbert", "albert", "minilm"):
             for compiled in (False, True) if fabric.device.type == "cuda" else (False,):
                 label = f"{name}, {length} tokens{', compiled' if compiled else ''}"
-                raw[label] = found = measure(fabric, name, length, compiled)
-                print(
-                    f"{label:30} {found['tokens_per_s']:9.0f} {found['flop_per_token'] / 1e6:14.0f} {found['share']:19.2f}",
-                    flush=True,
-                )
+                raw[label] = measure(fabric, name, length, compiled)
+                print(label, flush=True)
+    print(f"\n{'':30} {'tokens/s':>9} {'MFLOP a token':>14} {'of the matrix rate':>19}")
+    for label, found in raw.items():  # against the best rate of the width: a single measurement may fall into a busy moment
+        best = max(other["matrix_rate"] for other in raw.values() if other["hidden"] == found["hidden"])
+        found["share"] = found["tokens_per_s"] * found["flop_per_token"] / best
+        print(f"{label:30} {found['tokens_per_s']:9.0f} {found['flop_per_token'] / 1e6:14.0f} {found['share']:19.2f}")
     write("throughput", about("python benchmarks/throughput.py") | {"raw": raw})
 
 
