@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from conftest import make_loop
 from torch.nn import functional as F
 
 from fedtune.dropout import FastDropout
@@ -80,3 +83,13 @@ def test_what_it_cannot_do_better_is_left_to_torch() -> None:
         assert F.dropout(written, 0.5, inplace=True) is written
         with pytest.raises(ValueError, match="between 0 and 1"):
             F.dropout(ones, 1.5)
+
+
+@pytest.mark.parametrize(("dropout", "same"), [(0.3, False), (0.0, True)])
+def test_the_loop_draws_cheap_masks_where_it_is_asked_to(dropout: float, same: bool, make_data: Any, make_module: Any) -> None:
+    trained = []
+    for fast in (True, False):
+        module = make_module(dropout=dropout)
+        make_loop(max_rounds=1, fast_dropout=fast).fit(module, make_data())
+        trained.append(torch.cat([parameter.detach().flatten() for parameter in module.parameters()]))
+    assert torch.equal(*trained) == same

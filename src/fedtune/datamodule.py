@@ -84,12 +84,13 @@ class FederatedDataModule(pl.LightningDataModule):
         pad_to_multiple_of: int | None = None,
     ) -> None:
         super().__init__()
-        for name in ("num_clients", "batch_size", "eval_batch_size", "pad_to_multiple_of"):
-            at_least(name, 1 if locals()[name] is None else locals()[name], 1)
+        for name in ("num_clients", "batch_size", "eval_batch_size"):
+            at_least(name, locals()[name], 1)
         at_least("max_length", max_length, 3)
         at_least("seed", seed, 0)
-        if limit is not None:
-            at_least("limit", limit, 1)
+        for name in ("limit", "pad_to_multiple_of"):
+            if locals()[name] is not None:
+                at_least(name, locals()[name], 1)
         if padding not in PADDING:
             raise one_of("padding", padding, PADDING)
         self.save_hyperparameters(ignore=["task", "split"])
@@ -213,7 +214,7 @@ class FederatedDataModule(pl.LightningDataModule):
             row = {
                 "client": client,
                 "examples": len(chosen),
-                "tokens": int(self.tokens.lengths[torch.from_numpy(chosen)].sum()),
+                "tokens": int(self.tokens.lengths_of(torch.from_numpy(chosen)).sum()),
                 "label_entropy_bits": entropy_bits(labels),
                 "labels": _counts(labels, self.task.label_names),
             }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import numbers
 from collections.abc import Iterable
 
 
@@ -38,5 +39,5 @@ def one_of(argument: str, came: object, names: Iterable[str], also: str = "") ->
 
 def at_least(argument: str, came: int | float, least: int | float) -> None:
     """Raise `UsageError` when the number `came` is below `least` (or is not a number at all)."""
-    if not came >= least:
+    if not isinstance(came, numbers.Real) or not came >= least:
         raise UsageError(argument, came, f"{least} or more")

@@ -48,7 +48,7 @@ def differences(one: Weights, other: Weights) -> Iterator[tuple[str, slice, Tens
     Each difference is valid until the next one is asked for. Whole tensors would need fresh memory each time, which costs more.
     """
     for name, tensor in one.items():
-        mine, theirs = tensor.reshape(-1), other[name].reshape(-1)
+        mine, theirs = tensor.detach().reshape(-1), other[name].detach().reshape(-1)
         scratch = torch.empty_like(mine[:_BLOCK])
         for start in range(0, len(mine), _BLOCK):
             place = slice(start, min(start + _BLOCK, len(mine)))
@@ -61,7 +61,7 @@ def squared_distances(one: Weights, other: Weights) -> dict[str, Tensor]:
     for name, _, difference in differences(one, other):
         flat = difference.float()
         squares[name].append(torch.dot(flat, flat))
-    return {name: torch.stack(found).sum() if found else torch.zeros(()) for name, found in squares.items()}
+    return {name: torch.stack(found).sum() if found else one[name].new_zeros(()) for name, found in squares.items()}
 
 
 def distance(one: Weights, other: Weights) -> Tensor:
