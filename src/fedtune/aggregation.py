@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -143,19 +144,18 @@ class RunningAgreement:
     def __init__(self, server: Weights, full: bool = True) -> None:
         self._server, self._full = server, full
         self._units: Weights = {}
-        self._squares: dict[str, Tensor] = {}
+        self._squares: dict[str, float] = defaultdict(float)
         self._total, self._count = 0.0, 0
 
     @torch.no_grad()
     def add(self, weights: Weights, weight: float) -> float:
         """Take in one client's weights; returns the length of its update."""
         if not self._full:
-            return float(distance(weights, self._server))
+            return distance(weights, self._server)
         squares = squared_distances(weights, self._server)
-        norm = float(torch.stack(list(squares.values())).sum().sqrt())
+        norm = math.sqrt(sum(squares.values()))
         for name, square in squares.items():
-            layer = layer_of(name)
-            self._squares[layer] = self._squares.get(layer, torch.zeros_like(square)) + weight * square
+            self._squares[layer_of(name)] += weight * square
         if not self._units:
             self._units = {name: torch.zeros_like(tensor.reshape(-1)) for name, tensor in self._server.items()}
         for name, place, update in differences(weights, self._server):
@@ -167,15 +167,15 @@ class RunningAgreement:
     def result(self, mean: Weights) -> Agreement:
         """The agreement of all clients; `mean` is the weighted mean of their weights."""
         if not self._full:
-            return Agreement(float(distance(mean, self._server)))
-        moved: dict[str, Tensor] = {}
+            return Agreement(distance(mean, self._server))
+        moved: dict[str, float] = defaultdict(float)
         for name, square in squared_distances(mean, self._server).items():
-            moved[layer_of(name)] = moved.get(layer_of(name), torch.zeros_like(square)) + square
-        drift = {layer: max(0.0, float(self._squares[layer] / self._total - moved[layer])) for layer in moved}
+            moved[layer_of(name)] += square
+        drift = {layer: max(0.0, self._squares[layer] / self._total - square) for layer, square in moved.items()}
         pairs = self._count * (self._count - 1)
         units = sum(float(unit.float().square().sum()) for unit in self._units.values())
         cosine = (units - self._count) / pairs if pairs else None
-        return Agreement(math.sqrt(sum(float(square) for square in moved.values())), cosine, drift)
+        return Agreement(math.sqrt(sum(moved.values())), cosine, drift)
 
 
 def layer_of(name: str) -> str:

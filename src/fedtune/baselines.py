@@ -40,7 +40,7 @@ def centralised(resident: Resident, state: ServerState, loader: Any, examples: i
         examples=state.examples + report.num_examples,
         optimizer=flatten(optimisation.optimizer),
     )
-    step = float(distance(after.weights, state.weights))
+    step = distance(after.weights, state.weights)
     return RoundResult(after, [report], Agreement(step))
 
 

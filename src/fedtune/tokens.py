@@ -112,15 +112,24 @@ def _tokenise(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, most: in
     pieces: list[NDArray[np.int32]] = []
     lengths: list[int] = []
     for start in range(0, len(texts), _CHUNK):
-        chunk = list(texts[start : start + _CHUNK])
-        only_ids = {"return_attention_mask": False, "return_token_type_ids": False}
-        encoded = tokenizer(chunk, truncation=True, max_length=most, **only_ids)["input_ids"]
+        encoded = _encode(list(texts[start : start + _CHUNK]), tokenizer, most)
         lengths += map(len, encoded)
         pieces.append(np.fromiter(itertools.chain.from_iterable(encoded), dtype=np.int32))
     ids_T = torch.from_numpy(np.concatenate(pieces))
     offsets = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int64))
     _write(path, {"ids": ids_T, "offsets": offsets})
     return ids_T, offsets
+
+
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, most: int) -> list[list[int]]:
+    """What tokenizer(texts, truncation=True, max_length=most)["input_ids"] is, without the masks and offsets it also makes."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        ids: list[list[int]] = tokenizer(texts, truncation=True, max_length=most)["input_ids"]
+        return ids
+    backend.no_padding()
+    backend.enable_truncation(most, direction=tokenizer.truncation_side)
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts)]
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -7,6 +7,7 @@ parameters and counters stay where they are.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 Weights = dict[str, Tensor]
 
-_BLOCK = 2**19  # elements
+_BLOCK = 2**20  # elements
 
 
 def travelling(module: nn.Module) -> Weights:
@@ -55,19 +56,22 @@ def differences(one: Weights, other: Weights) -> Iterator[tuple[str, slice, Tens
             yield name, place, torch.sub(mine[place], theirs[place], out=scratch[: place.stop - start])
 
 
-def squared_distances(one: Weights, other: Weights) -> dict[str, Tensor]:
-    """For each tensor the squared Euclidean distance, as a scalar on its device."""
-    squares: dict[str, list[Tensor]] = {name: [] for name in one}
+def squared_distances(one: Weights, other: Weights) -> dict[str, float]:
+    """For each tensor the squared Euclidean distance. Waits for the device once."""
+    names, squares = [], []
     for name, _, difference in differences(one, other):
         flat = difference.float()
-        squares[name].append(torch.dot(flat, flat))
-    return {name: torch.stack(found).sum() if found else one[name].new_zeros(()) for name, found in squares.items()}
+        names.append(name)
+        squares.append(torch.dot(flat, flat))
+    found = dict.fromkeys(one, 0.0)
+    for name, square in zip(names, torch.stack(squares).tolist() if squares else [], strict=True):
+        found[name] += square
+    return found
 
 
-def distance(one: Weights, other: Weights) -> Tensor:
-    """Euclidean distance over all tensors, as a scalar on their device."""
-    squares = list(squared_distances(one, other).values())
-    return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+def distance(one: Weights, other: Weights) -> float:
+    """Euclidean distance over all tensors."""
+    return math.sqrt(sum(squared_distances(one, other).values()))
 
 
 def digest(weights: Weights) -> str:
