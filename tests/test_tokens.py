@@ -75,6 +75,16 @@ def test_length_grouped_batches_hold_every_text_once_and_differ_between_epochs()
     assert list(batches) == first
 
 
+def test_length_grouped_batches_that_drop_the_last_drop_texts_at_random_not_the_longest() -> None:
+    batches = LengthGroupedBatches(torch.arange(3, 104), 8, drop_last=True)
+    torch.manual_seed(0)
+    epochs = [list(batches) for _ in range(20)]
+    assert all(len(batches) == len(epoch) == 12 and {len(batch) for batch in epoch} == {8} for epoch in epochs)
+    dropped = [set(range(101)) - set(chain(*epoch)) for epoch in epochs]
+    assert all(len(one) == 5 for one in dropped)
+    assert 30 < np.mean([place for one in dropped for place in one]) < 70
+
+
 def test_length_grouped_batches_waste_less_than_random_ones() -> None:
     lengths = torch.from_numpy(np.random.default_rng(0).integers(3, 60, size=400))
 

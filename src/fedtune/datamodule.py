@@ -20,7 +20,7 @@ from fedtune.randomness import stream
 from fedtune.splits import Columns, Split, divide, entropy_bits
 from fedtune.tasks import load_task
 from fedtune.texttask import PARTS, IntArray, TextTask
-from fedtune.tokens import LengthGroupedBatches, Padding, Texts, TokenStore, tokenise
+from fedtune.tokens import LengthGroupedBatches, Texts, TokenStore, tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,10 +45,11 @@ class FederatedDataModule(pl.LightningDataModule):
         eval_batch_size: texts in a validation or test batch.
         max_length: longest sequence in tokens, special ones included; longer texts are cut.
         padding: "longest" (of the batch; batches group texts of similar length) or "max_length" (plain random batches).
-        pad_to_multiple_of: lengths of batches are rounded up to multiples, so that there are few (for `torch.compile`).
+        pad_to_multiple_of: with padding "longest", lengths of batches are rounded up to multiples, so that there are few
+            (`torch.compile` takes 8 shapes by default: 16 suits a max_length of 128, with `drop_last`).
         mask: whether batches say what is padding; without the mask, padding is attended to, as in the paper's code.
         shuffle: new random batches each epoch; False keeps the same batches in the same order, those of the split.
-        drop_last: leave out a last, smaller training batch.
+        drop_last: leave out texts that do not fill a training batch.
         limit: at most so many training texts, drawn at random; all by default.
         tokenizer: another tokenizer than the model's, named like a model.
         seed: seed of the split and of `limit`.
@@ -255,11 +256,10 @@ class FederatedDataModule(pl.LightningDataModule):
 
     def _training(self, rows: IntArray) -> DataLoader[dict[str, Tensor]]:
         texts, size = self._texts(rows), self.hparams["batch_size"]
-        plain, drop = self.hparams["padding"] == "max_length", self.hparams["drop_last"]
-        if plain or drop or not self.hparams["shuffle"]:
-            shuffle = self.hparams["shuffle"]
+        shuffle, drop = self.hparams["shuffle"], self.hparams["drop_last"]
+        if self.hparams["padding"] == "max_length" or not shuffle:
             return DataLoader(texts, batch_size=size, shuffle=shuffle, drop_last=drop, collate_fn=_as_is)
-        return DataLoader(texts, batch_sampler=LengthGroupedBatches(texts.lengths, size), collate_fn=_as_is)
+        return DataLoader(texts, batch_sampler=LengthGroupedBatches(texts.lengths, size, drop), collate_fn=_as_is)
 
     def _evaluation(self, rows: IntArray) -> DataLoader[dict[str, Tensor]]:
         texts = self._texts(self._by_length(rows))
@@ -269,10 +269,12 @@ class FederatedDataModule(pl.LightningDataModule):
         return rows[self.tokens.lengths[rows].argsort(stable=True).numpy()]
 
     def _texts(self, rows: IntArray) -> Texts:
-        options = self.hparams
-        most = options["max_length"]
-        padding = Padding(most if options["padding"] == "max_length" else None, options["pad_to_multiple_of"] or 1, most)
-        return Texts(self.tokens, torch.from_numpy(self.task.labels), torch.from_numpy(rows), padding, options["mask"])
+        labels = torch.from_numpy(self.task.labels)
+        return Texts(self.tokens, labels, torch.from_numpy(rows), self._padded_length, self.hparams["mask"])
+
+    def _padded_length(self, longest: int) -> int:
+        most, multiple = self.hparams["max_length"], self.hparams["pad_to_multiple_of"] or 1
+        return most if self.hparams["padding"] == "max_length" else min(-(-longest // multiple) * multiple, most)
 
 
 def _as_is(batch: Any) -> Any:

@@ -10,10 +10,10 @@ import itertools
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -149,23 +149,14 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
         warnings.warn(f"tokens were not cached, the next start tokenises again: {error}", stacklevel=2)
 
 
-class Padding(NamedTuple):
-    """The length of a batch: `length`, or else that of its longest text, rounded up to a multiple, at most `most`."""
-
-    length: int | None
-    multiple: int = 1
-    most: int = 1_000_000
-
-    def __call__(self, longest: int) -> int:
-        """The length of a batch whose longest text has so many tokens."""
-        return self.length or min(-(-longest // self.multiple) * self.multiple, max(self.most, longest))
-
-
 class Texts(Dataset[dict[str, Tensor]]):
-    """Some rows of a task; the loader asks for whole batches, so no Python runs per text."""
+    """Some rows of a task; the loader asks for whole batches, so no Python runs per text.
 
-    def __init__(self, tokens: TokenStore, labels: Tensor, rows: Tensor, padding: Padding, mask: bool) -> None:
-        self.tokens, self.labels, self.rows, self.padding, self.mask = tokens, labels, rows, padding, mask
+    `length_of`: tokens of the longest text of a batch -> its padded length. `mask`: whether batches have an "attention_mask".
+    """
+
+    def __init__(self, tokens: TokenStore, labels: Tensor, rows: Tensor, length_of: Callable[[int], int], mask: bool) -> None:
+        self.tokens, self.labels, self.rows, self.length_of, self.mask = tokens, labels, rows, length_of, mask
         self.lengths = tokens.lengths_of(rows)
 
     def __len__(self) -> int:
@@ -173,7 +164,7 @@ class Texts(Dataset[dict[str, Tensor]]):
 
     def __getitems__(self, places: list[int]) -> dict[str, Tensor]:
         chosen = self.rows[places]
-        length = self.padding(int(self.lengths[places].max()))
+        length = self.length_of(int(self.lengths[places].max()))
         batch = self.tokens.batch(chosen, length) | {"labels": self.labels[chosen]}
         if not self.mask:
             del batch["attention_mask"]
@@ -188,20 +179,22 @@ class LengthGroupedBatches:
 
     Args:
         lengths: (M,) lengths of the texts in tokens.
-        batch_size: texts in a batch; the last may be smaller.
+        batch_size: texts in a batch; one may be smaller.
+        drop_last: leave out texts drawn at random, so that none is smaller.
 
     Yields:
         lists of places in `lengths`.
     """
 
-    def __init__(self, lengths: Tensor, batch_size: int) -> None:
+    def __init__(self, lengths: Tensor, batch_size: int, drop_last: bool = False) -> None:
         self.lengths, self.batch_size = lengths, batch_size
+        self.count = len(lengths) // batch_size * batch_size if drop_last else len(lengths)
 
     def __len__(self) -> int:
-        return -(-len(self.lengths) // self.batch_size)
+        return -(-self.count // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = torch.randperm(len(self.lengths))
+        order = torch.randperm(len(self.lengths))[: self.count]
         noisy = self.lengths * torch.empty(len(self.lengths)).uniform_(1 - _JITTER, 1 + _JITTER)
         batches: list[list[int]] = []
         for group in order.split(_MEGABATCH * self.batch_size):
