@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import pytorch_lightning as pl
@@ -33,3 +35,16 @@ class FederatedCallback:
 
     def on_fit_end(self, loop: FederatedLoop, module: pl.LightningModule) -> None:
         """After the last round and the baselines; `loop.summary` is complete, the module holds the averaged weights."""
+
+
+@contextlib.contextmanager
+def told_of_exceptions(
+    callbacks: Sequence[FederatedCallback], loop: FederatedLoop, module: pl.LightningModule
+) -> Iterator[None]:
+    """Inside the block whatever is raised is told to the callbacks, and goes on."""
+    try:
+        yield
+    except BaseException as error:
+        for callback in callbacks:
+            callback.on_exception(loop, module, error)
+        raise

@@ -7,8 +7,9 @@ import sys
 from typing import Literal, cast
 
 import torch
+from lightning_fabric import Fabric
 
-from fedtune.errors import one_of
+from fedtune.errors import UsageError, one_of
 
 Resolved = Literal["32-true", "bf16-mixed"]
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
@@ -32,6 +33,14 @@ def resolve_precision(precision: str, accelerator: str = "auto") -> Resolved:
     else:
         native = torch.cpu._is_avx512_bf16_supported()  # every CPU with AMX has these instructions, too
     return "bf16-mixed" if native else "32-true"
+
+
+def fabric_of(accelerator: str, precision: Resolved) -> Fabric:
+    """Lightning's Fabric on one device. Raises `UsageError` where the machine lacks the accelerator."""
+    try:
+        return Fabric(accelerator=accelerator, devices=1, precision=precision)
+    except (ValueError, RuntimeError) as error:
+        raise UsageError("accelerator", accelerator, f"one that this machine has: auto, cpu ({error})") from error
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from lightning_fabric import Fabric
 
 from fedtune.aggregation import ALGORITHMS, Averaging, RoundResult, ServerState, cohort
 from fedtune.baselines import centralised, local
-from fedtune.callbacks import FederatedCallback
+from fedtune.callbacks import FederatedCallback, told_of_exceptions
 from fedtune.client import ClientReport, Resident
 from fedtune.errors import UsageError, at_least, one_of
 from fedtune.evaluation import attached
-from fedtune.hardware import peak_memory_bytes, resolve_precision
+from fedtune.hardware import fabric_of, peak_memory_bytes, resolve_precision
 from fedtune.locks import held
 from fedtune.records import RoundRecord
 from fedtune.rundir import Course, RunDirectory, baseline_config, describe, fingerprint
@@ -152,15 +151,12 @@ class FederatedLoop:
             data.prepare_data()
             data.setup("fit")
         precision = resolve_precision(self.precision, self.accelerator)
-        try:
-            fabric = Fabric(accelerator=self.accelerator, devices=1, precision=precision)
-        except (ValueError, RuntimeError) as error:
-            raise UsageError("accelerator", self.accelerator, f"one that this machine has: auto, cpu ({error})") from error
+        fabric = fabric_of(self.accelerator, precision)
         own = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.init}
         own["precision"] = precision  # a continuation on other hardware must not change it in silence
         self.config = describe(module, data, {name: value for name, value in own.items() if name not in _NOT_CONFIG})
         self.history, self.baseline_runs, self.should_stop, self.data = [], {}, False, data
-        with held(self.run_dir), attached(fabric, module), self._told_of_exceptions(module):
+        with held(self.run_dir), attached(fabric, module), told_of_exceptions(self._hooks, self, module):
             run = RunDirectory(Path(self.run_dir) if self.run_dir else None, self.config, self.keep)
             resident = Resident(fabric, module, self.seed, self.gradient_clip_val, self.fast_dropout)
             session = Session(resident, data, self.evaluate_on, self.evaluation)
@@ -177,15 +173,6 @@ class FederatedLoop:
             for hook in self._hooks:
                 hook.on_fit_end(self, module)
         return self.history
-
-    @contextlib.contextmanager
-    def _told_of_exceptions(self, module: pl.LightningModule) -> Iterator[None]:
-        try:
-            yield
-        except BaseException as error:
-            for hook in self._hooks:
-                hook.on_exception(self, module, error)
-            raise
 
     def _federated(self, session: Session, run: RunDirectory) -> ServerState:
         def told(report: ClientReport) -> None:
