@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import subprocess
+import sys
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,17 @@ import torch
 from fedtune.rundir import versions
 
 
-def about(command: str) -> dict[str, Any]:
+def about() -> dict[str, Any]:
     """Command, date, machine and versions."""
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     capabilities = {name: value for name, value in torch.cpu.get_capabilities().items() if "bf16" in name or "amx" in name}
     machine = {"processor": _processor(), "threads": torch.get_num_threads(), "gpu": _gpu(), **capabilities}
-    return {"command": command, "date": date.today().isoformat(), "machine": machine, "versions": versions()}
+    return {
+        "command": command,
+        "date": date.today().isoformat(),
+        "machine": machine,
+        "versions": versions() | {"git_changes": _changes()},
+    }
 
 
 def write(name: str, result: dict[str, Any]) -> None:
@@ -33,6 +41,13 @@ def _processor() -> str:
     found = subprocess.run(["lscpu"], capture_output=True, text=True, check=False).stdout
     names = [line.partition(":")[2].strip() for line in found.splitlines() if line.startswith("Model name")]
     return names[0] if names else platform.processor()
+
+
+def _changes() -> list[str]:
+    """Files that differ from the commit, results aside."""
+    command = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!*/results/*"]
+    found = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False).stdout
+    return [line[3:] for line in found.splitlines()]
 
 
 def _gpu() -> str | None:

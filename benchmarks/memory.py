@@ -86,7 +86,7 @@ def main() -> None:
             plain = raw[model]["plain"]
             more = (rise - (plain["peak"] - plain["before"])) / found["weights"]
             print(f"{model:11} {variant:25} {found['weights'] / 1e6:12.0f} {rise / 1e6:20.0f} {more:23.2f}")
-    write("memory", about("python benchmarks/memory.py") | {"unit": "bytes, seconds of the round", "raw": raw})
+    write("memory", about() | {"unit": "bytes, seconds of the round", "raw": raw})
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def main() -> None:
     for name, (train, evaluate) in medians.items():
         print(f"{name:18}  {train:7.2f}  {evaluate:10.2f}   {base[0] / train:.2f}, {base[1] / evaluate:.2f}")
     unit = "seconds: [training, evaluation] of one round, 256 training and 192 validation passages"
-    write("precision", about("python benchmarks/precision.py") | {"unit": unit, "raw": raw, "median": medians})
+    write("precision", about() | {"unit": unit, "raw": raw, "median": medians})
 
 
 if __name__ == "__main__":

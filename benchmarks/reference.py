@@ -36,10 +36,12 @@ CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {  # name in the table: scri
     "plain loop, bf16 autocast": ("plain.py", {"precision": "bf16"}),
     "plain loop, fp32": ("plain.py", {}),
     "the authors' algorithm": ("authors.py", {}),
+    "Flower simulation, bf16": ("flower.py", {"precision": "bf16"}),
     "Flower simulation, fp32": ("flower.py", {}),
+    "pfl-research, bf16": ("pfl_research.py", {"precision": "bf16"}),
     "pfl-research, fp32": ("pfl_research.py", {}),
 }
-PEERS = ("Flower simulation, fp32", "pfl-research, fp32")
+PEERS = [name for name, (script, _) in CONTENDERS.items() if script in ("flower.py", "pfl_research.py")]
 
 
 def build(options: argparse.Namespace) -> Job:
@@ -53,11 +55,16 @@ def build(options: argparse.Namespace) -> Job:
     rng = np.random.default_rng(0)
     train = rng.permutation(task.parts["train"])[: options.sentences]
     held_out = rng.permutation(task.parts["test"])[: options.held_out]
+    if len(train) < options.sentences or len(held_out) < options.held_out:
+        raise SystemExit(
+            f"the task {task.name} has {len(train)} and {len(held_out)} texts; ask for fewer --sentences, --held_out"
+        )
     clients = [train[part] for part in iid(Columns(task.labels[train]), options.clients, 0)]
     kept = np.concatenate([train, held_out])
     place = {int(row): number for number, row in enumerate(kept)}
     offsets = data.tokens.offsets.tolist()
     return Job(
+        task=task.name,
         texts=[task.texts[row] for row in kept],
         ids=[data.tokens.ids_T[offsets[row] : offsets[row + 1]].tolist() for row in kept],
         labels=torch.from_numpy(task.labels[kept]),
@@ -128,10 +135,15 @@ def main() -> None:
                 Job(**{**vars(job), "seed": repeat, **changes}).save(str(path))
                 raw[name].append(run(python[name], script, path))
                 print(f"repeat {repeat + 1}: {name}: {_line(raw[name][-1])}", flush=True)
+            if options.name != "-":
+                write(options.name, about() | {"task": job.task, "peers": _versions(options.peers), "raw": raw})
     _table(raw)
-    if options.name != "-":
-        shown = {key: value for key, value in vars(options).items() if key not in ("peers", "name")}
-        write(options.name, about("python benchmarks/reference.py") | {"job": shown, "raw": raw})
+
+
+def _versions(python: str | None) -> list[str]:
+    """What the peers' environment holds."""
+    listed = subprocess.run([python or "true", "-m", "pip", "freeze"], capture_output=True, text=True, check=False).stdout
+    return [line for line in listed.splitlines() if line.startswith(("flwr==", "pfl==", "torch==", "transformers==", "ray=="))]
 
 
 def _line(result: dict[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 The same texts, cut to the same length, are divided among more and more clients, so that tokens, steps and padding stay what
 they are and only the clients' own cost grows. Each number of clients runs in a process of its own, one after the other.
+A client's cost is given twice: what the round takes beyond the steps, and what the whole round takes more than with one client,
+which also holds how much the steps of two processes happen to differ.
 Set-up: a million sentences are tokenised (no cache) and divided among 10,000 clients.
 Run it from the project's folder: .venv/bin/python benchmarks/scaling.py
 """
@@ -24,7 +26,7 @@ import fedtune
 
 LENGTH = 16  # tokens; nearly every text is longer
 # model: clients, texts, texts in a batch, repeats
-GROWTH = {"minilm": ([1, 8, 32, 128], 2048, 16, 2), "tiny": ([1, 10, 100, 1_000, 10_000], 10_000, 1, 1)}
+GROWTH = {"minilm": ([1, 8, 32, 128], 2048, 16, 3), "tiny": ([1, 10, 100, 1_000, 10_000], 10_000, 1, 1)}
 SETUP_TEXTS, SETUP_CLIENTS = 1_000_000, 10_000
 
 
@@ -63,7 +65,9 @@ def one_round(model: str, clients: int) -> dict[str, float]:
         loop = fedtune.FederatedLoop(max_rounds=2 if model == "minilm" else 1, baselines=(), progress=False)
         record = loop.fit(module, data)[-1]
     seconds = record.seconds_train + record.seconds_aggregate
-    return {"seconds": seconds, "steps": record.num_steps, "memory_mb": loop.summary["peak_memory_bytes"] / 2**20}
+    beyond = (seconds - sum(client.seconds for client in record.clients)) / clients
+    memory = loop.summary["peak_memory_bytes"] / 2**20
+    return {"seconds": seconds, "steps": record.num_steps, "seconds_beyond_steps": beyond, "memory_mb": memory}
 
 
 def _tiny(folder: str) -> str:
@@ -89,8 +93,10 @@ def set_up() -> dict[str, float]:
 
 def apart(*arguments: str) -> dict[str, float]:
     """What this script prints in a process of its own."""
-    out = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=True).stdout
-    result: dict[str, float] = json.loads(out.splitlines()[-1])
+    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{arguments} failed:\n{done.stderr[-3000:]}")
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
@@ -102,15 +108,19 @@ def main() -> None:
             for clients in counts:
                 raw[model][clients].append(apart(model, str(clients)))
         base = raw[model][counts[0]]
-        print(f"\n{model}\n{'clients':>8} {'seconds':>9} {'ms a further client':>20} {'memory MB':>10}")
+        print(f"\n{model}\n{'clients':>8} {'seconds':>9} {'ms beyond steps':>16} {'ms a further client':>20} {'memory MB':>10}")
         for clients, results in raw[model].items():
-            seconds, memory = (statistics.median(one[key] for one in results) for key in ("seconds", "memory_mb"))
+            middle = {key: statistics.median(one[key] for one in results) for key in results[0]}
             pairs = zip(results, base, strict=True)
             extra = statistics.median((one["seconds"] - first["seconds"]) / max(clients - 1, 1) for one, first in pairs)
-            print(f"{clients:8} {seconds:9.2f} {1000 * extra:20.1f} {memory:10.0f}", flush=True)
+            print(
+                f"{clients:8} {middle['seconds']:9.2f} {1000 * middle['seconds_beyond_steps']:16.1f} "
+                f"{1000 * extra:20.1f} {middle['memory_mb']:10.0f}",
+                flush=True,
+            )
     raw["set-up"] = apart("set-up")
     print(f"\nset-up of {SETUP_TEXTS:,} texts into {SETUP_CLIENTS:,} clients: {raw['set-up']}")
-    write("scaling", about("python benchmarks/scaling.py") | {"unit": "seconds of one round; MB", "raw": raw})
+    write("scaling", about() | {"unit": "seconds of one round; MB", "raw": raw})
 
 
 if __name__ == "__main__":

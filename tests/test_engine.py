@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def test_stacked_clients_have_the_gradients_that_each_has_alone(stacked: Any, ma
     mask = torch.ones_like(ids)
     mask[:, 1, 6:] = 0
     labels = torch.tensor([[0, 1, 0, 1]] * 3)
-    found = stacked.gradients(networks[0], weights, ids, mask, labels)
+    found = stacked.gradients(networks[0], weights, (ids, mask, labels), contextlib.nullcontext)
     for client, network in enumerate(networks):
         F.cross_entropy(network(input_ids=ids[client], attention_mask=mask[client]).logits, labels[client]).backward()
         for name, parameter in network.named_parameters():

@@ -36,11 +36,12 @@ def process(rank: int, job: Job) -> None:
     mine = range(rank, len(job.clients), PROCESSES)
     server, rounds = job.network(), []
     for _ in range(job.rounds):
+        distributed.barrier()
         start = time.perf_counter()
         total = [torch.zeros_like(parameter) for parameter in server.parameters()]
         for client in mine:
             model = copy.deepcopy(server)
-            optimizer = job.build_optimizer(model)
+            optimizer = job.build_optimizer(model.parameters())
             texts = job.clients[client]
             for first in range(0, len(texts) - BATCH + 1, BATCH):
                 batch = job.batch(texts[first : first + BATCH], LENGTH)

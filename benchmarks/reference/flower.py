@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from flwr.client import ClientApp, NumPyClient
-from flwr.common import Context, ndarrays_to_parameters
+from flwr.common import Context
 from flwr.server import ServerApp, ServerAppComponents, ServerConfig
 from flwr.server.strategy import FedAvg
 from flwr.simulation import run_simulation
-from job import BATCH, Job, load, report
+from job import BATCH, load, report, resident
 from torch.utils.data import DataLoader
 
 JOB = os.path.abspath(sys.argv[1])
@@ -32,27 +32,25 @@ def put(network: torch.nn.Module, values: list[Any]) -> None:
 
 
 class Client(NumPyClient):
-    """One client; job and network are made once in a worker process."""
-
-    job: Job | None = None
-    network: Any = None
+    """One client; the first call in a worker process reads the job and makes the network."""
 
     def __init__(self, number: int) -> None:
         self.number = number
-        if Client.job is None:
-            sys.argv = [sys.argv[0], JOB]
-            Client.job = load()
-            Client.network = Client.job.network()
+        self.job, self.network = resident(JOB)
+
+    def get_parameters(self, config: dict[str, Any]) -> list[Any]:
+        """The weights to begin with: the server asks one client, before the first round, so the worker is up by then."""
+        return arrays(self.network)
 
     def fit(self, parameters: list[Any], config: dict[str, Any]) -> Any:
         """One local epoch."""
-        job, network = Client.job, Client.network
-        assert job is not None
+        job, network = self.job, self.network
         put(network, parameters)
-        optimizer = job.build_optimizer(network)
+        optimizer = job.build_optimizer(network.parameters())
         texts = job.clients[self.number]
         for batch in DataLoader(texts, batch_size=BATCH, shuffle=True, collate_fn=job.batch):
-            loss = network(**batch).loss
+            with job.autocast():
+                loss = network(**batch).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -82,7 +80,6 @@ def main() -> None:
             min_fit_clients=len(job.clients),
             min_available_clients=len(job.clients),
             evaluate_fn=evaluate,
-            initial_parameters=ndarrays_to_parameters(arrays(network)),
         )
         return ServerAppComponents(strategy=strategy, config=ServerConfig(num_rounds=job.rounds))
 

@@ -6,11 +6,12 @@ script: `python CONTENDER.py JOB.pt` loads the job, does its rounds, and prints 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,14 +26,19 @@ class Job:
     """Texts by number (their tokens, their labels), who has which, and how to train.
 
     Args:
+        task: where they come from.
         texts, ids, labels: the texts, the token numbers of each, and (N,) labels.
         clients: for each client the numbers of its texts.
         held_out: numbers of the texts to evaluate on.
         classes: number of labels.
-        optimizer: "sgd" or "adamw".
-        precision: "bf16" or "fp32".
+        optimizer, learning_rate: "sgd" or "adamw", without weight decay.
+        rounds: rounds of one local epoch of every client.
+        seed: of the fresh head, the batches and dropout.
+        precision: "bf16" (autocast) or "fp32".
+        pooled: for the floor: batches over all texts, not within clients.
     """
 
+    task: str
     texts: list[str]
     ids: list[list[int]]
     labels: Tensor
@@ -58,11 +64,10 @@ class Job:
         network: nn.Module = BertForSequenceClassification.from_pretrained(get_model_path(), num_labels=self.classes)
         return network.float().train()
 
-    def build_optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
+    def build_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """A fresh optimizer."""
-        if self.optimizer == "sgd":
-            return torch.optim.SGD(network.parameters(), lr=self.learning_rate)
-        return torch.optim.AdamW(network.parameters(), lr=self.learning_rate, weight_decay=0.0)
+        kind = torch.optim.SGD if self.optimizer == "sgd" else torch.optim.AdamW
+        return kind(parameters, lr=self.learning_rate, weight_decay=0.0)
 
     def batch(self, texts: Sequence[int], length: int | None = None) -> dict[str, Tensor]:
         """Texts padded to the longest of them, or to a length."""
@@ -91,12 +96,19 @@ class Job:
         torch.save(asdict(self), path)
 
 
-def load() -> Job:
-    """The job named on the command line, with the draws of this process seeded."""
-    job = Job(**torch.load(sys.argv[1], weights_only=True))
+def load(path: str | None = None) -> Job:
+    """The job in a file, by default the one on the command line, with the draws of this process seeded."""
+    job = Job(**torch.load(path or sys.argv[1], weights_only=True))
     torch.manual_seed(job.seed)
     random.seed(job.seed)
     return job
+
+
+@functools.cache
+def resident(path: str) -> tuple[Job, nn.Module]:
+    """Job and network of a worker process, made once."""
+    job = load(path)
+    return job, job.network()
 
 
 def report(rounds: list[dict[str, Any]]) -> None:

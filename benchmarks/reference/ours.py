@@ -25,10 +25,10 @@ def data_of(job: Job) -> fedtune.FederatedDataModule:
 
 
 def module_of(job: Job) -> fedtune.BertClassifier:
-    """The job's model."""
-    return fedtune.BertClassifier(
-        "minilm", job.classes, optimizer=job.optimizer, learning_rate=job.learning_rate, seed=job.seed
-    )
+    """The job's model, with the weights that every contender starts from."""
+    module = fedtune.BertClassifier("minilm", job.classes, optimizer=job.optimizer, learning_rate=job.learning_rate)
+    module.network.load_state_dict(job.network().state_dict())
+    return module
 
 
 def main() -> None:

@@ -73,12 +73,12 @@ def main() -> None:
     job = load()
     network = job.network()
 
-    def optimizer(parameters: Any, lr: float) -> torch.optim.Optimizer:
-        job.learning_rate = lr
-        kind = torch.optim.SGD if job.optimizer == "sgd" else torch.optim.AdamW
-        return kind(parameters, lr=lr, **({} if job.optimizer == "sgd" else {"weight_decay": 0.0}))
-
-    model = PyTorchModel(Network(network), optimizer, torch.optim.SGD(network.parameters(), lr=1.0))
+    model = PyTorchModel(
+        Network(network),
+        lambda parameters, lr: job.build_optimizer(parameters),  # lr is the job's, see below
+        torch.optim.SGD(network.parameters(), lr=1.0),
+        amp_dtype=torch.bfloat16 if job.precision == "bf16" else None,
+    )
     users = list(range(len(job.clients)))
     federated = FederatedDataset(lambda user: Texts(job, job.clients[user]), get_user_sampler("minimize_reuse", users))
     backend = SimulatedBackend(training_data=federated, val_data=federated)

@@ -18,7 +18,7 @@ def main() -> None:
         states = []
         for texts in job.clients:
             model = copy.deepcopy(server)
-            optimizer = job.build_optimizer(model)
+            optimizer = job.build_optimizer(model.parameters())
             total = 0.0
             for batch in DataLoader(texts, batch_size=BATCH, shuffle=True, collate_fn=job.batch):
                 with job.autocast():
