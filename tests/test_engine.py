@@ -96,6 +96,15 @@ def test_cuda_graphs_train_the_same_weights(make_data: Make, make_module: Make) 
     assert torch.allclose(*trained, atol=1e-3)
 
 
+def test_batches_are_made_where_the_tokens_are_kept_without_waiting_for_that_device(make_data: Make) -> None:
+    data = make_data(num_clients=2)
+    expected = [{name: tensor.shape for name, tensor in batch.items()} for batch in data.val_dataloader()]
+    data.keep_on(torch.device("meta"))  # this device has shapes only: whoever reads a value from it fails
+    made = list(data.val_dataloader())
+    assert [{name: tensor.shape for name, tensor in batch.items()} for batch in made] == expected
+    assert {tensor.device.type for batch in [*made, *data.client_dataloader(0)] for tensor in batch.values()} == {"meta"}
+
+
 @pytest.mark.parametrize(("multiple", "expected"), [(8, {8, 16, 24, 30}), (None, None)])
 def test_lengths_are_rounded_up_to_multiples_and_never_beyond_the_most(
     multiple: int | None, expected: set[int] | None, tiny_bert: str

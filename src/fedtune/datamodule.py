@@ -96,6 +96,7 @@ class FederatedDataModule(pl.LightningDataModule):
             raise one_of("padding", padding, PADDING)
         self.save_hyperparameters(ignore=["task", "split"])
         self._task, self._split = task, split
+        self._kept: tuple[TokenStore, Tensor] | None = None
         self.hparams["task"] = task.name if isinstance(task, TextTask) else task
         self.hparams["split"] = split if isinstance(split, str) else getattr(split, "__name__", repr(split))
 
@@ -174,6 +175,10 @@ class FederatedDataModule(pl.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Load, tokenise and divide, where that has not been done."""
         self.tokens, self.client_indices  # noqa: B018 - reading them makes them
+
+    def keep_on(self, device: torch.device) -> None:
+        """Keep token ids and labels on a device, where batches are made from then on. `FederatedLoop` does it on a GPU."""
+        self._kept = self.tokens.to(device), torch.from_numpy(self.task.labels).to(device)
 
     @functools.cached_property
     def client_test_indices(self) -> list[IntArray]:
@@ -269,8 +274,9 @@ class FederatedDataModule(pl.LightningDataModule):
         return rows[self.tokens.lengths[rows].argsort(stable=True).numpy()]
 
     def _texts(self, rows: IntArray) -> Texts:
-        labels = torch.from_numpy(self.task.labels)
-        return Texts(self.tokens, labels, torch.from_numpy(rows), self._padded_length, self.hparams["mask"])
+        tokens, labels = self._kept or (self.tokens, torch.from_numpy(self.task.labels))
+        places = torch.from_numpy(rows)
+        return Texts(tokens, labels, places, self.tokens.lengths_of(places), self._padded_length, self.hparams["mask"])
 
     def _padded_length(self, longest: int) -> int:
         most, multiple = self.hparams["max_length"], self.hparams["pad_to_multiple_of"] or 1

@@ -152,6 +152,8 @@ class FederatedLoop:
             data.setup("fit")
         precision = resolve_precision(self.precision, self.accelerator)
         fabric = fabric_of(self.accelerator, precision)
+        if fabric.device.type == "cuda" and hasattr(data, "keep_on"):
+            data.keep_on(fabric.device)
         own = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.init}
         own["precision"] = precision  # a continuation on other hardware must not change it in silence
         self.config = describe(module, data, {name: value for name, value in own.items() if name not in _NOT_CONFIG})

@@ -43,6 +43,10 @@ class TokenStore:
     offsets: Tensor
     pad_id: int
 
+    def to(self, device: torch.device) -> TokenStore:
+        """The same sequences on a device: their batches are made there, of rows that are there."""
+        return TokenStore(self.ids_T.to(device), self.offsets.to(device), self.pad_id)
+
     @property
     def lengths(self) -> Tensor:
         """(N,) tokens of each text."""
@@ -63,7 +67,7 @@ class TokenStore:
             "input_ids" and "attention_mask", each (B, L) int64; the mask is 1 where there is text.
         """
         starts, lengths = self.offsets[rows], self.lengths_of(rows)
-        steps_L = torch.arange(pad_to or int(lengths.max()))
+        steps_L = torch.arange(pad_to or int(lengths.max()), device=rows.device)
         mask_BL = steps_L < lengths[:, None]
         places_BL = (starts[:, None] + steps_L).clamp_(max=len(self.ids_T) - 1)
         ids_BL = self.ids_T[places_BL].long().masked_fill_(~mask_BL, self.pad_id)
@@ -152,18 +156,25 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
 class Texts(Dataset[dict[str, Tensor]]):
     """Some rows of a task; the loader asks for whole batches, so no Python runs per text.
 
-    `length_of`: tokens of the longest text of a batch -> its padded length. `mask`: whether batches have an "attention_mask".
+    Args:
+        tokens, labels: of the whole task, both on the device where batches are made.
+        rows: (M,) row numbers, on the CPU.
+        lengths: (M,) their tokens, on the CPU, so that a batch's length is known without waiting for a device.
+        length_of: tokens of the longest text of a batch -> its padded length.
+        mask: whether batches have an "attention_mask".
     """
 
-    def __init__(self, tokens: TokenStore, labels: Tensor, rows: Tensor, length_of: Callable[[int], int], mask: bool) -> None:
-        self.tokens, self.labels, self.rows, self.length_of, self.mask = tokens, labels, rows, length_of, mask
-        self.lengths = tokens.lengths_of(rows)
+    def __init__(
+        self, tokens: TokenStore, labels: Tensor, rows: Tensor, lengths: Tensor, length_of: Callable[[int], int], mask: bool
+    ) -> None:
+        self.tokens, self.labels, self.rows, self.lengths = tokens, labels, rows, lengths
+        self.length_of, self.mask = length_of, mask
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitems__(self, places: list[int]) -> dict[str, Tensor]:
-        chosen = self.rows[places]
+        chosen = self.rows[places].to(self.labels.device, non_blocking=True)
         length = self.length_of(int(self.lengths[places].max()))
         batch = self.tokens.batch(chosen, length) | {"labels": self.labels[chosen]}
         if not self.mask:
