@@ -1,4 +1,4 @@
-"""Question: what does each step of the engine give (all on, then one off), and what does a client cost beyond its steps?
+"""Question: what does each step of the engine give (all on, then one changed), and what does a client cost beyond its steps?
 
 One client's epoch over 512 texts (MiniLM, dropout 0.1, plain SGD), all variants one after the other, several times.
 Run it from the project's folder: .venv/bin/python benchmarks/engine.py
@@ -6,6 +6,8 @@ Run it from the project's folder: .venv/bin/python benchmarks/engine.py
 
 from __future__ import annotations
 
+import copy
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from machine import about, write
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 import fedtune
 from fedtune.aggregation import RunningAgreement, RunningMean
@@ -24,14 +26,16 @@ from fedtune.hardware import resolve_precision
 from fedtune.weights import assign_, snapshot, travelling
 
 TEXTS, REPEATS = 512, 3
-ON = {"grouped": True, "fast_dropout": True, "precision": "auto", "attention": "eager"}
+ON = {"grouped": True, "slices": True, "waits": False, "fast_dropout": True, "precision": "auto", "attention": "eager"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "everything on": {},
     "batches not grouped by length": {"grouped": False},
+    "batches padded from Python lists": {"slices": False},
+    "the loss is read after each step": {"waits": True},
     "torch's dropout": {"fast_dropout": False},
     "fp32": {"precision": "32-true"},
     "sdpa": {"attention": "sdpa"},
-    "nothing on": {"grouped": False, "fast_dropout": False, "precision": "32-true", "attention": "sdpa"},
+    "nothing on": {name: not value for name, value in ON.items()} | {"precision": "32-true", "attention": "sdpa"},
 }
 
 
@@ -45,26 +49,60 @@ def task() -> fedtune.FederatedDataModule:
     return data
 
 
+class Lists(Dataset[dict[str, torch.Tensor]]):
+    """The same batches, made as most collate functions make them: from a list of tokens a text."""
+
+    def __init__(self, texts: Any) -> None:
+        offsets = texts.tokens.offsets
+        self.ids = [texts.tokens.ids_T[offsets[row] : offsets[row + 1]].tolist() for row in texts.rows.tolist()]
+        self.labels = texts.labels[texts.rows].tolist()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitems__(self, places: list[int]) -> dict[str, torch.Tensor]:
+        longest = max(len(self.ids[place]) for place in places)
+        gaps = [longest - len(self.ids[place]) for place in places]
+        return {
+            "input_ids": torch.tensor([self.ids[place] + [0] * gap for place, gap in zip(places, gaps, strict=True)]),
+            "attention_mask": torch.tensor([[1] * (longest - gap) + [0] * gap for gap in gaps]),
+            "labels": torch.tensor([self.labels[place] for place in places]),
+        }
+
+
 def epoch(data: fedtune.FederatedDataModule, module: Any, variant: dict[str, Any]) -> float:
     """Seconds of one epoch."""
     options = ON | variant
     fabric = Fabric(accelerator="cpu", devices=1, precision=resolve_precision(options["precision"], "cpu"))
     module.network.set_attn_implementation(options["attention"])
     loader = data.client_dataloader(0)
-    if not options["grouped"]:
-        loader = DataLoader(loader.dataset, batch_size=32, shuffle=True, collate_fn=lambda batch: batch)
+    texts = loader.dataset if options["slices"] else Lists(loader.dataset)
+    order = {"batch_sampler": loader.batch_sampler} if options["grouped"] else {"batch_size": 32, "shuffle": True}
+    loader = DataLoader(texts, collate_fn=lambda batch: batch, **order)
     with attached(fabric, module):
-        resident = Resident(fabric, module, 0, None, options["fast_dropout"])
-        return run_steps(resident, Optimisation(module, 0, 0), loader, "here").seconds
+        resident, optimisation = Resident(fabric, module, 0, None, options["fast_dropout"]), Optimisation(module, 0, 0)
+        if not options["waits"]:
+            return run_steps(resident, optimisation, loader, "here").seconds
+        return sum(run_steps(resident, optimisation, [batch], "here").seconds for batch in loader)
 
 
-def evaluation(data: fedtune.FederatedDataModule, module: Any, size: int) -> float:
+def evaluation(data: fedtune.FederatedDataModule, module: Any, size: int, ordered: bool = True) -> float:
     """Seconds of one evaluation with batches of a size."""
     fabric = Fabric(accelerator="cpu", devices=1, precision=resolve_precision("auto", "cpu"))
     module.network.set_attn_implementation("eager")
     data.hparams["eval_batch_size"] = size
+    loader = data.val_dataloader()
+    if not ordered:
+        loader = DataLoader(loader.dataset, batch_size=size, shuffle=True, collate_fn=lambda batch: batch)
     with attached(fabric, module):
-        return seconds(lambda: evaluate(fabric, module, data.val_dataloader()))
+        return seconds(lambda: evaluate(fabric, module, loader))
+
+
+def compiled(data: fedtune.FederatedDataModule) -> list[float]:
+    """Seconds of three epochs with `torch.compile` for any length; the first holds the compiling."""
+    module = fedtune.BertClassifier("minilm", data.num_labels, optimizer="sgd", learning_rate=1e-4)
+    module.network.compile(dynamic=True)
+    return [epoch(data, module, {}) for _ in range(3)]
 
 
 def fixed(module: Any) -> dict[str, float]:
@@ -76,12 +114,14 @@ def fixed(module: Any) -> dict[str, float]:
     agreement, norms, mean = RunningAgreement(server), RunningAgreement(server, full=False), RunningMean()
     parts: dict[str, Callable[[], Any]] = {
         "reset to the server's weights": lambda: assign_(here, server),
+        "load_state_dict instead": lambda: module.load_state_dict(state),
+        "a deep copy of the module instead": lambda: copy.deepcopy(module),
         "fresh optimizer": lambda: Optimisation(module, 0, 0),
         "running mean": lambda: mean.add(here, 1),
         "agreement": lambda: agreement.add(here, 1),
         "norm only": lambda: norms.add(here, 1),
     }
-    moved = snapshot(here)
+    moved, state = snapshot(here), copy.deepcopy(module.state_dict())
     found: dict[str, list[float]] = {name: [] for name in parts}
     for _ in range(8):
         for name, part in parts.items():
@@ -101,18 +141,23 @@ def main() -> None:
     data = task()
     module = fedtune.BertClassifier("minilm", data.num_labels, optimizer="sgd", learning_rate=1e-4)
     epoch(data, module, {})  # the memory of the first steps is fresh
-    sizes = (16, 32, 64, 128, 256)
+    sizes: dict[Any, Callable[[], float]] = {
+        size: functools.partial(evaluation, data, module, size) for size in (16, 32, 64, 128, 256)
+    }
+    sizes["64, not sorted"] = functools.partial(evaluation, data, module, 64, False)
     raw: dict[str, Any] = {"epoch": {name: [] for name in VARIANTS}, "evaluation": {size: [] for size in sizes}}
     for _ in range(REPEATS):
         for name, variant in VARIANTS.items():
             raw["epoch"][name].append(epoch(data, module, variant))
-        for size in sizes:
-            raw["evaluation"][size].append(evaluation(data, module, size))
+        for size, measured in sizes.items():
+            raw["evaluation"][size].append(measured())
     for kind, base in (("epoch", "everything on"), ("evaluation", 64)):
         print(f"\n{kind:32} {'seconds':>8} {'times as long':>14}")
         for name, times in raw[kind].items():
             ratio = statistics.median(mine / first for mine, first in zip(times, raw[kind][base], strict=True))
             print(f"{name:<32} {statistics.median(times):8.2f} {ratio:14.2f}")
+    raw["compiled"] = compiled(data)
+    print("\ncompiled, three epochs, seconds: " + ", ".join(f"{value:.2f}" for value in raw["compiled"]))
     raw["fixed"] = fixed(module)
     print("\na client beyond its steps, ms: " + ", ".join(f"{name} {1000 * value:.1f}" for name, value in raw["fixed"].items()))
     write("engine", about() | {"unit": "seconds", "raw": raw})
