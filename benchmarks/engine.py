@@ -1,15 +1,20 @@
 """Question: what does each step of the engine give (all on, then one changed), and what does a client cost beyond its steps?
 
-One client's epoch over 512 texts (MiniLM, dropout 0.1, plain SGD), all variants one after the other, several times.
+One client's epoch over 512 texts (MiniLM, dropout 0.1, plain SGD), all variants one after the other, several times. Whether
+freed memory is kept decides for a whole process how its memory is laid out, so that is measured in processes of their own.
 Run it from the project's folder: .venv/bin/python benchmarks/engine.py
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import json
 import logging
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,13 +25,16 @@ from machine import about, write
 from torch.utils.data import DataLoader, Dataset
 
 import fedtune
-from fedtune.aggregation import RunningAgreement, RunningMean
+from fedtune.aggregation import RunningAgreement, RunningMean, ServerState, fedavg
 from fedtune.client import Optimisation, Resident, run_steps
+from fedtune.dropout import FastDropout
 from fedtune.evaluation import attached, evaluate
-from fedtune.hardware import resolve_precision
+from fedtune.hardware import freed_memory_kept, resolve_precision
+from fedtune.randomness import seeded
 from fedtune.weights import assign_, snapshot, travelling
 
-TEXTS, REPEATS = 512, 7
+TEXTS, REPEATS = 512, 5
+MEMORY = ("kept", "given back")
 ON = {"grouped": True, "slices": True, "waits": False, "fast_dropout": True, "precision": "auto", "attention": "eager"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "everything on": {},
@@ -138,8 +146,64 @@ def seconds(what: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def federated(data: fedtune.FederatedDataModule, module: Any, number: int) -> float:
+    """Seconds of a round of one client, all that the server does included."""
+    fabric = Fabric(accelerator="cpu", devices=1, precision=resolve_precision("auto", "cpu"))
+    with attached(fabric, module):
+        resident, state = Resident(fabric, module, 0), ServerState(number - 1, snapshot(travelling(module)))
+        return seconds(lambda: fedavg(resident, state, [0], data.client_dataloader, 1, lambda report: None))
+
+
+def bare(data: fedtune.FederatedDataModule, module: Any, number: int) -> float:
+    """Seconds of the same batches in a bare loop with the same settings."""
+    bf16, optimizer = resolve_precision("auto", "cpu") == "bf16-mixed", module.configure_optimizers()["optimizer"]
+
+    def steps() -> None:
+        with seeded(0, "client", number), FastDropout():
+            for batch in data.client_dataloader(0):
+                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                    logits = module.network(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+                    loss = torch.nn.functional.cross_entropy(logits.float(), batch["labels"])
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+    return seconds(steps)
+
+
+def memory(mode: str) -> list[float]:
+    """Seconds of some epochs with what is freed kept or given back to the system, printed as JSON; the first is not counted."""
+    data = task()
+    module = fedtune.BertClassifier("minilm", data.num_labels, optimizer="sgd", learning_rate=1e-4)
+    with freed_memory_kept() if mode == "kept" else contextlib.nullcontext():
+        return [epoch(data, module, {}) for _ in range(REPEATS + 1)][1:]
+
+
+def apart(mode: str) -> list[float]:
+    """`memory` in a process of its own."""
+    out = subprocess.run([sys.executable, __file__, mode], capture_output=True, text=True, check=True).stdout
+    times: list[float] = json.loads(out.splitlines()[-1])
+    return times
+
+
 def main() -> None:
     logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
+    if len(sys.argv) > 1:
+        print(json.dumps(memory(sys.argv[1])))
+        return
+    raw: dict[str, Any] = {"memory": {mode: [] for mode in MEMORY}}
+    for _ in range(3):
+        for mode in MEMORY:
+            raw["memory"][mode].append(apart(mode))
+    for mode, runs in raw["memory"].items():
+        print(f"freed memory {mode}, median seconds of an epoch:", ", ".join(f"{statistics.median(one):.2f}" for one in runs))
+    with freed_memory_kept():
+        measure(raw)
+    write("engine", about() | {"unit": "seconds", "raw": raw})
+
+
+def measure(raw: dict[str, Any]) -> None:
+    """The epochs, the evaluations, `torch.compile`, and what a client costs beyond its steps."""
     data = task()
     module = fedtune.BertClassifier("minilm", data.num_labels, optimizer="sgd", learning_rate=1e-4)
     epoch(data, module, {})  # the memory of the first steps is fresh
@@ -147,7 +211,7 @@ def main() -> None:
         size: functools.partial(evaluation, data, module, size) for size in (16, 32, 64, 128, 256)
     }
     sizes["64, not sorted"] = functools.partial(evaluation, data, module, 64, False)
-    raw: dict[str, Any] = {"epoch": {name: [] for name in VARIANTS}, "evaluation": {size: [] for size in sizes}}
+    raw |= {"epoch": {name: [] for name in VARIANTS}, "evaluation": {size: [] for size in sizes}}
     for _ in range(REPEATS):
         for name, variant in VARIANTS.items():
             raw["epoch"][name].append(epoch(data, module, variant))
@@ -158,11 +222,18 @@ def main() -> None:
         for name, times in raw[kind].items():
             ratio = statistics.median(mine / first for mine, first in zip(times, raw[kind][base], strict=True))
             print(f"{name:<32} {statistics.median(times):8.2f} {ratio:14.2f}")
+    module.network.set_attn_implementation(ON["attention"])
+    pairs = [(federated(data, module, number), bare(data, module, number)) for number in range(1, 2 * REPEATS)]
+    raw["overhead"] = {"federated": [one for one, _ in pairs], "bare": [other for _, other in pairs]}
+    ratios = sorted(one / other for one, other in pairs)
+    print(
+        f"\na round of one client against a bare loop over its batches: {statistics.median(ratios):.3f}, {ratios[0]:.3f}"
+        f" to {ratios[-1]:.3f}"
+    )
     raw["compiled"] = compiled(data)
     print("\ncompiled, three epochs, seconds: " + ", ".join(f"{value:.2f}" for value in raw["compiled"]))
     raw["fixed"] = fixed(module)
     print("\na client beyond its steps, ms: " + ", ".join(f"{name} {1000 * value:.1f}" for name, value in raw["fixed"].items()))
-    write("engine", about() | {"unit": "seconds", "raw": raw})
 
 
 if __name__ == "__main__":

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
+import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +20,7 @@ from torch.func import stack_module_state
 from torch.nn import functional as F
 
 import fedtune
+from fedtune.hardware import freed_memory_kept
 
 Make = Callable[..., Any]
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -115,3 +119,25 @@ def test_lengths_are_rounded_up_to_multiples_and_never_beyond_the_most(
     data = fedtune.FederatedDataModule(task, tiny_bert, num_clients=1, batch_size=1, max_length=30, pad_to_multiple_of=multiple)
     lengths = {batch["input_ids"].shape[1] for batch in data.train_dataloader()}
     assert lengths == (expected or {4, 5, 11, 14, 19, 28, 30})
+
+
+def faults_of(megabytes: int) -> int:
+    """Pages that the system hands out when so much is allocated, filled and freed."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(megabytes << 18)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+def test_what_a_step_frees_serves_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name == "GLIBC_TUNABLES" or name.startswith("MALLOC_")]:
+        monkeypatch.delenv(name)
+    fresh = faults_of(64)
+    with freed_memory_kept():
+        faults_of(64)
+        assert faults_of(64) * 4 < fresh
+    assert faults_of(64) * 4 > fresh
+    monkeypatch.setenv("MALLOC_TOP_PAD_", "0")
+    with freed_memory_kept():
+        faults_of(64)
+        assert faults_of(64) * 4 > fresh

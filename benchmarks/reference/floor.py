@@ -1,7 +1,7 @@
 """The floor: one bare training loop in torch over all texts, with fedtune's settings and no federation.
 
-The same precision, attention, dropout masks and batches as fedtune. `pooled` groups the batches by length over all texts
-instead of within each client, which pads less.
+The same precision, attention, dropout masks, batches and use of malloc as fedtune. `pooled` groups the batches by length over
+all texts instead of within each client, which pads less.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from job import load, report
 from ours import data_of, module_of
 
 from fedtune.dropout import FastDropout
-from fedtune.hardware import resolve_precision
+from fedtune.hardware import freed_memory_kept, resolve_precision
 
 
 def main() -> None:
@@ -54,4 +54,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with freed_memory_kept():
+        main()

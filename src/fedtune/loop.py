@@ -22,7 +22,7 @@ from fedtune.callbacks import FederatedCallback, told_of_exceptions
 from fedtune.client import ClientReport, Resident
 from fedtune.errors import UsageError, at_least, one_of
 from fedtune.evaluation import attached
-from fedtune.hardware import fabric_of, peak_memory_bytes, resolve_precision
+from fedtune.hardware import fabric_of, freed_memory_kept, peak_memory_bytes, resolve_precision
 from fedtune.locks import held
 from fedtune.records import RoundRecord
 from fedtune.rundir import Course, RunDirectory, baseline_config, describe, fingerprint
@@ -158,7 +158,8 @@ class FederatedLoop:
         own["precision"] = precision  # a continuation on other hardware must not change it in silence
         self.config = describe(module, data, {name: value for name, value in own.items() if name not in _NOT_CONFIG})
         self.history, self.baseline_runs, self.should_stop, self.data = [], {}, False, data
-        with held(self.run_dir), attached(fabric, module), told_of_exceptions(self._hooks, self, module):
+        hooks = told_of_exceptions(self._hooks, self, module)
+        with held(self.run_dir), attached(fabric, module), freed_memory_kept(), hooks:
             run = RunDirectory(Path(self.run_dir) if self.run_dir else None, self.config, self.keep)
             resident = Resident(fabric, module, self.seed, self.gradient_clip_val, self.fast_dropout)
             session = Session(resident, data, self.evaluate_on, self.evaluation)
