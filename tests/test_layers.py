@@ -23,6 +23,8 @@ ROAD = [
         "datamodule",
     ),
     *(
+        "models.packed",
+        "models.padding_free",
         "models.text_classifier",
         "models.bert",
         "models.distilbert",

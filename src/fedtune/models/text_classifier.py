@@ -18,6 +18,8 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fedtune.errors import RunError, UsageError, at_least, one_of
+from fedtune.models.packed import PackedBatch
+from fedtune.models.padding_free import FORWARD
 from fedtune.pretrained import converted_weights, load_config, locate
 from fedtune.randomness import seeded
 
@@ -43,6 +45,9 @@ class TextClassifier(pl.LightningModule, abc.ABC):
         freeze_embeddings: the embeddings stay as they are.
         freeze_layers: the lowest so many encoder layers stay as they are.
         seed: seed of the fresh layers; the same arguments give the same weights.
+        padding_free: on a CPU, padding is left out and the last layer is computed for first tokens alone
+            (`fedtune.models.padding_free`): the same logits, to rounding. False calls the network as it is, for hooks that want
+            a padded batch; batches without a mask and compiled networks are called as they are, too.
 
     Raises:
         UsageError: a value outside of what is allowed, a model that cannot be read or is of another family.
@@ -69,6 +74,7 @@ class TextClassifier(pl.LightningModule, abc.ABC):
         freeze_layers: int = 0,
         seed: int = 0,
         vocab_size: int | None = None,
+        padding_free: bool = True,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -101,8 +107,16 @@ class TextClassifier(pl.LightningModule, abc.ABC):
         longest = getattr(self.network.config, "max_position_embeddings", input_ids.shape[1])
         if input_ids.shape[1] > longest:
             raise UsageError("max_length", input_ids.shape[1], f"at most {longest}, the maximum of {self.hparams['name']}")
+        if attention_mask is not None and self._packs(attention_mask):
+            return FORWARD[self.model_type](self.network, PackedBatch(input_ids, attention_mask))
         logits_BC: Tensor = self.network(input_ids=input_ids, attention_mask=attention_mask).logits
         return logits_BC
+
+    def _packs(self, mask_BL: Tensor) -> bool:
+        """Whether padding is left out: not in a compiled network, which is called as it is, nor before a text's first token."""
+        wanted = self.hparams["padding_free"] and self.model_type in FORWARD and mask_BL.device.type == "cpu"
+        compiled = torch.compiler.is_compiling() or self.network._compiled_call_impl is not None  # set by nn.Module.compile
+        return wanted and not compiled and mask_BL.ndim == 2 and bool(mask_BL[:, 0].all())
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Mean cross-entropy of the batch in nats (smoothed, where asked for)."""

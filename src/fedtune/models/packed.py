@@ -1,0 +1,167 @@
+"""A batch without padding: its texts end to end, padded for attention alone.
+
+Legend: B texts of a batch, L their padded length, T tokens in all, with spare rows up to a round number; R rows that a layer
+computes (T, or B in the last one); H hidden size, A attention heads, D = H / A; b, t, r and l: the same of a block of texts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+_WEIGHTS = 2**18  # attention weights that are worked on together: what the second cache of a CPU core holds
+_ROUND = 64  # rows: of few sizes, freed memory can be used again for the next batch
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Where some rows of a block stand.
+
+    Args:
+        span: the rows of the packed (R, H) matrix.
+        padded: (b A, l) for each row of the padded (b A, l, D) tensor its row of the packed matrix cut into heads, (R A, D);
+            the last row where there is padding.
+        packed: (r A,) for each row of the span, cut into heads, its row of the padded tensor.
+    """
+
+    span: slice
+    padded: Tensor
+    packed: Tensor
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Consecutive texts of a batch: all their tokens, their first tokens, and (b, 1, l) 0 where there is text, else -inf."""
+
+    tokens: _Rows
+    first: _Rows
+    bias_b1l: Tensor
+
+
+class PackedBatch:
+    """A padded batch, packed.
+
+    Args:
+        ids_BL: (B, L) token ids.
+        mask_BL: (B, L), 1 where there is text; every text has its first token.
+
+    Attributes:
+        ids_T, positions_T: ids and positions of the T tokens. At least the last row is spare: padding is read from it, and
+            nothing that comes of it is used.
+        first_B: the row of each text's first token.
+    """
+
+    def __init__(self, ids_BL: Tensor, mask_BL: Tensor) -> None:
+        self._text_BL = mask_BL.bool()
+        places = self._text_BL.flatten().nonzero().squeeze(1)
+        places_T = F.pad(places, (0, _ROUND - len(places) % _ROUND))  # spare rows are copies of the first token
+        self.ids_T, self.positions_T = ids_BL.flatten()[places_T], places_T % mask_BL.shape[1]
+        rows = torch.full((mask_BL.numel(),), len(places_T) - 1)
+        rows[places] = torch.arange(len(places))
+        self._rows_BL = rows.view(mask_BL.shape)
+        self.first_B = self._rows_BL[:, 0]
+        self._blocks: dict[int, list[_Block]] = {}
+
+    def attend(self, query_RH: Tensor, key_TH: Tensor, value_TH: Tensor, heads: int, dropout: nn.Dropout) -> Tensor:
+        """Scaled dot-product attention within each text (Vaswani et al. 2017, equation 1).
+
+        Args:
+            query_RH: of all rows, or of the first tokens.
+            heads: A.
+            dropout: of the attention weights.
+
+        Returns:
+            (R, H).
+        """
+        if heads not in self._blocks:
+            self._blocks[heads] = self._divided(heads)
+        context_RH: Tensor = _Attention.apply(query_RH, key_TH, value_TH, self._blocks[heads], heads, dropout)
+        return context_RH
+
+    def _divided(self, heads: int) -> list[_Block]:
+        """The batch in blocks of at most `_WEIGHTS` attention weights, or of a single text."""
+        lengths = (self._text_BL * torch.arange(1, self._text_BL.shape[1] + 1)).amax(1).tolist()  # up to the last token
+        blocks, start, longest = [], 0, 0
+        for number, length in enumerate(lengths):
+            if number > start and (number + 1 - start) * heads * max(longest, length) ** 2 > _WEIGHTS:
+                blocks.append(self._block(start, number, longest, heads))
+                start, longest = number, 0
+            longest = max(longest, length)
+        return [*blocks, self._block(start, len(lengths), longest, heads)]
+
+    def _block(self, start: int, stop: int, longest: int, heads: int) -> _Block:
+        rows_bl, text_bl = self._rows_BL[start:stop, :longest], self._text_BL[start:stop, :longest]
+        numbers_A = torch.arange(heads)
+        text, position = text_bl.nonzero(as_tuple=True)
+        tokens = _Rows(
+            slice(int(rows_bl[0, 0]), int(rows_bl[0, 0]) + len(text)),
+            (rows_bl[:, None] * heads + numbers_A[:, None]).view(-1, longest),
+            ((text[:, None] * heads + numbers_A) * longest + position[:, None]).flatten(),
+        )
+        first = _Rows(
+            slice(start, stop), torch.arange(start * heads, stop * heads)[:, None], torch.arange((stop - start) * heads)
+        )
+        return _Block(tokens, first, torch.zeros(text_bl.shape).masked_fill_(~text_bl, float("-inf"))[:, None])
+
+
+class _Attention(torch.autograd.Function):
+    """Attention block by block. Rows are moved there and back by number, and no gradient is added up row by row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query_RH: Tensor, key_TH: Tensor, value_TH: Tensor, blocks: list[_Block], heads: int, dropout: nn.Dropout
+    ) -> Tensor:
+        everything, kept = len(query_RH) == len(key_TH), []
+        ctx.heads, ctx.blocks = heads, [(block.tokens if everything else block.first, block.tokens) for block in blocks]
+        context_RH = torch.zeros_like(query_RH)
+        for (asking, asked), block in zip(ctx.blocks, blocks, strict=True):
+            query, key, value = _three(query_RH, key_TH, value_TH, asking, asked, heads)
+            scores = torch.bmm(query * query.shape[2] ** -0.5, key.transpose(1, 2))
+            biased = scores.view(len(block.bias_b1l), -1, key.shape[1]) + block.bias_b1l
+            weights = biased.softmax(-1).to(value.dtype).view_as(scores)
+            dropped = dropout(weights)
+            _put(context_RH, torch.bmm(dropped, value), asking)
+            kept += [weights, dropped]
+        ctx.save_for_backward(query_RH, key_TH, value_TH, context_RH, *kept)
+        return context_RH
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_RH: Tensor) -> tuple[Tensor | None, ...]:
+        query_RH, key_TH, value_TH, context_RH, *kept = ctx.saved_tensors
+        heads, found = ctx.heads, [torch.zeros_like(tensor) for tensor in (query_RH, key_TH, value_TH)]
+        wide = torch.promote_types(gradient_RH.dtype, torch.float32)
+        products_RAD = (gradient_RH.to(wide) * context_RH).view(len(query_RH), heads, -1)
+        mean_RA = products_RAD.sum(-1).to(value_TH.dtype)  # of the weights' gradients, under the weights
+        for (asking, asked), weights, dropped in zip(ctx.blocks, kept[::2], kept[1::2], strict=True):
+            query, key, value = _three(query_RH, key_TH, value_TH, asking, asked, heads)
+            gradient, mean = _padded(gradient_RH, asking, heads), _padded(mean_RA, asking, heads)  # 0 in spare rows
+            scores = torch.bmm(gradient, value.transpose(1, 2)).mul_(dropped).addcmul_(weights, mean, value=-1)
+            scores.mul_(query.shape[2] ** -0.5)
+            _put(found[0], torch.bmm(scores, key), asking)
+            _put(found[1], torch.bmm(scores.transpose(1, 2), query), asked)
+            _put(found[2], torch.bmm(dropped.transpose(1, 2), gradient), asked)
+        return (*found, None, None, None)
+
+
+def _three(
+    query_RH: Tensor, key_TH: Tensor, value_TH: Tensor, asking: _Rows, asked: _Rows, heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _padded(query_RH, asking, heads), _padded(key_TH, asked, heads), _padded(value_TH, asked, heads)
+
+
+def _padded(packed_RH: Tensor, rows: _Rows, heads: int) -> Tensor:
+    """(R, H) -> (b A, l, D)."""
+    cut = packed_RH.reshape(len(packed_RH) * heads, -1)
+    return cut.index_select(0, rows.padded.flatten()).view(*rows.padded.shape, -1)
+
+
+def _put(packed_RH: Tensor, padded: Tensor, rows: _Rows) -> None:
+    """(b A, l, D) into (R, H)."""
+    cut = padded.view(-1, padded.shape[2]).index_select(0, rows.packed)
+    packed_RH[rows.span] = cut.view(-1, packed_RH.shape[1])
