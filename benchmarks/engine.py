@@ -35,7 +35,15 @@ from fedtune.weights import assign_, snapshot, travelling
 
 TEXTS, REPEATS = 512, 5
 MEMORY = ("kept", "given back")
-ON = {"grouped": True, "slices": True, "waits": False, "fast_dropout": True, "precision": "auto", "attention": "eager"}
+ON = {
+    "grouped": True,
+    "slices": True,
+    "waits": False,
+    "fast_dropout": True,
+    "precision": "auto",
+    "padding_free": True,
+    "attention": "eager",  # of the padded network
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "everything on": {},
     "batches not grouped by length": {"grouped": False},
@@ -43,7 +51,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "the loss is read after each step": {"waits": True},
     "torch's dropout": {"fast_dropout": False},
     "fp32": {"precision": "32-true"},
-    "sdpa": {"attention": "sdpa"},
+    "padded batches": {"padding_free": False},
+    "padded batches, sdpa": {"padding_free": False, "attention": "sdpa"},
     "nothing on": {name: not value for name, value in ON.items()} | {"precision": "32-true", "attention": "sdpa"},
 }
 
@@ -84,6 +93,7 @@ def epoch(data: fedtune.FederatedDataModule, module: Any, variant: dict[str, Any
     options = ON | variant
     fabric = Fabric(accelerator="cpu", devices=1, precision=resolve_precision(options["precision"], "cpu"))
     module.network.set_attn_implementation(options["attention"])
+    module.hparams["padding_free"] = options["padding_free"]
     loader = data.client_dataloader(0)
     texts = loader.dataset if options["slices"] else Lists(loader.dataset)
     order = {"batch_sampler": loader.batch_sampler} if options["grouped"] else {"batch_size": 32, "shuffle": True}
@@ -98,7 +108,7 @@ def epoch(data: fedtune.FederatedDataModule, module: Any, variant: dict[str, Any
 def evaluation(data: fedtune.FederatedDataModule, module: Any, size: int, ordered: bool = True) -> float:
     """Seconds of one evaluation with batches of a size."""
     fabric = Fabric(accelerator="cpu", devices=1, precision=resolve_precision("auto", "cpu"))
-    module.network.set_attn_implementation("eager")
+    module.hparams["padding_free"] = True
     data.hparams["eval_batch_size"] = size
     loader = data.val_dataloader()
     if not ordered:
@@ -162,7 +172,7 @@ def bare(data: fedtune.FederatedDataModule, module: Any, number: int) -> float:
         with seeded(0, "client", number), FastDropout():
             for batch in data.client_dataloader(0):
                 with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                    logits = module.network(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+                    logits = module(batch["input_ids"], batch["attention_mask"])
                     loss = torch.nn.functional.cross_entropy(logits.float(), batch["labels"])
                 loss.backward()
                 optimizer.step()
@@ -222,7 +232,7 @@ def measure(raw: dict[str, Any]) -> None:
         for name, times in raw[kind].items():
             ratio = statistics.median(mine / first for mine, first in zip(times, raw[kind][base], strict=True))
             print(f"{name:<32} {statistics.median(times):8.2f} {ratio:14.2f}")
-    module.network.set_attn_implementation(ON["attention"])
+    module.hparams["padding_free"] = True
     pairs = [(federated(data, module, number), bare(data, module, number)) for number in range(1, 2 * REPEATS)]
     raw["overhead"] = {"federated": [one for one, _ in pairs], "bare": [other for _, other in pairs]}
     ratios = sorted(one / other for one, other in pairs)

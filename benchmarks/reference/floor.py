@@ -1,6 +1,6 @@
 """The floor: one bare training loop in torch over all texts, with fedtune's settings and no federation.
 
-The same precision, attention, dropout masks, batches and use of malloc as fedtune. `pooled` groups the batches by length over
+The same network without padding, precision, dropout masks, batches and use of malloc as fedtune. `pooled` groups the batches by length over
 all texts instead of within each client, which pads less.
 """
 
@@ -20,14 +20,14 @@ from fedtune.hardware import freed_memory_kept, resolve_precision
 def main() -> None:
     job = load()
     data, module = data_of(job), module_of(job)
-    network, optimizer = module.network, module.configure_optimizers()["optimizer"]
+    optimizer = module.configure_optimizers()["optimizer"]
     loaders = (
         [data.train_dataloader()] if job.pooled else [data.client_dataloader(client) for client in range(data.num_clients)]
     )
     bf16 = resolve_precision("auto", "cpu") == "bf16-mixed"
 
     def logits(batch: dict[str, Any]) -> Any:
-        return network(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+        return module(batch["input_ids"], batch["attention_mask"]).float()
 
     rounds = []
     for _ in range(job.rounds):
@@ -41,12 +41,12 @@ def main() -> None:
                     optimizer.step()
                     optimizer.zero_grad()
         middle = time.perf_counter()
-        network.eval()
+        module.eval()
         right = torch.zeros((), dtype=torch.int64)
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             for batch in data.val_dataloader():
                 right += (logits(batch).argmax(-1) == batch["labels"]).sum()
-        network.train()
+        module.train()
         rounds.append(
             {"train": middle - start, "evaluate": time.perf_counter() - middle, "accuracy": int(right) / len(job.held_out)}
         )
