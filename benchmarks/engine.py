@@ -33,7 +33,7 @@ from fedtune.hardware import freed_memory_kept, resolve_precision
 from fedtune.randomness import seeded
 from fedtune.weights import assign_, snapshot, travelling
 
-TEXTS, REPEATS = 512, 5
+TEXTS, REPEATS = 512, 3
 MEMORY = ("kept", "given back")
 ON = {
     "grouped": True,
@@ -118,7 +118,7 @@ def evaluation(data: fedtune.FederatedDataModule, module: Any, size: int, ordere
 
 
 def compiled(data: fedtune.FederatedDataModule) -> list[float]:
-    """Seconds of three epochs with `torch.compile` for any length; the first holds the compiling."""
+    """Seconds of three epochs of the padded network with `torch.compile` for any length; the first holds the compiling."""
     module = fedtune.BertClassifier("minilm", data.num_labels, optimizer="sgd", learning_rate=1e-4)
     module.network.compile(dynamic=True)
     return [epoch(data, module, {}) for _ in range(3)]

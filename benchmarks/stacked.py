@@ -2,8 +2,8 @@
 
 Each of K clients has weights of its own, stacked along a first dimension; `vmap` over `functional_call` gives all their
 gradients at once, and a plain SGD step follows. The attention mask is 4-D, as Transformers' models cannot make it under
-`vmap`. Against it: the same steps one client after the other, as fedtune does. Dropout is off in both. On a GPU there is a
-third way, the loop compiled with `mode="reduce-overhead"` (CUDA graphs).
+`vmap`. Against it: the same steps one client after the other, as the network is (there is no padding here). Dropout is off in
+both. On a GPU there is a third way, the loop compiled with `mode="reduce-overhead"` (CUDA graphs).
 Run it from the project's folder: .venv/bin/python benchmarks/stacked.py
 """
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import make_loop
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from fedtune.dropout import FastDropout
 
@@ -71,6 +72,19 @@ def test_a_seed_fixes_the_mask_and_the_module_uses_it_too() -> None:
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert not torch.equal(first, plain)
+
+
+def test_activation_checkpoints_draw_a_mask_again() -> None:
+    module, gradients = torch.nn.Dropout(0.5), []
+    for again in (False, True):
+        torch.manual_seed(4)
+        given = torch.linspace(-1, 1, 64, requires_grad=True)
+        with FastDropout():
+            block = lambda x: module(x.sin()).square()  # noqa: E731
+            result = checkpoint(block, given, use_reentrant=False) if again else block(given)
+            result.sum().backward()
+        gradients.append(given.grad)
+    assert torch.equal(*gradients)
 
 
 def test_what_it_cannot_do_better_is_left_to_torch() -> None:

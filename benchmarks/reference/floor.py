@@ -1,6 +1,6 @@
 """The floor: one bare training loop in torch over all texts, with fedtune's settings and no federation.
 
-The same network without padding, precision, dropout masks, batches and use of malloc as fedtune. `pooled` groups the batches by length over
+Packed network, precision, dropout masks, batches and use of malloc are fedtune's. `pooled` groups the batches by length over
 all texts instead of within each client, which pads less.
 """
 

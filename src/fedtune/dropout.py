@@ -8,48 +8,42 @@ the input's type, as in torch. Same independence, same distribution, other draws
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 _STEPS = 65_536  # values of 16 bits
 _ONE = int(torch.ones((), dtype=torch.bfloat16).view(torch.int16))  # the bits of 1.0
+_USUAL = F.dropout
 
 
-class FastDropout(TorchFunctionMode):
+class FastDropout(contextlib.AbstractContextManager[None]):
     """Within this context `torch.nn.functional.dropout` (and so `torch.nn.Dropout`) draws cheap masks for tensors on the CPU.
 
-    The draws are seeded by torch's global generator as it stands when the context is made; it does not move on. On a GPU, and
-    in a compiled network, torch's own dropout stays.
+    Each draw is seeded by torch's global generator, so seeding works as ever. The function itself is replaced for the time, and
+    not seen through a `TorchFunctionMode`, which a backward pass leaves: there activation checkpoints draw their masks again.
+    On a GPU, and in a compiled network, torch's own dropout stays.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            seed = int(torch.randint(2**63 - 1, ()))
-        self._generator = np.random.Generator(np.random.SFC64(seed))
+    def __enter__(self) -> None:
+        self._before = F.dropout
+        F.dropout = _dropout
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Replace dropout, pass on everything else."""
-        return (self._dropout if func is F.dropout else func)(*args, **(kwargs or {}))
+    def __exit__(self, *_: Any) -> None:
+        F.dropout = self._before
 
-    def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        dropped = round(p * _STEPS)
-        usual = not training or inplace or input.device.type != "cpu" or torch.compiler.is_compiling()
-        if usual or not 0 < dropped < _STEPS:
-            return F.dropout(input, p, training, inplace)
-        words = self._generator.integers(0, 2**64, size=-(-input.numel() // 4), dtype=np.uint64)
-        bits = torch.from_numpy(words.view(np.int16)[: input.numel()]).view(input.shape)
-        kept = bits.ge_(dropped - _STEPS // 2).mul_(_ONE).view(torch.bfloat16)  # in place on 16 bits: no conversion
-        return (input * kept.to(torch.promote_types(input.dtype, kept.dtype))).to(input.dtype).mul_(_STEPS / (_STEPS - dropped))
+
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    dropped = round(p * _STEPS)
+    usual = not training or inplace or input.device.type != "cpu" or torch.compiler.is_compiling()
+    if usual or not 0 < dropped < _STEPS:
+        return _USUAL(input, p, training, inplace)
+    generator = np.random.Generator(np.random.SFC64(int(torch.randint(2**63 - 1, (), device="cpu"))))
+    words = generator.integers(0, 2**64, size=-(-input.numel() // 4), dtype=np.uint64)
+    bits = torch.from_numpy(words.view(np.int16)[: input.numel()]).view(input.shape)
+    kept = bits.ge_(dropped - _STEPS // 2).mul_(_ONE).view(torch.bfloat16)  # in place on 16 bits: no conversion
+    return (input * kept.to(torch.promote_types(input.dtype, kept.dtype))).to(input.dtype).mul_(_STEPS / (_STEPS - dropped))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-_WEIGHTS = 2**18  # attention weights that are worked on together: what the second cache of a CPU core holds
+_BLOCK = 2**18  # attention weights that are worked on together: more take memory, and no less time
 _ROUND = 64  # rows: of few sizes, freed memory can be used again for the next batch
 
 
@@ -80,15 +80,17 @@ class PackedBatch:
         """
         if heads not in self._blocks:
             self._blocks[heads] = self._divided(heads)
-        context_RH: Tensor = _Attention.apply(query_RH, key_TH, value_TH, self._blocks[heads], heads, dropout)
+        cast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value_TH.dtype
+        projected = (tensor.to(cast) for tensor in (query_RH, key_TH, value_TH))  # for the backward pass, which casts nothing
+        context_RH: Tensor = _Attention.apply(*projected, self._blocks[heads], heads, dropout)
         return context_RH
 
     def _divided(self, heads: int) -> list[_Block]:
-        """The batch in blocks of at most `_WEIGHTS` attention weights, or of a single text."""
+        """The batch in blocks of at most `_BLOCK` attention weights, or of a single text."""
         lengths = (self._text_BL * torch.arange(1, self._text_BL.shape[1] + 1)).amax(1).tolist()  # up to the last token
         blocks, start, longest = [], 0, 0
         for number, length in enumerate(lengths):
-            if number > start and (number + 1 - start) * heads * max(longest, length) ** 2 > _WEIGHTS:
+            if number > start and (number + 1 - start) * heads * max(longest, length) ** 2 > _BLOCK:
                 blocks.append(self._block(start, number, longest, heads))
                 start, longest = number, 0
             longest = max(longest, length)
@@ -116,8 +118,8 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, query_RH: Tensor, key_TH: Tensor, value_TH: Tensor, blocks: list[_Block], heads: int, dropout: nn.Dropout
     ) -> Tensor:
-        everything, kept = len(query_RH) == len(key_TH), []
-        ctx.heads, ctx.blocks = heads, [(block.tokens if everything else block.first, block.tokens) for block in blocks]
+        whole, kept = len(query_RH) == len(key_TH), []
+        ctx.heads, ctx.blocks = heads, [(block.tokens if whole else block.first, block.tokens) for block in blocks]
         context_RH = torch.zeros_like(query_RH)
         for (asking, asked), block in zip(ctx.blocks, blocks, strict=True):
             query, key, value = _three(query_RH, key_TH, value_TH, asking, asked, heads)
@@ -134,19 +136,19 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient_RH: Tensor) -> tuple[Tensor | None, ...]:
         query_RH, key_TH, value_TH, context_RH, *kept = ctx.saved_tensors
-        heads, found = ctx.heads, [torch.zeros_like(tensor) for tensor in (query_RH, key_TH, value_TH)]
+        heads, slopes = ctx.heads, [torch.zeros_like(tensor) for tensor in (query_RH, key_TH, value_TH)]
         wide = torch.promote_types(gradient_RH.dtype, torch.float32)
         products_RAD = (gradient_RH.to(wide) * context_RH).view(len(query_RH), heads, -1)
         mean_RA = products_RAD.sum(-1).to(value_TH.dtype)  # of the weights' gradients, under the weights
         for (asking, asked), weights, dropped in zip(ctx.blocks, kept[::2], kept[1::2], strict=True):
             query, key, value = _three(query_RH, key_TH, value_TH, asking, asked, heads)
             gradient, mean = _padded(gradient_RH, asking, heads), _padded(mean_RA, asking, heads)  # 0 in spare rows
-            scores = torch.bmm(gradient, value.transpose(1, 2)).mul_(dropped).addcmul_(weights, mean, value=-1)
-            scores.mul_(query.shape[2] ** -0.5)
-            _put(found[0], torch.bmm(scores, key), asking)
-            _put(found[1], torch.bmm(scores.transpose(1, 2), query), asked)
-            _put(found[2], torch.bmm(dropped.transpose(1, 2), gradient), asked)
-        return (*found, None, None, None)
+            slope = torch.bmm(gradient, value.transpose(1, 2)).mul_(dropped).addcmul_(weights, mean, value=-1)  # of the scores
+            slope.mul_(query.shape[2] ** -0.5)
+            _put(slopes[0], torch.bmm(slope, key), asking)
+            _put(slopes[1], torch.bmm(slope.transpose(1, 2), query), asked)
+            _put(slopes[2], torch.bmm(dropped.transpose(1, 2), gradient), asked)
+        return (*slopes, None, None, None)
 
 
 def _three(

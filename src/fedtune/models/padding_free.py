@@ -4,7 +4,7 @@ Embeddings, linear layers, activations and norms work on single tokens; in a pad
 is for padding. And a classifier reads first tokens only, so the last layer is computed for them alone. What is called are the
 parts of the Hugging Face network, in its order.
 
-Legend as in `packed`. A family is one function in `FORWARD`; a family without one is called as it is.
+Legend as in `packed`. A network is one function in `FORWARD`; one that has none is called as it is.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AlbertForSequenceClassification, BertForSequenceClassification, DistilBertForSequenceClassification
 
 from fedtune.models.packed import PackedBatch
 
@@ -81,4 +82,8 @@ def albert(network: Any, batch: PackedBatch) -> Tensor:
     return logits_BC
 
 
-FORWARD: dict[str, Callable[[Any, PackedBatch], Tensor]] = {"bert": bert, "distilbert": distilbert, "albert": albert}
+FORWARD: dict[type[nn.Module], Callable[[Any, PackedBatch], Tensor]] = {
+    BertForSequenceClassification: bert,
+    DistilBertForSequenceClassification: distilbert,
+    AlbertForSequenceClassification: albert,
+}

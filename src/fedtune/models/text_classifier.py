@@ -47,7 +47,8 @@ class TextClassifier(pl.LightningModule, abc.ABC):
         seed: seed of the fresh layers; the same arguments give the same weights.
         padding_free: on a CPU, padding is left out and the last layer is computed for first tokens alone
             (`fedtune.models.padding_free`): the same logits, to rounding. False calls the network as it is, for hooks that want
-            a padded batch; batches without a mask and compiled networks are called as they are, too.
+            a padded batch, second derivatives and `torch.func`. So it is called without a mask, compiled, and with
+            gradient checkpointing.
 
     Raises:
         UsageError: a value outside of what is allowed, a model that cannot be read or is of another family.
@@ -107,16 +108,17 @@ class TextClassifier(pl.LightningModule, abc.ABC):
         longest = getattr(self.network.config, "max_position_embeddings", input_ids.shape[1])
         if input_ids.shape[1] > longest:
             raise UsageError("max_length", input_ids.shape[1], f"at most {longest}, the maximum of {self.hparams['name']}")
-        if attention_mask is not None and self._packs(attention_mask):
-            return FORWARD[self.model_type](self.network, PackedBatch(input_ids, attention_mask))
+        if attention_mask is not None and self._packs(input_ids, attention_mask):
+            return FORWARD[type(self.network)](self.network, PackedBatch(input_ids, attention_mask))
         logits_BC: Tensor = self.network(input_ids=input_ids, attention_mask=attention_mask).logits
         return logits_BC
 
-    def _packs(self, mask_BL: Tensor) -> bool:
-        """Whether padding is left out: not in a compiled network, which is called as it is, nor before a text's first token."""
-        wanted = self.hparams["padding_free"] and self.model_type in FORWARD and mask_BL.device.type == "cpu"
-        compiled = torch.compiler.is_compiling() or self.network._compiled_call_impl is not None  # set by nn.Module.compile
-        return wanted and not compiled and mask_BL.ndim == 2 and bool(mask_BL[:, 0].all())
+    def _packs(self, ids_BL: Tensor, mask_BL: Tensor) -> bool:
+        """Whether a batch is computed packed: on a CPU, every text with its first token, the network an ordinary one."""
+        if not self.hparams["padding_free"] or ids_BL.device.type != "cpu" or ids_BL.shape != mask_BL.shape or not len(ids_BL):
+            return False
+        known = type(self.network) in FORWARD and not getattr(self.network.config, "is_decoder", False)
+        return known and not torch.compiler.is_compiling() and not _special(self.network) and bool(mask_BL[:, 0].all())
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Mean cross-entropy of the batch in nats (smoothed, where asked for)."""
@@ -233,6 +235,13 @@ class TextClassifier(pl.LightningModule, abc.ABC):
             self.embeddings().requires_grad_(False)
         for layer in layers[:count]:
             layer.requires_grad_(False)
+
+
+def _special(network: nn.Module) -> bool:
+    """Whether a part of the network is compiled (by `nn.Module.compile`) or gives up activations to save memory."""
+    return any(
+        part._compiled_call_impl is not None or getattr(part, "gradient_checkpointing", False) for part in network.modules()
+    )
 
 
 @contextlib.contextmanager
