@@ -173,7 +173,7 @@ class RunningAgreement:
             moved[layer_of(name)] += square
         drift = {layer: max(0.0, self._squares[layer] / self._total - square) for layer, square in moved.items()}
         pairs = self._count * (self._count - 1)
-        units = sum(float(unit.float().square().sum()) for unit in self._units.values())
+        units = sum(float(torch.linalg.vector_norm(unit, dtype=torch.float32)) ** 2 for unit in self._units.values())
         cosine = (units - self._count) / pairs if pairs else None
         return Agreement(math.sqrt(sum(moved.values())), cosine, drift)
 
