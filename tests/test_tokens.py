@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import chain
+from itertools import chain, combinations
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +73,14 @@ def test_length_grouped_batches_hold_every_text_once_and_differ_between_epochs()
     assert {frozenset(batch) for batch in first} != {frozenset(batch) for batch in second}
     torch.manual_seed(0)
     assert list(batches) == first
+
+
+@pytest.mark.parametrize("texts", [128, 384, 1024])
+def test_a_text_has_other_batch_mates_in_the_next_epoch_also_where_there_are_few_batches(texts: int) -> None:
+    batches = LengthGroupedBatches(torch.from_numpy(np.random.default_rng(0).integers(5, 80, size=texts)), 32)
+    torch.manual_seed(0)
+    first, second = ({frozenset(pair) for batch in batches for pair in combinations(batch, 2)} for _ in range(2))
+    assert len(first & second) < 0.3 * len(first)
 
 
 def test_length_grouped_batches_that_drop_the_last_drop_texts_at_random_not_the_longest() -> None:

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CHUNK = 10_000  # texts handed to the tokenizer at once: bounds the memory of Python lists
-_MEGABATCH = 64  # batches that are sorted by length together
-_JITTER = 0.1  # relative noise on lengths, so that a client with few batches does not see the same ones each epoch
+_SORTED = 50  # batches that are sorted by length together, at most
 
 
 @dataclass(frozen=True)
@@ -185,8 +184,10 @@ class Texts(Dataset[dict[str, Tensor]]):
 class LengthGroupedBatches:
     """A batch sampler: random batches of texts of similar length, so that little is padding. Every text occurs once.
 
-    It draws from torch's global generator, like torch's own random sampler, so whoever seeds that gets the same batches.
-    Grouping as in Transformers' `LengthGroupedSampler`, with noise on the lengths.
+    The texts are divided at random into parts, and each part, sorted by length, into batches. As in Transformers'
+    `LengthGroupedSampler` there are four parts or more: with fewer, a client's batches are much the same in each epoch, and it
+    learns less (`docs/performance.md`). So few batches are plain random ones. It draws from torch's global generator, like
+    torch's own random sampler, so whoever seeds that gets the same batches.
 
     Args:
         lengths: (M,) lengths of the texts in tokens.
@@ -206,9 +207,9 @@ class LengthGroupedBatches:
 
     def __iter__(self) -> Iterator[list[int]]:
         order = torch.randperm(len(self.lengths))[: self.count]
-        noisy = self.lengths * torch.empty(len(self.lengths)).uniform_(1 - _JITTER, 1 + _JITTER)
+        together = max(1, min(len(self) // 4, _SORTED))
         batches: list[list[int]] = []
-        for group in order.split(_MEGABATCH * self.batch_size):
-            by_length = group[noisy[group].argsort(stable=True)]
+        for part in order.split(together * self.batch_size):
+            by_length = part[self.lengths[part].argsort(stable=True)]
             batches += [batch.tolist() for batch in by_length.split(self.batch_size)]
         return iter([batches[i] for i in torch.randperm(len(batches)).tolist()])

@@ -1,4 +1,4 @@
-"""A batch without padding: its texts end to end, padded for attention alone.
+"""A batch without padding: its texts end to end, from the shortest to the longest, padded for attention alone.
 
 Legend: B texts of a batch, L their padded length, T tokens in all, with spare rows up to a round number; R rows that a layer
 computes (T, or B in the last one); H hidden size, A attention heads, D = H / A; b, t, r and l: the same of a block of texts.
@@ -53,17 +53,21 @@ class PackedBatch:
     Attributes:
         ids_T, positions_T: ids and positions of the T tokens. At least the last row is spare: padding is read from it, and
             nothing that comes of it is used.
-        first_B: the row of each text's first token.
+        first_B: the row of each text's first token, from the shortest text to the longest.
+        back_B: for each text of the padded batch its place in that order.
     """
 
     def __init__(self, ids_BL: Tensor, mask_BL: Tensor) -> None:
-        self._text_BL = mask_BL.bool()
+        text_BL = mask_BL.bool()
+        lengths_B, order_B = (text_BL * torch.arange(1, text_BL.shape[1] + 1)).amax(1).sort(stable=True)  # to the last token
+        self._lengths, self.back_B = lengths_B.tolist(), order_B.argsort()
+        self._text_BL, ids_BL = text_BL[order_B], ids_BL[order_B]
         places = self._text_BL.flatten().nonzero().squeeze(1)
         places_T = F.pad(places, (0, _ROUND - len(places) % _ROUND))  # spare rows are copies of the first token
-        self.ids_T, self.positions_T = ids_BL.flatten()[places_T], places_T % mask_BL.shape[1]
-        rows = torch.full((mask_BL.numel(),), len(places_T) - 1)
+        self.ids_T, self.positions_T = ids_BL.flatten()[places_T], places_T % ids_BL.shape[1]
+        rows = torch.full((ids_BL.numel(),), len(places_T) - 1)
         rows[places] = torch.arange(len(places))
-        self._rows_BL = rows.view(mask_BL.shape)
+        self._rows_BL = rows.view(ids_BL.shape)
         self.first_B = self._rows_BL[:, 0]
         self._blocks: dict[int, list[_Block]] = {}
 
@@ -87,16 +91,15 @@ class PackedBatch:
 
     def _divided(self, heads: int) -> list[_Block]:
         """The batch in blocks of at most `_BLOCK` attention weights, or of a single text."""
-        lengths = (self._text_BL * torch.arange(1, self._text_BL.shape[1] + 1)).amax(1).tolist()  # up to the last token
-        blocks, start, longest = [], 0, 0
-        for number, length in enumerate(lengths):
-            if number > start and (number + 1 - start) * heads * max(longest, length) ** 2 > _BLOCK:
-                blocks.append(self._block(start, number, longest, heads))
-                start, longest = number, 0
-            longest = max(longest, length)
-        return [*blocks, self._block(start, len(lengths), longest, heads)]
+        blocks, start = [], 0
+        for number, length in enumerate(self._lengths):
+            if number > start and (number + 1 - start) * heads * length**2 > _BLOCK:
+                blocks.append(self._block(start, number, heads))
+                start = number
+        return [*blocks, self._block(start, len(self._lengths), heads)]
 
-    def _block(self, start: int, stop: int, longest: int, heads: int) -> _Block:
+    def _block(self, start: int, stop: int, heads: int) -> _Block:
+        longest = self._lengths[stop - 1]
         rows_bl, text_bl = self._rows_BL[start:stop, :longest], self._text_BL[start:stop, :longest]
         numbers_A = torch.arange(heads)
         text, position = text_bl.nonzero(as_tuple=True)

@@ -25,7 +25,7 @@ def _through(layers: Sequence[Any], hidden_TH: Tensor, batch: PackedBatch, apply
     *lower, last = layers
     for layer in lower:
         hidden_TH = apply(layer, hidden_TH, hidden_TH, batch)
-    return apply(last, hidden_TH, hidden_TH[batch.first_B], batch)
+    return apply(last, hidden_TH, hidden_TH[batch.first_B], batch)[batch.back_B]
 
 
 def _bert_layer(layer: Any, hidden_TH: Tensor, rows_RH: Tensor, batch: PackedBatch) -> Tensor:
