@@ -31,12 +31,13 @@ from fedtune.dropout import FastDropout
 from fedtune.evaluation import attached, evaluate
 from fedtune.hardware import freed_memory_kept, resolve_precision
 from fedtune.randomness import seeded
+from fedtune.tokens import LengthGroupedBatches
 from fedtune.weights import assign_, snapshot, travelling
 
 TEXTS, REPEATS = 512, 3
 MEMORY = ("kept", "given back")
 ON = {
-    "grouped": True,
+    "grouped": False,
     "slices": True,
     "waits": False,
     "fast_dropout": True,
@@ -46,14 +47,22 @@ ON = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "everything on": {},
-    "batches not grouped by length": {"grouped": False},
+    "batches grouped by length": {"grouped": True},
     "batches padded from Python lists": {"slices": False},
     "the loss is read after each step": {"waits": True},
     "torch's dropout": {"fast_dropout": False},
     "fp32": {"precision": "32-true"},
     "padded batches": {"padding_free": False},
     "padded batches, sdpa": {"padding_free": False, "attention": "sdpa"},
-    "nothing on": {name: not value for name, value in ON.items()} | {"precision": "32-true", "attention": "sdpa"},
+    "padded batches, grouped by length": {"padding_free": False, "grouped": True},
+    "nothing on": {
+        "slices": False,
+        "waits": True,
+        "fast_dropout": False,
+        "precision": "32-true",
+        "padding_free": False,
+        "attention": "sdpa",
+    },
 }
 
 
@@ -96,8 +105,8 @@ def epoch(data: fedtune.FederatedDataModule, module: Any, variant: dict[str, Any
     module.hparams["padding_free"] = options["padding_free"]
     loader = data.client_dataloader(0)
     texts = loader.dataset if options["slices"] else Lists(loader.dataset)
-    order = {"batch_sampler": loader.batch_sampler} if options["grouped"] else {"batch_size": 32, "shuffle": True}
-    loader = DataLoader(texts, collate_fn=lambda batch: batch, **order)
+    order = LengthGroupedBatches(loader.dataset.lengths, 32) if options["grouped"] else loader.batch_sampler
+    loader = DataLoader(texts, batch_sampler=order, collate_fn=lambda batch: batch)
     with attached(fabric, module):
         resident, optimisation = Resident(fabric, module, 0, None, options["fast_dropout"]), Optimisation(module, 0, 0)
         if not options["waits"]:

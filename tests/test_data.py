@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 import fedtune
 
@@ -39,6 +40,21 @@ def test_another_seed_is_another_split(make_data: Make) -> None:
 
 def test_max_length_padding_pads_every_batch(make_data: Make) -> None:
     assert {batch["input_ids"].shape[1] for batch in make_data(padding="max_length").train_dataloader()} == {24}
+
+
+def test_training_batches_are_plain_random_ones_unless_grouped_by_length(make_data: Make) -> None:
+    def padded(**options: Any) -> int:
+        torch.manual_seed(0)
+        return sum(batch["input_ids"].numel() for batch in make_data(batch_size=4, **options).train_dataloader())
+
+    texts = make_data().train_dataloader().dataset
+    torch.manual_seed(0)
+    order = list(DataLoader(range(len(texts)), 4, shuffle=True))
+    assert padded() == sum(len(places) * int(texts.lengths[places].max()) for places in order)
+    assert padded(group_by_length=True) < 0.9 * padded()
+    for options in ({"shuffle": False}, {"padding": "max_length"}):
+        with pytest.raises(fedtune.UsageError, match="group_by_length: got True; allowed: False, with"):
+            make_data(group_by_length=True, **options)
 
 
 def test_describe_counts_what_the_clients_hold(make_data: Make, task: fedtune.TextTask) -> None:

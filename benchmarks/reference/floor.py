@@ -1,7 +1,7 @@
 """The floor: one bare training loop in torch over all texts, with fedtune's settings and no federation.
 
-Packed network, precision, dropout masks, batches and use of malloc are fedtune's. `pooled` groups the batches by length over
-all texts instead of within each client, which pads less.
+Packed network, precision, dropout masks, batches and use of malloc are fedtune's. `pooled` draws the batches from all texts
+instead of within each client.
 """
 
 from __future__ import annotations

@@ -44,12 +44,14 @@ class FederatedDataModule(pl.LightningDataModule):
         batch_size: texts in a training batch.
         eval_batch_size: texts in a validation or test batch.
         max_length: longest sequence in tokens, special ones included; longer texts are cut.
-        padding: "longest" (of the batch; batches group texts of similar length) or "max_length" (plain random batches).
+        padding: to the "longest" text of the batch, or to "max_length".
         pad_to_multiple_of: with padding "longest", lengths of batches are rounded up to multiples, so that there are few
             (`torch.compile` takes 8 shapes by default: 16 suits a max_length of 128, with `drop_last`).
         mask: whether batches say what is padding; without the mask, padding is attended to, as in the paper's code.
         shuffle: new random batches each epoch; False keeps the same batches in the same order, those of the split.
         drop_last: leave out texts that do not fill a training batch.
+        group_by_length: random batches of texts of similar length, for networks that compute the padding (on a GPU; compiled).
+            It changes what is learnt: a point or two of accuracy in early rounds (`docs/performance.md`).
         limit: at most so many training texts, drawn at random; all by default.
         tokenizer: another tokenizer than the model's, named like a model.
         seed: seed of the split and of `limit`.
@@ -83,6 +85,7 @@ class FederatedDataModule(pl.LightningDataModule):
         folder: str | None = None,
         task_options: dict[str, Any] | None = None,
         pad_to_multiple_of: int | None = None,
+        group_by_length: bool = False,
     ) -> None:
         super().__init__()
         for name in ("num_clients", "batch_size", "eval_batch_size"):
@@ -94,6 +97,8 @@ class FederatedDataModule(pl.LightningDataModule):
                 at_least(name, locals()[name], 1)
         if padding not in PADDING:
             raise one_of("padding", padding, PADDING)
+        if group_by_length and (padding == "max_length" or not shuffle):
+            raise UsageError("group_by_length", True, "False, with padding to max_length or without shuffle")
         self.save_hyperparameters(ignore=["task", "split"])
         self._task, self._split = task, split
         self._kept: tuple[TokenStore, Tensor] | None = None
@@ -262,9 +267,9 @@ class FederatedDataModule(pl.LightningDataModule):
     def _training(self, rows: IntArray) -> DataLoader[dict[str, Tensor]]:
         texts, size = self._texts(rows), self.hparams["batch_size"]
         shuffle, drop = self.hparams["shuffle"], self.hparams["drop_last"]
-        if self.hparams["padding"] == "max_length" or not shuffle:
-            return DataLoader(texts, batch_size=size, shuffle=shuffle, drop_last=drop, collate_fn=_as_is)
-        return DataLoader(texts, batch_sampler=LengthGroupedBatches(texts.lengths, size, drop), collate_fn=_as_is)
+        if self.hparams["group_by_length"]:
+            return DataLoader(texts, batch_sampler=LengthGroupedBatches(texts.lengths, size, drop), collate_fn=_as_is)
+        return DataLoader(texts, batch_size=size, shuffle=shuffle, drop_last=drop, collate_fn=_as_is)
 
     def _evaluation(self, rows: IntArray) -> DataLoader[dict[str, Tensor]]:
         texts = self._texts(self._by_length(rows))

@@ -185,9 +185,9 @@ class LengthGroupedBatches:
     """A batch sampler: random batches of texts of similar length, so that little is padding. Every text occurs once.
 
     The texts are divided at random into parts, and each part, sorted by length, into batches. As in Transformers'
-    `LengthGroupedSampler` there are four parts or more: with fewer, a client's batches are much the same in each epoch, and it
-    learns less (`docs/performance.md`). So few batches are plain random ones. It draws from torch's global generator, like
-    torch's own random sampler, so whoever seeds that gets the same batches.
+    `LengthGroupedSampler` there are four parts or more: with fewer, an epoch's batches would be much like the last one's.
+    So few batches are plain random ones. It draws from torch's global generator, like torch's own random sampler, so whoever
+    seeds that gets the same batches.
 
     Args:
         lengths: (M,) lengths of the texts in tokens.
