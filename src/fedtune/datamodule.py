@@ -51,7 +51,7 @@ class FederatedDataModule(pl.LightningDataModule):
         shuffle: new random batches each epoch; False keeps the same batches in the same order, those of the split.
         drop_last: leave out texts that do not fill a training batch.
         group_by_length: random batches of texts of similar length, for networks that compute the padding (on a GPU; compiled).
-            It changes what is learnt: a point or two of accuracy in early rounds (`docs/performance.md`).
+            It can cost some points of accuracy (`docs/performance.md`).
         limit: at most so many training texts, drawn at random; all by default.
         tokenizer: another tokenizer than the model's, named like a model.
         seed: seed of the split and of `limit`.
