@@ -1,7 +1,7 @@
 """Question: what do batches grouped by length do to learning, and how much padding do they save?
 
-MiniLM with AdamW on real sentences (the embedded passages where they are not at hand), as one client and as eight, two rounds of
-one local epoch, several seeds of head, batches and dropout: plain random batches against `group_by_length`.
+MiniLM with AdamW on real sentences (the embedded passages where they are not at hand), as one client and as eight, two rounds
+of one local epoch, several seeds of head, batches and dropout: plain random batches against `group_by_length`.
 Run it from the project's folder: .venv/bin/python benchmarks/grouping.py
 """
 
@@ -45,7 +45,8 @@ def main() -> None:
                 module = fedtune.BertClassifier("minilm", data.num_labels, seed=seed)
                 loop = fedtune.FederatedLoop(max_rounds=ROUNDS, seed=seed, baselines=(), progress=False, agreement=False)
                 found = [(record.accuracy, record.loss_nats) for record in loop.fit(module, data)]
-                raw.append({"seed": seed, "clients": clients, "grouped": grouped, "rounds": found, "padded": padded_length(data)})
+                setting = {"seed": seed, "clients": clients, "grouped": grouped}
+                raw.append(setting | {"rounds": found, "padded": padded_length(data)})
                 print(raw[-1], flush=True)
     print(f"{'clients':>7} {'batches':>8} {'padded to':>9}   mean accuracy and loss (nats) after each round")
     for clients in CLIENTS:
