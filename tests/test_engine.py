@@ -134,10 +134,10 @@ def test_what_a_step_frees_serves_the_next_one(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.delenv(name)
     fresh = faults_of(64)
     with freed_memory_kept():
-        faults_of(64)
+        faults_of(65)  # somewhat more: a block of the very same size may miss the few bytes that its alignment took
         assert faults_of(64) * 4 < fresh
     assert faults_of(64) * 4 > fresh
     monkeypatch.setenv("MALLOC_TOP_PAD_", "0")
     with freed_memory_kept():
-        faults_of(64)
+        faults_of(65)
         assert faults_of(64) * 4 > fresh
