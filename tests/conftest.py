@@ -42,10 +42,8 @@ def save_tokenizer(folder: Path) -> None:
     transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
 
 
-@pytest.fixture(scope="session")
-def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> str:
+def save_tiny_bert(folder: Path) -> str:
     """A folder in hub format: two layers, hidden size 16, at most 32 tokens."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-bert"
     config = transformers.BertConfig(
         vocab_size=len(SPECIAL) + len(WORDS),
         hidden_size=16,
@@ -58,6 +56,11 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> str:
     transformers.BertModel(config).save_pretrained(folder)
     save_tokenizer(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny_bert(tmp_path_factory.mktemp("models") / "tiny-bert")
 
 
 def make_task(texts_per_author: int = 24, authors: int = 6, labels: int = 3, seed: int = 0) -> fedtune.TextTask:
@@ -90,21 +93,33 @@ def task() -> fedtune.TextTask:
     return make_task()
 
 
-@pytest.fixture
-def make_data(tiny_bert: str, task: fedtune.TextTask) -> Callable[..., fedtune.FederatedDataModule]:
+def data_maker(model: str, task: fedtune.TextTask) -> Callable[..., fedtune.FederatedDataModule]:
+    """Makes data modules of a task for three clients, or with other options."""
+
     def make(**changes: Any) -> fedtune.FederatedDataModule:
-        options = {"task": task, "model": tiny_bert, "num_clients": 3, "batch_size": 8, "max_length": 24}
+        options = {"task": task, "model": model, "num_clients": 3, "batch_size": 8, "max_length": 24}
         return fedtune.FederatedDataModule(**(options | changes))
 
     return make
 
 
-@pytest.fixture
-def make_module(tiny_bert: str) -> Callable[..., fedtune.BertClassifier]:
+def module_maker(model: str) -> Callable[..., fedtune.BertClassifier]:
+    """Makes classifiers of three classes, all with the same first weights."""
+
     def make(**changes: Any) -> fedtune.BertClassifier:
-        return fedtune.BertClassifier(tiny_bert, **({"num_labels": 3, "learning_rate": 5e-3} | changes))
+        return fedtune.BertClassifier(model, **({"num_labels": 3, "learning_rate": 5e-3} | changes))
 
     return make
+
+
+@pytest.fixture
+def make_data(tiny_bert: str, task: fedtune.TextTask) -> Callable[..., fedtune.FederatedDataModule]:
+    return data_maker(tiny_bert, task)
+
+
+@pytest.fixture
+def make_module(tiny_bert: str) -> Callable[..., fedtune.BertClassifier]:
+    return module_maker(tiny_bert)
 
 
 def make_loop(**changes: Any) -> fedtune.FederatedLoop:
