@@ -25,14 +25,14 @@ from machine import about, write
 from torch.utils.data import DataLoader, Dataset
 
 import fedtune
-from fedtune.aggregation import RunningAgreement, RunningMean, ServerState, fedavg
-from fedtune.client import Optimisation, Resident, run_steps
-from fedtune.dropout import FastDropout
-from fedtune.evaluation import attached, evaluate
-from fedtune.hardware import freed_memory_kept, resolve_precision
+from fedtune.data.tokens import LengthGroupedBatches
+from fedtune.federated.agreement import RunningAgreement, RunningMean, ServerState, fedavg
+from fedtune.federated.dropout import FastDropout
+from fedtune.federated.evaluation import attached, evaluate
+from fedtune.federated.training import Optimisation, Resident, run_steps
 from fedtune.randomness import seeded
-from fedtune.tokens import LengthGroupedBatches
-from fedtune.weights import assign_, snapshot, travelling
+from fedtune.runs.hardware import freed_memory_kept, resolve_precision
+from fedtune.tensors import assign_, snapshot, travelling
 
 TEXTS, REPEATS = 512, 3
 MEMORY = ("kept", "given back")

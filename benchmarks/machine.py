@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fedtune.rundir import versions
+from fedtune.storage.directory import versions
 
 
 def about() -> dict[str, Any]:

@@ -19,8 +19,8 @@ import torch
 from machine import about, write
 
 import fedtune
-from fedtune.tasks import load_task
-from fedtune.weights import num_bytes, travelling
+from fedtune.data.registry import load_task
+from fedtune.tensors import num_bytes, travelling
 
 MODELS = ("bert", "distilbert", "albert")
 VARIANTS = {"plain": 2, "federated": 2, "federated, 8 clients": 8, "federated with agreement": 2}

@@ -23,7 +23,7 @@ import torch
 from machine import about, write
 
 import fedtune
-from fedtune.splits import Columns, iid
+from fedtune.data.splits import Columns, iid
 
 HERE = Path(__file__).parent / "reference"
 sys.path.insert(0, str(HERE))

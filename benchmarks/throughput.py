@@ -18,9 +18,9 @@ from machine import about, write
 from torch.utils.flop_counter import FlopCounterMode
 
 import fedtune
-from fedtune.client import Optimisation, Resident, run_steps
-from fedtune.evaluation import attached
-from fedtune.hardware import resolve_precision
+from fedtune.federated.evaluation import attached
+from fedtune.federated.training import Optimisation, Resident, run_steps
+from fedtune.runs.hardware import resolve_precision
 
 BATCH, REPEATS = 32, 3
 

@@ -13,8 +13,8 @@ import torch
 from conftest import make_loop
 
 import fedtune
-from fedtune import checkpoint, records
-from fedtune.aggregation import ServerState
+from fedtune.federated.agreement import ServerState
+from fedtune.storage import checkpoint, records
 
 Make = Callable[..., Any]
 
@@ -74,8 +74,8 @@ def test_when_all_are_damaged_the_run_does_not_start_over_in_silence(tmp_path: P
 FULL_DISK = """
 import resource, signal, sys, torch
 from pathlib import Path
-from fedtune import checkpoint
-from fedtune.aggregation import ServerState
+from fedtune.storage import checkpoint
+from fedtune.federated.agreement import ServerState
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 folder = Path(sys.argv[1])
 checkpoint.save(folder, ServerState(1, {"w": torch.ones(10)}), keep=2)

@@ -10,7 +10,7 @@ from conftest import make_loop
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fedtune.dropout import FastDropout
+from fedtune.federated.dropout import FastDropout
 
 N = 400_000
 

@@ -20,7 +20,7 @@ from torch.func import stack_module_state
 from torch.nn import functional as F
 
 import fedtune
-from fedtune.hardware import freed_memory_kept
+from fedtune.runs.hardware import freed_memory_kept
 
 Make = Callable[..., Any]
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"

@@ -13,7 +13,7 @@ from conftest import SPECIAL, WORDS, make_loop, save_tokenizer
 
 import fedtune
 from fedtune.models import FAMILIES
-from fedtune.pretrained import MODELS, locate
+from fedtune.models.pretrained import MODELS, locate
 
 VOCABULARY = len(SPECIAL) + len(WORDS)
 SHARED = {"vocab_size": VOCABULARY, "max_position_embeddings": 32}

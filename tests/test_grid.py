@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from fedtune import grid
 from fedtune.errors import UsageError
+from fedtune.sweeps import grid
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 Write = Callable[..., str]

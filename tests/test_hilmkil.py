@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, random_split
 
 import fedtune
-from fedtune.aggregation import Averaging, ServerState, fedavg
-from fedtune.client import Resident
+from fedtune.data.registry import load_task
+from fedtune.federated.agreement import Averaging, ServerState, fedavg
+from fedtune.federated.training import Resident
 from fedtune.randomness import stream
-from fedtune.tasks import load_task
-from fedtune.weights import snapshot, travelling
+from fedtune.tensors import snapshot, travelling
 
 LENGTH, BATCH, ROUNDS, EPOCHS, RATE = 48, 8, 3, 2, 0.05
 SMALL = {"vocab_size": 30522, "max_position_embeddings": LENGTH}

@@ -14,7 +14,9 @@ import pytest
 
 # children are forked from a server that has done the imports: real processes that start at once
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["fedtune.cli", "fedtune.loop", "fedtune.datamodule", "fedtune.models", "transformers"])
+PROCESSES.set_forkserver_preload(
+    ["fedtune.cli", "fedtune.runs.loop", "fedtune.data.classification", "fedtune.models", "transformers"]
+)
 
 
 def flags(run_dir: Path, csv: Path, model: str) -> list[str]:

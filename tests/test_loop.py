@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
 import fedtune
-from fedtune.aggregation import ServerState
-from fedtune.baselines import centralised
-from fedtune.client import Resident, exactly
-from fedtune.evaluation import evaluate
+from fedtune.federated.agreement import ServerState
+from fedtune.federated.evaluation import evaluate
+from fedtune.federated.training import Resident, exactly
 from fedtune.randomness import seeded
-from fedtune.weights import snapshot, travelling
+from fedtune.runs.baselines import centralised
+from fedtune.tensors import snapshot, travelling
 
 Make = Callable[..., Any]
 NO_DROPOUT = {"dropout": 0.0}
@@ -102,7 +102,7 @@ def test_the_order_in_which_clients_train_changes_nothing(
 ) -> None:
     one, other = make_module(), make_module()
     first = make_loop().fit(one, make_data())
-    monkeypatch.setattr("fedtune.loop.cohort", lambda *_: [2, 0, 1])
+    monkeypatch.setattr("fedtune.runs.loop.cohort", lambda *_: [2, 0, 1])
     second = make_loop().fit(other, make_data())
     assert_near(weights_of(one), weights_of(other), 1e-4)
     reports = [{c.client: c.train_loss_nats for c in history[0].clients} for history in (first, second)]

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import fedtune
-from fedtune.pretrained import MINILM_SHA256, minilm
+from fedtune.models.pretrained import MINILM_SHA256, minilm
 
 Make = Callable[..., Any]
 
@@ -111,6 +111,6 @@ def test_minilm_is_the_model_we_know(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(MINILM_SHA256) == 64
     config = transformers.AutoConfig.from_pretrained(minilm())
     assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.vocab_size) == (6, 384, 12, 30522)
-    monkeypatch.setattr("fedtune.pretrained.MINILM_SHA256", "0" * 64)
+    monkeypatch.setattr("fedtune.models.pretrained.MINILM_SHA256", "0" * 64)
     with pytest.raises(fedtune.RunError, match=r"has sha256 53aa51172d14.*, expected 0000"):
         minilm()

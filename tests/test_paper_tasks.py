@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fedtune
-from fedtune.tasks import load_task
+from fedtune.data.registry import load_task
 
 real = pytest.mark.skipif(not os.environ.get("FEDTUNE_DATA"), reason="FEDTUNE_DATA names no folder with the real data")
 
@@ -62,7 +62,7 @@ def write(folder: Path, **files: str) -> str:
 
 
 def test_formats_are_those_of_the_distributors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedtune.paper_tasks.ROWS", {"yelp": (4, 1), "agnews": (4, 1), "imdb": (3, 1)})
+    monkeypatch.setattr("fedtune.data.hilmkil.ROWS", {"yelp": (4, 1), "agnews": (4, 1), "imdb": (3, 1)})
     stars = write(tmp_path, train='"5","great ""food"""\n"1","bad"\n"3","so so"\n"2","meh"\n', test='"2","hm"\n')
     with pytest.raises(fedtune.UsageError, match=r"train part .*3 stars|these do not"):
         load_task("yelp", {"folder": write(tmp_path, test='"4","hm"\n'), "validation": 0.0})

@@ -12,11 +12,11 @@ import pytest
 import yaml
 
 import fedtune
-from fedtune.client import ClientReport
-from fedtune.curves import plot_grid
 from fedtune.errors import UsageError
-from fedtune.report import FILES, report
-from fedtune.results import failures, settings
+from fedtune.federated.training import ClientReport
+from fedtune.reports.curves import plot_grid
+from fedtune.reports.report import FILES, report
+from fedtune.reports.results import failures, settings
 
 
 def write_run(folder: Path, accuracies: list[float], **about: Any) -> None:
@@ -150,7 +150,7 @@ def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
 
 def test_a_panel_for_every_task_model_and_split(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
-    monkeypatch.setattr("fedtune.curves.save", lambda figure, path, dpi: drawn.append(figure))
+    monkeypatch.setattr("fedtune.reports.curves.save", lambda figure, path, dpi: drawn.append(figure))
     plot_grid(fedtune.read_runs(runs), tmp_path / "x.png")
     panels = {axes.get_title(): axes for axes in drawn[0].axes}
     assert set(panels) == {f"{task}, minilm\n{split}" for task in ("spooky", "authors") for split in ("by_author 0.8", "iid")}

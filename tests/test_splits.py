@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedtune.data.splits import SPLITS, Columns, by_author, divide, entropy_bits
 from fedtune.errors import UsageError
-from fedtune.splits import SPLITS, Columns, by_author, divide, entropy_bits
 
 
 @st.composite

@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 import yaml
 
-from fedtune import grid, runner, wandb_sweep, worker
 from fedtune.errors import UsageError
-from fedtune.locks import held, is_held
+from fedtune.storage.locks import held, is_held
+from fedtune.sweeps import grid, runner, worker
+from fedtune.sweeps import wandb_agents as wandb_sweep
 
 PROCESSES = multiprocessing.get_context("forkserver")  # as in test_kill.py: real processes that start at once
 PROCESSES.set_forkserver_preload(
-    ["fedtune.cli", "fedtune.runner", "fedtune.datamodule", "transformers.models.bert.modeling_bert"]
+    ["fedtune.cli", "fedtune.sweeps.runner", "fedtune.data.classification", "transformers.models.bert.modeling_bert"]
 )
 Write = Callable[..., str]
 
@@ -177,7 +178,7 @@ def test_a_wandb_sweep_runs_our_command_on_any_machine(write: Write, monkeypatch
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
     from fedtune.cli import parser
-    from fedtune.options import name_of, resolved
+    from fedtune.runs.options import name_of, resolved
 
     file = write()
     content = wandb_sweep.registered(file, "runs/w")

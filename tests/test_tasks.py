@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import fedtune
-from fedtune.authors import AUTHORS, GAP, Passage, parts_of_author, passages_of
-from fedtune.authors import documents as documents_of
-from fedtune.tasks import load_task
+from fedtune.data.authors import AUTHORS, GAP, Passage, parts_of_author, passages_of
+from fedtune.data.authors import documents as documents_of
+from fedtune.data.registry import load_task
 
 
 def write(path: Path, text: str, encoding: str = "utf-8") -> Path:

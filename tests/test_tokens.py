@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import fedtune
-from fedtune import tokens
-from fedtune.pretrained import load_tokenizer
-from fedtune.tokens import LengthGroupedBatches, tokenise
+from fedtune.data import tokens
+from fedtune.data.tokens import LengthGroupedBatches, tokenise
+from fedtune.models.pretrained import load_tokenizer
 
 TEXTS = ["word1", "word2 word3 word4 word5", "word6 nothing", "word7 " * 50]
 

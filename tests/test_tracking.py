@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from conftest import assert_equal, make_loop, weights_of, without_times
 
-from fedtune.figures import plot_curves, plot_split
-from fedtune.summary import rounds_to
+from fedtune.runs.figures import plot_curves, plot_split
+from fedtune.storage.summary import rounds_to
 
 Make = Callable[..., Any]
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedtune.aggregation import RunningAgreement, RunningMean, cohort
 from fedtune.errors import RunError
-from fedtune.weights import assign_, distance, num_bytes, snapshot, travelling
+from fedtune.federated.agreement import RunningAgreement, RunningMean, cohort
+from fedtune.tensors import assign_, distance, num_bytes, snapshot, travelling
 
 
 def random_weights(seed: int) -> dict[str, torch.Tensor]:
@@ -116,7 +116,7 @@ def test_a_cohort_is_drawn_without_replacement_and_anew_each_round() -> None:
 
 @pytest.mark.parametrize("block", [3, 2**19])
 def test_agreement_is_what_a_direct_computation_over_all_clients_gives(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedtune.weights._BLOCK", block)
+    monkeypatch.setattr("fedtune.tensors._BLOCK", block)
     server, clients, counts = random_weights(9), [random_weights(seed) for seed in range(4)], [3.0, 1.0, 8.0, 2.0]
     running = RunningAgreement(server)
     norms = [running.add(weights, count) for weights, count in zip(clients, counts, strict=True)]

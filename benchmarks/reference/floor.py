@@ -13,8 +13,8 @@ import torch
 from job import load, report
 from ours import data_of, module_of
 
-from fedtune.dropout import FastDropout
-from fedtune.hardware import freed_memory_kept, resolve_precision
+from fedtune.federated.dropout import FastDropout
+from fedtune.runs.hardware import freed_memory_kept, resolve_precision
 
 
 def main() -> None:

@@ -9,50 +9,50 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedtune.aggregation import ALGORITHMS
-    from fedtune.callbacks import FederatedCallback
-    from fedtune.curves import plot_grid
-    from fedtune.datamodule import FederatedDataModule
+    from fedtune.data.classification import FederatedDataModule
+    from fedtune.data.registry import TASKS
+    from fedtune.data.splits import SPLITS
+    from fedtune.data.task import TextTask
     from fedtune.errors import RunError, UsageError
-    from fedtune.figures import plot_curves, plot_split
-    from fedtune.loop import FederatedLoop
+    from fedtune.federated.agreement import ALGORITHMS
     from fedtune.models import FAMILIES, build_classifier
     from fedtune.models.albert import AlbertClassifier
     from fedtune.models.bert import BertClassifier
+    from fedtune.models.classifier import TextClassifier
     from fedtune.models.distilbert import DistilBertClassifier
-    from fedtune.models.text_classifier import TextClassifier
-    from fedtune.pretrained import MODELS
-    from fedtune.records import RoundRecord
-    from fedtune.results import compare, read_runs
-    from fedtune.splits import SPLITS
-    from fedtune.tasks import TASKS
-    from fedtune.texttask import TextTask
+    from fedtune.models.pretrained import MODELS
+    from fedtune.reports.curves import plot_grid
+    from fedtune.reports.results import compare, read_runs
+    from fedtune.runs.callbacks import FederatedCallback
+    from fedtune.runs.figures import plot_curves, plot_split
+    from fedtune.runs.loop import FederatedLoop
+    from fedtune.storage.records import RoundRecord
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "ALGORITHMS": "aggregation",
+    "ALGORITHMS": "federated.agreement",
     "AlbertClassifier": "models.albert",
     "BertClassifier": "models.bert",
     "DistilBertClassifier": "models.distilbert",
     "FAMILIES": "models",
-    "FederatedCallback": "callbacks",
-    "FederatedDataModule": "datamodule",
-    "FederatedLoop": "loop",
-    "MODELS": "pretrained",
-    "RoundRecord": "records",
+    "FederatedCallback": "runs.callbacks",
+    "FederatedDataModule": "data.classification",
+    "FederatedLoop": "runs.loop",
+    "MODELS": "models.pretrained",
+    "RoundRecord": "storage.records",
     "RunError": "errors",
-    "SPLITS": "splits",
-    "TASKS": "tasks",
-    "TextClassifier": "models.text_classifier",
-    "TextTask": "texttask",
+    "SPLITS": "data.splits",
+    "TASKS": "data.registry",
+    "TextClassifier": "models.classifier",
+    "TextTask": "data.task",
     "UsageError": "errors",
     "build_classifier": "models",
-    "compare": "results",
-    "plot_curves": "figures",
-    "plot_grid": "curves",
-    "plot_split": "figures",
-    "read_runs": "results",
+    "compare": "reports.results",
+    "plot_curves": "runs.figures",
+    "plot_grid": "reports.curves",
+    "plot_split": "runs.figures",
+    "read_runs": "reports.results",
 }
 
 __all__ = [

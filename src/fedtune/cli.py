@@ -16,7 +16,7 @@ from fedtune.errors import RunError, UsageError, at_least
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
-    from fedtune.parser import Parser
+    from fedtune.runs.parser import Parser
 
 STOPPED, INTERRUPTED = 2, 130
 
@@ -67,7 +67,7 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__
 
 def parser(name: str) -> Parser:
     """The parser of a command."""
-    from fedtune.parser import Parser
+    from fedtune.runs.parser import Parser
 
     command = _COMMANDS[name]
     found = Parser(prog=f"fedtune {name}", description=command.description, allow_abbrev=False)
@@ -76,7 +76,7 @@ def parser(name: str) -> Parser:
 
 
 def _fill_run(found: Parser) -> None:
-    from fedtune.options import add_run_arguments
+    from fedtune.runs.options import add_run_arguments
 
     add_run_arguments(found)
 
@@ -102,7 +102,7 @@ def _fill_report(found: Parser) -> None:
 def _fill_describe(found: Parser) -> None:
     from jsonargparse import ActionConfigFile
 
-    from fedtune.datamodule import FederatedDataModule
+    from fedtune.data.classification import FederatedDataModule
 
     found.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the values below")
     found.add_class_arguments(FederatedDataModule, "data", skip={"model"})
@@ -111,8 +111,8 @@ def _fill_describe(found: Parser) -> None:
 
 
 def _run(options: Namespace) -> None:
-    from fedtune.options import fit, name_of, resolved
-    from fedtune.worker import recorded
+    from fedtune.runs.options import fit, name_of, resolved
+    from fedtune.sweeps.worker import recorded
 
     arguments = resolved(options)
     if options.run_dir is None and options.runs_dir is not None:
@@ -127,7 +127,8 @@ def _run(options: Namespace) -> None:
 
 
 def _sweep(options: Namespace) -> None:
-    from fedtune import grid, runner, wandb_sweep
+    from fedtune.sweeps import grid, runner
+    from fedtune.sweeps import wandb_agents as wandb_sweep
 
     at_least("--workers", options.workers, 1)
     folder = Path(options.runs_dir)
@@ -144,7 +145,7 @@ def _sweep(options: Namespace) -> None:
 
 
 def _report(options: Namespace) -> None:
-    from fedtune.report import report
+    from fedtune.reports.report import report
 
     report(Path(options.runs_dir), Path(options.out or options.runs_dir))
 
@@ -153,9 +154,9 @@ def _describe(options: Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fedtune.datamodule import FederatedDataModule
-    from fedtune.figures import plot_split
-    from fedtune.options import flags
+    from fedtune.data.classification import FederatedDataModule
+    from fedtune.runs.figures import plot_split
+    from fedtune.runs.options import flags
 
     with flags("data"):
         data = FederatedDataModule(**options.data.as_dict(), model=options.model.name)

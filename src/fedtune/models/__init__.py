@@ -7,9 +7,9 @@ from typing import Any
 from fedtune.errors import UsageError
 from fedtune.models.albert import AlbertClassifier
 from fedtune.models.bert import BertClassifier
+from fedtune.models.classifier import TextClassifier
 from fedtune.models.distilbert import DistilBertClassifier
-from fedtune.models.text_classifier import TextClassifier
-from fedtune.pretrained import load_config
+from fedtune.models.pretrained import load_config
 
 FAMILIES: dict[str, type[TextClassifier]] = {
     "bert": BertClassifier,

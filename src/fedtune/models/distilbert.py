@@ -7,7 +7,7 @@ from typing import final
 from torch import nn
 from transformers import DistilBertForSequenceClassification, PretrainedConfig
 
-from fedtune.models.text_classifier import TextClassifier
+from fedtune.models.classifier import TextClassifier
 
 
 @final

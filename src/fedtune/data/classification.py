@@ -1,0 +1,297 @@
+"""`FederatedDataModule`: one task, tokenised once, divided among clients."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from fedtune.data.registry import load_task
+from fedtune.data.splits import Columns, Split, divide, entropy_bits
+from fedtune.data.task import PARTS, IntArray, TextTask
+from fedtune.data.tokens import LengthGroupedBatches, Texts, TokenStore, tokenise
+from fedtune.errors import UsageError, at_least, one_of
+from fedtune.models.pretrained import load_config, load_tokenizer
+from fedtune.randomness import stream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PADDING = ("longest", "max_length")
+
+
+class FederatedDataModule(pl.LightningDataModule):
+    """The texts of a task as batches: for each client, pooled, for validation and for test.
+
+    It is an ordinary `LightningDataModule`: in a plain `Trainer` the clients' data are pooled. Nothing is read before
+    the first use; `num_labels` and the like count as a use.
+
+    Args:
+        task: a name of `fedtune.TASKS`, or a `TextTask`.
+        model: the model whose tokenizer is used: a name of `fedtune.MODELS`, a local folder or a hub id.
+        num_clients: number of clients.
+        split: a name of `fedtune.SPLITS`, or a callable (columns, num_clients, seed) -> list of row arrays.
+        skew: for `by_author`: the probability that a text goes to its author's home client.
+        alpha: for `dirichlet`: the concentration; small is skewed.
+        batch_size: texts in a training batch.
+        eval_batch_size: texts in a validation or test batch.
+        max_length: longest sequence in tokens, special ones included; longer texts are cut.
+        padding: to the "longest" text of the batch, or to "max_length".
+        pad_to_multiple_of: with padding "longest", lengths of batches are rounded up to multiples, so that there are few
+            (`torch.compile` takes 8 shapes by default: 16 suits a max_length of 128, with `drop_last`).
+        mask: whether batches say what is padding; without the mask, padding is attended to, as in the paper's code.
+        shuffle: new random batches each epoch; False keeps the same batches in the same order, those of the split.
+        drop_last: leave out texts that do not fill a training batch.
+        group_by_length: random batches of texts of similar length, for networks that compute the padding (on a GPU; compiled).
+            It can cost some points of accuracy (`docs/performance.md`).
+        limit: at most so many training texts, drawn at random; all by default.
+        tokenizer: another tokenizer than the model's, named like a model.
+        seed: seed of the split and of `limit`.
+        folder: where the files of the task lie, for tasks that are read from files; by default below `FEDTUNE_DATA`.
+        task_options: more keyword arguments for the task's builder, for example {"path": "my.csv", "label": "stars"}.
+
+    Raises:
+        UsageError: a value outside of what is allowed; on first use also what task, tokenizer and split refuse.
+
+    Batches are dicts: "input_ids" and "attention_mask" (B, L) int64, "labels" (B,) int64.
+    """
+
+    def __init__(
+        self,
+        task: str | TextTask = "authors",
+        model: str = "minilm",
+        num_clients: int = 8,
+        split: str | Split = "iid",
+        skew: float = 1.0,
+        alpha: float = 0.5,
+        batch_size: int = 32,
+        eval_batch_size: int = 64,
+        max_length: int = 128,
+        padding: str = "longest",
+        mask: bool = True,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        limit: int | None = None,
+        tokenizer: str | None = None,
+        seed: int = 0,
+        folder: str | None = None,
+        task_options: dict[str, Any] | None = None,
+        pad_to_multiple_of: int | None = None,
+        group_by_length: bool = False,
+    ) -> None:
+        super().__init__()
+        for name in ("num_clients", "batch_size", "eval_batch_size"):
+            at_least(name, locals()[name], 1)
+        at_least("max_length", max_length, 3)
+        at_least("seed", seed, 0)
+        for name in ("limit", "pad_to_multiple_of"):
+            if locals()[name] is not None:
+                at_least(name, locals()[name], 1)
+        if padding not in PADDING:
+            raise one_of("padding", padding, PADDING)
+        if group_by_length and (padding == "max_length" or not shuffle):
+            raise UsageError("group_by_length", True, "False, with padding to max_length or without shuffle")
+        self.save_hyperparameters(ignore=["task", "split"])
+        self._task, self._split = task, split
+        self._kept: tuple[TokenStore, Tensor] | None = None
+        self.hparams["task"] = task.name if isinstance(task, TextTask) else task
+        self.hparams["split"] = split if isinstance(split, str) else getattr(split, "__name__", repr(split))
+
+    @functools.cached_property
+    def task(self) -> TextTask:
+        """The task, loaded."""
+        options = self.hparams
+        given = {} if options["folder"] is None else {"folder": options["folder"]}
+        return load_task(self._task, given | (options["task_options"] or {}))
+
+    @functools.cached_property
+    def tokens(self) -> TokenStore:
+        """All texts of the task as tokens; rows as in the task."""
+        options = self.hparams
+        longest = getattr(load_config(options["model"]), "max_position_embeddings", options["max_length"])
+        if options["max_length"] > longest:
+            raise UsageError("max_length", options["max_length"], f"at most {longest}, the maximum of {options['model']}")
+        return tokenise(self.task.texts, self.tokenizer, options["max_length"])
+
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, of the model or the other one that was asked for."""
+        if self.hparams["tokenizer"] is None:
+            return load_tokenizer(self.hparams["model"])
+        try:
+            return load_tokenizer(self.hparams["tokenizer"])
+        except UsageError as error:
+            raise UsageError("tokenizer", error.came, error.allowed) from error
+
+    @functools.cached_property
+    def client_indices(self) -> list[IntArray]:
+        """For each client the row numbers of its texts in the task."""
+        options = self.hparams
+        rows = self.task.parts["train"]
+        if options["limit"] is not None:
+            rows = np.sort(stream(options["seed"], "limit").permutation(rows)[: options["limit"]])
+        parts = self._divide(rows)
+        smallest = min(map(len, parts))
+        if smallest < options["batch_size"]:
+            warnings.warn(
+                f"batch_size {options['batch_size']} is larger than the smallest client ({smallest} texts), "
+                "which trains with smaller batches",
+                stacklevel=1,  # the caller is functools
+            )
+        return parts
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return dict(self.hparams)
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hexadecimal digits that name the content of the task: tokens, labels, authors and parts."""
+        found = hashlib.sha256()
+        arrays = [self.tokens.ids_T.numpy(), self.tokens.offsets.numpy(), self.task.labels, self.task.authors]
+        for array in [*arrays, *(self.task.parts[part] for part in PARTS)]:
+            found.update(b"|" if array is None else np.ascontiguousarray(array).tobytes())
+        return found.hexdigest()[:16]
+
+    @property
+    def num_clients(self) -> int:
+        """Number of clients."""
+        return int(self.hparams["num_clients"])
+
+    @property
+    def num_labels(self) -> int:
+        """Number of classes."""
+        return len(self.task.label_names)
+
+    def majority_accuracy(self, part: str = "test") -> float:
+        """Accuracy on a part of always answering the most frequent training label."""
+        train = np.concatenate([self.task.labels[rows] for rows in self.client_indices])
+        return float(np.mean(self.task.labels[self.task.parts[part]] == np.bincount(train).argmax()))
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load, tokenise and divide, where that has not been done."""
+        self.tokens, self.client_indices  # noqa: B018 - reading them makes them
+
+    def keep_on(self, device: torch.device) -> None:
+        """Keep token ids and labels on a device, where batches are made from then on. `FederatedLoop` does it on a GPU."""
+        self._kept = self.tokens.to(device), torch.from_numpy(self.task.labels).to(device)
+
+    @functools.cached_property
+    def client_test_indices(self) -> list[IntArray]:
+        """For each client its share of the test part, divided by the same split."""
+        return self._divide(self.task.parts["test"])
+
+    def client_test_dataloader(self, client: int) -> DataLoader[dict[str, Tensor]]:
+        """One client's share of the test part, in the order of the split."""
+        texts = self._texts(self.client_test_indices[client])
+        return DataLoader(texts, batch_size=self.hparams["eval_batch_size"], collate_fn=_as_is)
+
+    def client_dataloader(self, client: int) -> DataLoader[dict[str, Tensor]]:
+        """Training batches of one client, in a new random order each time it is iterated."""
+        return self._training(self.client_indices[client])
+
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Training batches of all clients' texts, pooled."""
+        return self._training(np.sort(np.concatenate(self.client_indices)))  # the same whatever the split
+
+    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """The validation part, sorted by length."""
+        if not len(self.task.parts["validation"]):
+            raise UsageError("evaluate_on", "validation", f"test, as the task {self.task.name} has no validation part")
+        return self._evaluation(self.task.parts["validation"])
+
+    def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """The test part, sorted by length."""
+        return self._evaluation(self.task.parts["test"])
+
+    def describe(self) -> list[dict[str, Any]]:
+        """The split as a table, one row a client; `pandas.DataFrame(data.describe())` shows it.
+
+        Returns:
+            rows with `client`, `examples`, `tokens`, `label_entropy_bits`, and `labels` and `authors`: examples by name.
+        """
+        rows = []
+        for client, chosen in enumerate(self.client_indices):
+            labels = self.task.labels[chosen]
+            row = {
+                "client": client,
+                "examples": len(chosen),
+                "tokens": int(self.tokens.lengths_of(torch.from_numpy(chosen)).sum()),
+                "label_entropy_bits": entropy_bits(labels),
+                "labels": _counts(labels, self.task.label_names),
+            }
+            if self.task.authors is not None:
+                row["authors"] = _counts(self.task.authors[chosen], self.task.author_names)
+            rows.append(row)
+        return rows
+
+    def client_accuracy(self, part: str, correct_N: Tensor) -> list[float | None]:
+        """How accurate a model is for each client: on texts of a part, mixed like the client's training texts.
+
+        That is the mean, over the client's training texts, of the accuracy on the part's texts of the same label (with the
+        split `by_author`: of the same author). It needs no held-out texts of the client's own, so it is there for any number of
+        clients.
+
+        Args:
+            part: "validation" or "test".
+            correct_N: (N,) whether each text of the part was answered rightly, in the order of the part's loader.
+
+        Returns:
+            a fraction for each client; None where the part has no text of any of its labels (authors).
+        """
+        authors = self.task.authors if self.hparams["split"] == "by_author" else None
+        groups = self.task.labels if authors is None else authors
+        held_out = groups[self._by_length(self.task.parts[part])]
+        right, known = (np.bincount(held_out, weight, groups.max() + 1) for weight in (correct_N.numpy(), None))
+        mine = groups[np.concatenate(self.client_indices)]
+        starts = np.cumsum([0, *map(len, self.client_indices[:-1])])
+        hits = np.add.reduceat((right / np.maximum(known, 1))[mine], starts)
+        counted = np.add.reduceat((known > 0)[mine].astype(np.int64), starts)
+        return [float(hit / count) if count else None for hit, count in zip(hits, counted, strict=True)]
+
+    def _divide(self, rows: IntArray) -> list[IntArray]:
+        authors = None if self.task.authors is None else self.task.authors[rows]
+        columns = Columns(self.task.labels[rows], authors)
+        choice = {name: self.hparams[name] for name in ("num_clients", "seed", "skew", "alpha")}
+        return [rows[part] for part in divide(self._split, columns, **choice)]
+
+    def _training(self, rows: IntArray) -> DataLoader[dict[str, Tensor]]:
+        texts, size = self._texts(rows), self.hparams["batch_size"]
+        shuffle, drop = self.hparams["shuffle"], self.hparams["drop_last"]
+        if self.hparams["group_by_length"]:
+            return DataLoader(texts, batch_sampler=LengthGroupedBatches(texts.lengths, size, drop), collate_fn=_as_is)
+        return DataLoader(texts, batch_size=size, shuffle=shuffle, drop_last=drop, collate_fn=_as_is)
+
+    def _evaluation(self, rows: IntArray) -> DataLoader[dict[str, Tensor]]:
+        texts = self._texts(self._by_length(rows))
+        return DataLoader(texts, batch_size=self.hparams["eval_batch_size"], collate_fn=_as_is)
+
+    def _by_length(self, rows: IntArray) -> IntArray:
+        return rows[self.tokens.lengths[rows].argsort(stable=True).numpy()]
+
+    def _texts(self, rows: IntArray) -> Texts:
+        tokens, labels = self._kept or (self.tokens, torch.from_numpy(self.task.labels))
+        places = torch.from_numpy(rows)
+        return Texts(tokens, labels, places, self.tokens.lengths_of(places), self._padded_length, self.hparams["mask"])
+
+    def _padded_length(self, longest: int) -> int:
+        most, multiple = self.hparams["max_length"], self.hparams["pad_to_multiple_of"] or 1
+        return most if self.hparams["padding"] == "max_length" else min(-(-longest // multiple) * multiple, most)
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _counts(numbers: IntArray, names: tuple[str, ...]) -> Mapping[str, int]:
+    values, counts = np.unique(numbers, return_counts=True)
+    return {names[value]: int(count) for value, count in zip(values, counts, strict=True)}

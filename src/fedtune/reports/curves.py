@@ -1,0 +1,61 @@
+"""The picture of many runs: convergence curves with their spread over seeds."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedtune.reports.results import alike, baselines_among, settings
+from fedtune.runs.figures import PALETTE, new_figure, save
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from pandas import DataFrame
+
+
+def plot_grid(rounds: DataFrame, path: str | Path, metric: str = "accuracy") -> None:
+    """Draw the convergence of many runs: a row a task, model and other setting, a column a split, a line a number of clients.
+
+    Lines are means over seeds, bands go from the least to the greatest. The baseline (one client, else centralised training) is
+    dashed in every panel.
+
+    Args:
+        rounds: as from `read_runs`.
+        path: the picture; its suffix chooses the format.
+        metric: a column of `rounds`.
+    """
+    federated = rounds[rounds.kind == "federated"]
+    curves = federated[federated.clients > 1] if (federated.clients > 1).any() else federated
+    keys = ["task", "model", *settings(rounds)]
+    lines = [row for _, row in curves[keys].drop_duplicates().iterrows()]
+    splits = sorted(curves.split.unique(), key=lambda split: (not split.endswith("iid"), split))
+    colours = dict(zip(sorted(curves.clients.unique()), itertools.cycle(PALETTE[1:6] + PALETTE[:1])))
+    figure, panels = new_figure(len(lines), len(splits), (4.2 * len(splits) + 1, 2.9 * len(lines) + 0.8), sharey="row")
+    for number, panel in enumerate(panels):
+        line, split = lines[number // len(splits)], splits[number % len(splits)]
+        here = alike(curves, line, keys)
+        for count, colour in colours.items():
+            of_count = here[(here.split == split) & (here.clients == count)]
+            _band(panel, of_count, metric, color=colour, label=f"{count} clients")
+        _band(
+            panel, baselines_among(alike(rounds, line, keys), split), metric, color=PALETTE[6], linestyle="--", label="baseline"
+        )
+        panel.set_title(", ".join(str(value) for value in line) + f"\n{split}", fontsize=9)
+        panel.set(xlabel="round", ylabel=metric)
+        panel.grid(alpha=0.3)
+    handles = {label: line for panel in panels for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+    save(figure, path, dpi=90)
+
+
+def _band(panel: Axes, runs: DataFrame, metric: str, **style: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    if not len(runs):
+        return
+    by_round = runs.groupby("round")[metric]
+    mean, low, high = by_round.mean(), by_round.min(), by_round.max()
+    panel.plot(mean.index, mean, marker="o", markersize=3, **style)
+    panel.fill_between(mean.index, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -1,0 +1,144 @@
+"""report.html: one page that needs no network, with curves to hover and to filter."""
+
+from __future__ import annotations
+
+import html
+import json
+from string import Template
+from typing import TYPE_CHECKING, Any
+
+from fedtune.reports.results import settings, unfinished
+from fedtune.runs.figures import PALETTE
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+FILTERS = ("task", "model", "split", "clients", "seed")
+_DASHES = ("solid", "dot", "dashdot", "longdash", "longdashdot")
+_PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>fedtune: $title</title>
+<link rel="icon" href="data:,">
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1500px; padding: 0 1em; color: #222; }
+table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto; }
+th, td { border-bottom: 1px solid #ddd; padding: 3px 8px; text-align: left; white-space: nowrap; }
+label { margin-right: 1.2em; }
+</style>
+</head>
+<body>
+<h1>$title</h1>
+<p>$summary</p>
+<h2>Curves</h2>
+<p>Colour: number of clients. Line: model. Dashes with crosses: the centralised baseline. Runs with one client, and
+centralised ones, stay whatever split and clients are chosen: they are the baseline. Hover for a run.</p>
+<p id="filters">$filters</p>
+$figure
+<h2>Results</h2>
+<p>Accuracy after the last round: mean over seeds (least to greatest); rounds to a share of the baseline's accuracy.</p>
+$results
+<h2>Differences between runs</h2>
+$differences
+<h2>Failed runs</h2>
+$failed
+<script>
+const about = $about;
+const shown = {metric: $metric};
+function choose(key, value) {
+  shown[key] = value;
+  const fits = (one, name) => !shown[name] || one[name] === shown[name] || one.baseline && ["clients", "split"].includes(name);
+  const visible = about.map(one => one.metric === shown.metric && $names.every(name => fits(one, name)));
+  Plotly.restyle("curves", {visible: visible});
+  Plotly.relayout("curves", {"yaxis.title.text": shown.metric});
+}
+</script>
+</body>
+</html>
+""")
+
+
+def page(rounds: DataFrame, table: DataFrame, failed: dict[str, str], title: str) -> str:
+    """The page.
+
+    Args:
+        rounds: as from `read_runs`.
+        table: the table of results, text in every cell.
+        failed: directory -> reason.
+        title: what the runs are.
+    """
+    known = ("accuracy", "macro_f1", "loss_nats", "train_loss_nats")
+    metrics = [name for name in known if name in rounds and rounds[name].notna().any()]
+    figure, about = _figure(rounds, metrics)
+    runs, longest = rounds[rounds.kind == "federated"].run.nunique(), int(rounds["round"].max())
+    values = {name: sorted(map(str, rounds.loc[rounds.kind == "federated", name].unique()), key=_natural) for name in FILTERS}
+    return _PAGE.substitute(
+        title=html.escape(title),
+        summary=f"{runs} runs, {longest} rounds at most, {unfinished(rounds)} unfinished, {len(failed)} failed.",
+        filters=_select("metric", metrics) + "".join(_select(name, found, "all") for name, found in values.items()),
+        figure=figure,
+        results=_table(table),
+        differences=_differences(rounds),
+        failed=_list(failed),
+        about=json.dumps(about).replace("</", "<\\/"),
+        names=json.dumps(FILTERS),
+        metric=json.dumps(metrics[0]),
+    )
+
+
+def _figure(rounds: DataFrame, metrics: list[str]) -> tuple[str, list[dict[str, Any]]]:
+    """The curves as HTML with the plotting library in it, and what each curve is about."""
+    from plotly.graph_objects import Figure, Scatter
+
+    federated = rounds[rounds.kind == "federated"]
+    colours = dict(zip(sorted(federated.clients.unique()), PALETTE * 100, strict=False))
+    dashes = dict(zip(sorted(federated.model.unique()), _DASHES * 100, strict=False))
+    figure, about = Figure(), []
+    for (*_, run), one in rounds.groupby(["task", "model", "clients", "split", "seed", "run"], dropna=False):
+        first = one.iloc[0]
+        pooled = first.kind != "federated"
+        baseline = pooled or first.clients == 1
+        line = {"color": "#555", "dash": "dash"} if pooled else {"color": colours[first.clients], "dash": dashes[first.model]}
+        what = first.kind if pooled else f"{first.clients} clients, {first.split}"
+        name = f"{first.task}, {first.model}, {what}, seed {first.seed}"
+        for metric in metrics:
+            drawn = {"mode": "lines+markers", "marker": {"symbol": "x" if pooled else "circle", "size": 5}, "line": line}
+            hover = f"{html.escape(name)}<br>round %{{x}}: %{{y:.4f}}<extra>{html.escape(str(run))}</extra>"
+            figure.add_trace(
+                Scatter(x=one["round"], y=one[metric], name=name, visible=metric == metrics[0], hovertemplate=hover, **drawn)
+            )
+            of_run = {key: str(first[key]) for key in FILTERS}
+            about.append(of_run | {"metric": metric, "baseline": bool(baseline)})
+    figure.update_xaxes(title="round", tick0=0, dtick=max(1, round(rounds["round"].max() / 10)))
+    figure.update_layout(height=560, yaxis_title=metrics[0], template="plotly_white", legend_font_size=10)
+    return figure.to_html(full_html=False, include_plotlyjs=True, div_id="curves"), about
+
+
+def _select(name: str, values: list[str], every: str | None = None) -> str:
+    options = ([f'<option value="">{every}</option>'] if every else []) + [
+        f'<option value="{html.escape(value)}">{html.escape(value)}</option>' for value in values
+    ]
+    return f'<label>{name} <select id="{name}" onchange="choose(\'{name}\', this.value)">{"".join(options)}</select></label>'
+
+
+def _table(table: DataFrame) -> str:
+    return str(table.to_html(index=False, border=0))
+
+
+def _differences(rounds: DataFrame) -> str:
+    other = settings(rounds)
+    if not other:
+        return "<p>None but in task, model, split, clients and seed.</p>"
+    return _table(rounds.loc[rounds.kind == "federated", ["run", *FILTERS, *other]].drop_duplicates())
+
+
+def _list(failed: dict[str, str]) -> str:
+    if not failed:
+        return "<p>None.</p>"
+    lines = "".join(f"<li><b>{html.escape(run)}</b>: {html.escape(reason)}</li>" for run, reason in failed.items())
+    return f'<ul id="failed">{lines}</ul>'
+
+
+def _natural(value: str) -> tuple[int, str]:
+    return (int(value), "") if value.isdigit() else (10**9, value)

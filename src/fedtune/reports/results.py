@@ -1,0 +1,221 @@
+"""The records of many runs as one table, and what a paper says of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from fedtune.errors import UsageError
+from fedtune.storage import records
+from fedtune.storage.directory import flat
+from fedtune.storage.summary import SHARES, spread
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+CELL = ["task", "model", "split", "clients"]  # what a run is called by, but for its seed
+_NAMED = {"data.task", "model.name", "data.split", "data.skew", "data.alpha", "data.num_clients"}
+_NAMED |= {"data.seed", "model.seed", "loop.seed"}
+_SUMS = ["accuracy", "accuracy_min", "accuracy_max", "loss_nats", "baseline", *(f"rounds_to_{share}pct" for share in SHARES)]
+_SUMS += ["client_min", "client_max", "megabytes", "seconds"]
+_ASIDE = ("versions.", "content.", "baseline.", "loop.keep", "loop.progress", "loop.baseline_dir", "loop.baselines")
+
+
+def read_runs(folder: str | Path) -> DataFrame:
+    """All round records below a folder, one row a round.
+
+    Returns:
+        columns `run` (directory), `kind` ("federated", or "centralised" for a baseline), `task`, `model`, `split`, `clients`,
+        `seed`, `complete` (whether the run has all its rounds), then the values in which the runs differ otherwise (dotted
+        names), then what `rounds.jsonl` has: `round`, the
+        metrics, `train_loss_nats`, `num_examples`, `seconds` and so on, and of the accuracy for each client the `client_min`,
+        `client_mean` and `client_max`. Sorted by run and round.
+
+    Raises:
+        UsageError: there is no run below the folder.
+    """
+    from pandas import DataFrame
+
+    found = dict(_runs(Path(folder)))
+    if not found:
+        raise UsageError("runs_dir", str(folder), "a directory with runs in it (rounds.jsonl and config.yaml)")
+    other = _differing({name: config for name, (config, _) in found.items()})
+    rows = []
+    for name, (config, rounds) in found.items():
+        of_run = (
+            {"clients": rounds[0]["num_clients"]}
+            | _named(name, config)
+            | {"complete": _complete(Path(folder) / name, config, rounds)}
+        )
+        of_run |= {key: _plain(config.get(key)) for key in other}
+        rows += [of_run | _numbers(one) for one in rounds]
+    table = DataFrame(rows).sort_values(["run", "round"], ignore_index=True)
+    for name in ("accuracy", "loss_nats"):  # a module of another kind may log neither
+        table[name] = table.get(name, float("nan"))
+    return table
+
+
+def settings(rounds: DataFrame) -> list[str]:
+    """The columns of `read_runs` in which runs differ beyond task, model, split, clients and seed."""
+    return [column for column in rounds.columns if "." in column]
+
+
+def unfinished(rounds: DataFrame) -> int:
+    """The number of runs that do not have all their rounds yet."""
+    federated = rounds[rounds.kind == "federated"]
+    return int(federated.run.nunique() - federated[federated.complete].run.nunique())
+
+
+def failures(folder: str | Path) -> dict[str, str]:
+    """Directory -> reason, of the runs that a sweep recorded as failed."""
+    found = {}
+    for file in sorted(Path(folder).rglob("status.json")):
+        status = json.loads(file.read_text(encoding="utf-8"))
+        if status.get("state") == "failed":
+            found[str(file.parent.relative_to(folder))] = str(status.get("error"))
+    return found
+
+
+def compare(rounds: DataFrame) -> DataFrame:
+    """What a paper's table says: one row for each task, model, split, number of clients and other setting.
+
+    Runs that do not have all their rounds yet are left out.
+
+    The baseline of a run is the run with one client and the same seed, as in Hilmkil et al. 2021, or where there is none the
+    centralised baseline. Accuracies are those of the last round, on the part that the rounds were evaluated on.
+
+    Args:
+        rounds: as from `read_runs`.
+
+    Returns:
+        columns `task`, `model`, `split`, `clients`, other settings, `seeds` (their number), `rounds`, `accuracy`,
+        `accuracy_min`, `accuracy_max` (mean and range over seeds), `loss_nats`, `baseline` (its accuracy), `rounds_to_90pct`
+        and so on (mean over seeds; missing unless all seeds get there), `client_min`, `client_max` (least and greatest
+        accuracy for a client, mean over seeds), `megabytes` (sent, both ways) and `seconds`, each a mean over seeds.
+    """
+    from pandas import DataFrame
+
+    keys = [*CELL, *settings(rounds)]
+    rounds = rounds[rounds.complete]
+    federated = rounds[rounds.kind == "federated"]
+    if not len(federated):
+        return DataFrame(columns=[*keys, "seeds", "rounds", *_SUMS])
+    runs = DataFrame([_run(one, rounds) for _, one in federated.groupby("run", sort=False)])
+    rows = []
+    for key, group in runs.groupby(keys, sort=False, dropna=False):
+        row: dict[str, Any] = dict(zip(keys, _tuple(key), strict=True)) | {"seeds": len(group)}
+        row |= {"rounds": int(group["rounds"].max()), "accuracy": group.accuracy.mean()}
+        row |= {"accuracy_min": group.accuracy.min(), "accuracy_max": group.accuracy.max()}
+        row |= {name: group[name].mean() for name in ("loss_nats", "baseline")}
+        row |= {f"rounds_to_{share}pct": group[f"rounds_to_{share}pct"].mean(skipna=False) for share in SHARES}
+        rows.append(row | {name: group[name].mean() for name in ("client_min", "client_max", "megabytes", "seconds")})
+    return DataFrame(rows, columns=[*keys, "seeds", "rounds", *_SUMS]).sort_values(keys, ignore_index=True, key=_sortable)
+
+
+def baselines_among(rounds: DataFrame, split: str) -> DataFrame:
+    """What runs of a split are compared with, among rounds of one task, model and setting: those of one client with the same
+    split, as in Hilmkil et al. 2021; else of one client; else the centralised baseline."""
+    single = rounds[(rounds.kind == "federated") & (rounds.clients == 1)]
+    for found in (single[single.split == split], single):
+        if len(found):
+            return found
+    return rounds[rounds.kind == "centralised"]
+
+
+def baseline_of(run: DataFrame, rounds: DataFrame) -> DataFrame:
+    """The rounds that a run is compared with: its own where it has one client, else `baselines_among` those with the same
+    seed and setting."""
+    first = run.iloc[0]
+    if first.clients == 1 and first.kind == "federated":
+        return run
+    found = baselines_among(alike(rounds, first, ["task", "model", "seed", *settings(rounds)]), first.split)
+    return found[found.run == found.run.iloc[0]] if len(found) else found
+
+
+def alike(rounds: DataFrame, row: Any, columns: list[str]) -> DataFrame:
+    """The rounds that are equal to a row in some columns. What a centralised baseline does not depend on, it does not have,
+    and so does not differ in."""
+    from pandas import isna
+
+    same = rounds["round"].notna()
+    for column in columns:
+        missing = rounds[column].isna()
+        same &= missing if isna(row[column]) else (rounds[column] == row[column]) | (missing & (rounds.kind != "federated"))
+    return rounds[same]
+
+
+def _run(run: DataFrame, rounds: DataFrame) -> dict[str, Any]:
+    """What is known of one run, from its rounds."""
+    first, last, base = run.iloc[0], run.iloc[-1], baseline_of(run, rounds)
+    target = base.accuracy.iloc[-1] if len(base) else float("nan")
+    row = {name: first[name] for name in [*CELL, *settings(rounds)]} | {"rounds": last["round"], "baseline": target}
+    row |= {name: last[name] for name in ("accuracy", "loss_nats", "client_min", "client_max")}
+    for share in SHARES:
+        there = run["round"][run.accuracy >= share / 100 * target].tolist()
+        row[f"rounds_to_{share}pct"] = there[0] if there else float("nan")
+    return row | {"megabytes": (run.bytes_up + run.bytes_down).sum() / 1e6, "seconds": run.seconds.sum()}
+
+
+def _runs(folder: Path) -> Iterator[tuple[str, tuple[dict[str, Any], list[dict[str, Any]]]]]:
+    for file in sorted(folder.rglob("rounds.jsonl")):
+        config = file.parent / "config.yaml"
+        rounds = {one["round"]: one for one in records.read(file)}
+        if rounds and config.exists():
+            content = yaml.load(config.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+            yield str(file.parent.relative_to(folder)), (flat(content), [rounds[number] for number in sorted(rounds)])
+
+
+def _named(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    split = config.get("data.split")
+    level = {"by_author": "data.skew", "dirichlet": "data.alpha"}.get(str(split))
+    pooled = "baseline.name" in config
+    return {
+        "run": name,
+        "kind": config["baseline.name"] if pooled else "federated",
+        "task": config.get("data.task", config.get("data.class", "–")),
+        "model": config.get("model.name", config.get("model.class", "–")),
+        "split": "pooled" if pooled else f"{split} {config.get(level)}" if level else split or "–",
+        "seed": config.get("loop.seed"),
+    } | ({"clients": 1} if pooled else {"clients": config["data.num_clients"]} if "data.num_clients" in config else {})
+
+
+def _numbers(record: Mapping[str, Any]) -> dict[str, Any]:
+    known = spread(record.get("client_accuracy") or [])
+    clients = {f"client_{name}": float("nan") if value is None else value for name, value in known.items()}
+    return {key: value for key, value in record.items() if not isinstance(value, (list, dict))} | clients
+
+
+def _differing(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The keys, beyond those that name a run, in which runs differ; what a baseline does not have does not count."""
+    values: dict[str, set[str]] = {}
+    for config in configs.values():
+        for key, value in config.items():
+            if key not in _NAMED and not key.startswith(_ASIDE) and "baseline.name" not in config:
+                values.setdefault(key, set()).add(json.dumps(value, default=str))
+    return [key for key, found in values.items() if len(found) > 1]
+
+
+def _plain(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, (list, dict)) else value
+
+
+def _complete(folder: Path, config: Mapping[str, Any], rounds: list[dict[str, Any]]) -> bool:
+    """Whether a run has as many rounds as it was asked for, or stopped by itself and said so in its summary."""
+    examples = config.get("baseline.examples")
+    asked = config.get("loop.max_rounds") if examples is None else len(examples)
+    if asked is None or rounds[-1]["round"] >= asked:
+        return True
+    summary = folder / "summary.json"
+    return summary.exists() and bool(json.loads(summary.read_text(encoding="utf-8"))["rounds"] == rounds[-1]["round"])
+
+
+def _tuple(key: Hashable) -> tuple[Any, ...]:
+    return key if isinstance(key, tuple) else (key,)
+
+
+def _sortable(column: Any) -> Any:
+    return column.astype(str) if column.dtype == object else column

@@ -1,0 +1,105 @@
+"""The pictures: convergence curves, and who holds what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fedtune.storage.records import RoundRecord
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+
+
+def plot_curves(
+    runs: Mapping[str, Sequence[RoundRecord]], path: str | Path, levels: Mapping[str, float] | None = None, title: str = ""
+) -> None:
+    """Draw accuracy and loss over rounds.
+
+    Args:
+        runs: name -> its records; a run named "centralised" is dashed.
+        path: the picture; its suffix chooses the format.
+        levels: name -> accuracy, drawn as dotted lines (the majority class, clients alone).
+        title: what the runs have in common.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    figure, (left, right) = new_figure(1, 2, (10, 4.2))
+    for colour, (name, history) in zip(PALETTE, runs.items(), strict=False):
+        style: dict[str, Any] = {
+            "color": colour,
+            "linestyle": "--" if name == "centralised" else "-",
+            "marker": "o",
+            "markersize": 3,
+        }
+        for axes, metric in ((left, "accuracy"), (right, "loss_nats")):
+            points = [(record.round, record.metrics[metric]) for record in history if metric in record.metrics]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=name, **style)
+    for shade, (name, level) in zip(("0.35", "0.6"), (levels or {}).items(), strict=False):
+        left.axhline(level, color=shade, linestyle=":", label=f"{name} ({level:.2f})")
+    left.set(ylabel="accuracy", ylim=(0, None))
+    right.set(ylabel="loss in nats")
+    for axes in (left, right):
+        axes.set_xlabel("round")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.suptitle(title)
+    save(figure, path)
+
+
+def plot_split(table: Sequence[Mapping[str, Any]], path: str | Path, title: str = "") -> None:
+    """Draw labels per client, and authors per client where the task names authors.
+
+    Args:
+        table: as from `FederatedDataModule.describe`.
+        path: the picture.
+    """
+    panels = [key for key in ("labels", "authors") if key in table[0]]
+    figure, axes = new_figure(1, len(panels), (5.5 * len(panels) + 1, max(3.5, 0.3 * len(table) + 1.5)))
+    for panel, key in zip(axes, panels, strict=True):
+        _stack(panel, [row[key] for row in table])
+        panel.set(xlabel="training texts", ylabel="client", title=f"{key} per client")
+        panel.set_yticks(range(len(table)) if len(table) <= 40 else range(0, len(table), len(table) // 20))
+        panel.invert_yaxis()
+    figure.suptitle(title)
+    save(figure, path)
+
+
+def _stack(axes: Axes, clients: Sequence[Mapping[str, int]]) -> None:
+    from matplotlib import colormaps
+
+    names = sorted({name for counts in clients for name in counts})
+    colours = colormaps["tab20"].colors  # type: ignore[attr-defined]  # a listed colour map has them
+    start = [0] * len(clients)
+    for index, name in enumerate(names):
+        widths = [counts.get(name, 0) for counts in clients]
+        label = name if len(names) <= 20 else None  # a longer legend would hide the bars
+        axes.barh(range(len(clients)), widths, left=start, color=colours[index % 20], label=label, height=0.85)
+        start = [before + width for before, width in zip(start, widths, strict=True)]
+    if len(names) <= 20:
+        axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def new_figure(
+    rows: int, columns: int, size: tuple[float, float], sharey: bool | Literal["row"] = False
+) -> tuple[Figure, list[Axes]]:
+    """A figure with rows x columns panels, row by row; `size` in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")  # no pyplot: the caller's figures and backend stay as they are
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(rows, columns, squeeze=False, sharey=sharey).flat)
+
+
+def save(figure: Figure, path: str | Path, dpi: int = 120) -> None:
+    """Write a figure; the folder is made where it is missing."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=dpi)

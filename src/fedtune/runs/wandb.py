@@ -1,0 +1,197 @@
+"""Who is told how a run goes, beside `rounds.jsonl`: the terminal, and Weights & Biases on request.
+
+Both are callbacks; neither changes a number.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytorch_lightning as pl
+
+from fedtune.errors import UsageError
+from fedtune.federated.training import ClientReport
+from fedtune.runs.callbacks import FederatedCallback
+from fedtune.runs.figures import plot_split
+from fedtune.storage.checkpoint import write_text
+from fedtune.storage.records import RoundRecord
+from fedtune.storage.summary import spread
+
+if TYPE_CHECKING:
+    from fedtune.runs.loop import FederatedLoop
+
+LOGGERS = ("none", "wandb")
+
+
+class Progress:
+    """A line for every round, and where the output is a terminal a bar over clients with the time left.
+
+    It also follows the baselines, which are no concern of the callbacks of a user.
+    """
+
+    def __init__(self, enabled: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        self._console = Console(quiet=not enabled, highlight=False)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Bar(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
+        self._note = ""
+
+    @contextmanager
+    def phase(self, name: str, rounds: int, clients: int) -> Iterator[None]:
+        """A stretch of work: the federated rounds, or a baseline.
+
+        Args:
+            rounds, clients: how many rounds it has, and clients in each.
+        """
+        self._name, self._rounds, self._clients = name, rounds, clients
+        self._done, self._steps, self._note = 0, 0, ""
+        self._task = self._bar.add_task(name, total=rounds * clients)
+        try:
+            with self._bar:
+                yield
+        finally:
+            self._bar.remove_task(self._task)
+
+    def resumed(self, done: int) -> None:
+        """So many rounds were done in an earlier start."""
+        self._done = done
+        if done:
+            self.line(f"{self._name}: {done} of {self._rounds} rounds were done before")
+            self._bar.reset(self._task, completed=done * self._clients)
+
+    def client(self, report: ClientReport) -> None:
+        """One more client is done."""
+        self._steps += report.num_steps
+        number = f"round {self._done + 1}/{self._rounds}, client {report.client}"
+        text = f"{self._name}: {number}, {self._steps} steps{self._note}"
+        self._bar.update(self._task, advance=1, description=text)
+
+    def round(self, record: RoundRecord) -> None:
+        """One more round is done."""
+        self._done = record.round
+        metrics = "  ".join(f"{name} {value:.3f}" for name, value in record.metrics.items())
+        number = f"{record.round:>{len(str(self._rounds))}}/{self._rounds}"
+        losses = f"{metrics}  train_loss_nats {record.train_loss_nats:.3f}"
+        self.line(f"{self._name} round {number}  {losses}  {record.seconds:.1f} s")
+        accuracy = record.metrics.get("accuracy")
+        self._note = "" if accuracy is None else f", accuracy {accuracy:.3f}"
+        self._bar.update(self._task, completed=record.round * self._clients)
+
+    def local(self, record: Mapping[str, Any]) -> None:
+        """One more client has trained alone."""
+        part = "validation" if "validation" in record else "test"
+        metrics = "  ".join(f"{name} {value:.3f}" for name, value in record[part].items())
+        self.line(f"local client {record['client']}  {metrics}  {record['seconds']:.1f} s")
+        self._bar.update(self._task, advance=1)
+
+    def line(self, text: str) -> None:
+        """Print a line, above the bar."""
+        self._console.print(text, markup=False, soft_wrap=True)
+
+
+class WandbMirror(FederatedCallback):
+    """Mirrors a run into Weights & Biases: the round is the only step axis. Without a key it writes offline files.
+
+    Runs of one sweep are grouped by wandb's own variable WANDB_RUN_GROUP.
+
+    Raises:
+        UsageError: wandb is not installed.
+    """
+
+    def __init__(self) -> None:
+        self._wandb = import_wandb("logger")
+        self._run: Any = None
+
+    def on_fit_start(self, loop: FederatedLoop, module: pl.LightningModule) -> None:
+        """Open the run; a resumed run directory continues the same W&B run. A W&B that fails is left alone from then on."""
+        config, tagged = loop.config, (("model", "name"), ("data", "task"), ("data", "split"))
+        try:
+            self._run = self._wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "fedtune"),
+                dir=loop.run_dir,
+                id=_run_id(loop.run_dir),
+                resume="allow",
+                reinit="finish_previous",
+                config=config,
+                mode=None if os.environ.get("WANDB_MODE") or is_online(self._wandb) else "offline",
+                tags=[str(config[part][key])[:64] for part, key in tagged if key in config.get(part, {})],
+            )
+        except self._wandb.Error as error:
+            warnings.warn(f"the run is not mirrored, W&B could not be started: {error}", stacklevel=1)
+            return
+        self._run.define_metric("round")
+        self._run.define_metric("*", step_metric="round")
+        if hasattr(loop.data, "describe") and not loop.history:
+            self._log_split(loop)
+        if loop.history:  # a kill may have come between its checkpoint and its mirror
+            self.on_round_end(loop, module, loop.history[-1])
+
+    def _log_split(self, loop: FederatedLoop) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "split.png"
+            plot_split(loop.data.describe(), path)
+            self._run.log({"split": self._wandb.Image(str(path)), "round": len(loop.history)})
+
+    def on_round_end(self, loop: FederatedLoop, module: pl.LightningModule, record: RoundRecord) -> None:
+        """Log every number of the record."""
+        if self._run is not None:
+            flat = record.to_dict()
+            drift = {f"drift/{layer}": value for layer, value in flat.pop("drift").items()}
+            clients = {f"client_accuracy/{name}": value for name, value in spread(flat.pop("client_accuracy")).items()}
+            del flat["clients"]
+            self._run.log({name: value for name, value in (flat | clients | drift).items() if value is not None})
+
+    def on_fit_end(self, loop: FederatedLoop, module: pl.LightningModule) -> None:
+        """Log the last round's clients as a table and the summary, and close the run."""
+        if self._run is None:
+            return
+        last = loop.history[-1].to_dict()
+        accuracy = dict(enumerate(last["client_accuracy"]))
+        rows = [report | {"accuracy": accuracy.get(report["client"])} for report in last["clients"]]
+        table = self._wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+        self._run.log({"clients": table, "round": last["round"]})
+        self._run.summary.update({f"final/{name}": value for name, value in loop.summary.items()})
+        folder, offline = self._run.dir, self._run.settings.mode == "offline"
+        self._run.finish()
+        if offline:
+            loop.display.line(f"W&B wrote offline files; send them with: wandb sync {os.path.dirname(folder)}")
+
+    def on_exception(self, loop: FederatedLoop, module: pl.LightningModule, error: BaseException) -> None:
+        """Close the run as a failed one."""
+        if self._run is not None:
+            self._run.finish(exit_code=1)
+
+
+def import_wandb(argument: str) -> Any:
+    """The package wandb. Raises `UsageError` about `argument` when it is not installed."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UsageError(argument, "wandb", "after: pip install wandb (it is not installed)") from error
+    return wandb
+
+
+def is_online(wandb: Any) -> bool:
+    """Whether runs go to W&B: WANDB_MODE decides it, or that there is a key."""
+    mode = os.environ.get("WANDB_MODE")
+    return mode == "online" if mode else bool(wandb.api.api_key)
+
+
+def _run_id(run_dir: str | None) -> str | None:
+    """The W&B run that a run directory belongs to; drawn at its first start. An agent of a W&B sweep gives its own."""
+    if run_dir is None or os.environ.get("WANDB_SWEEP_ID"):
+        return None
+    file = Path(run_dir) / "wandb_id"
+    if not file.exists():
+        write_text(file, uuid.uuid4().hex[:12])
+    return file.read_text(encoding="utf-8")

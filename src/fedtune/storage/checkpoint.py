@@ -1,0 +1,144 @@
+"""Checkpoints that are either whole or not there: safetensors and JSON, no pickle.
+
+    checkpoints/round-0003/weights.safetensors     the server's weights
+                           optimizer.safetensors   only where an optimizer outlives its round
+                           state.json              counters, and the sha256 of each file
+
+A checkpoint is written under another name, synchronised to the disk and then renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedtune.errors import RunError
+from fedtune.federated.agreement import ServerState
+
+_TENSORS = ("weights", "optimizer")
+_COUNTERS = ("round", "steps", "epochs", "examples")
+
+
+def save(folder: Path, state: ServerState, keep: int) -> Path:
+    """Write `folder`/round-NNNN and drop all but the newest `keep` checkpoints.
+
+    Raises:
+        RunError: the disk is full or the folder cannot be written; earlier checkpoints are as they were.
+    """
+    path = folder / f"round-{state.round:04d}"
+    temporary = folder / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".round-*.tmp"):  # of a process that was killed while writing
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary.mkdir()
+        _write(temporary, state)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+        synchronise(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise RunError(
+            f"round {state.round}: its checkpoint could not be written to {folder} ({error}); the one before is intact"
+        ) from error
+    for old in _numbered(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def latest(folder: Path) -> ServerState | None:
+    """The newest checkpoint that is undamaged, or None. A damaged one is named in a warning, loudly.
+
+    Raises:
+        RunError: there are checkpoints, but all are damaged.
+    """
+    found = _numbered(folder)
+    for path in reversed(found):
+        try:
+            return load(path)
+        except RunError as error:
+            warnings.warn(f"DAMAGED CHECKPOINT, the one before is used instead: {error}", stacklevel=2)
+    if found:
+        raise RunError(f"every checkpoint of {folder} is damaged; start again in a new run directory")
+    return None
+
+
+def load(path: Path) -> ServerState:
+    """Read one checkpoint. Raises `RunError` when a file is missing, unreadable or not the one that was written."""
+    try:
+        notes = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        tensors: dict[str, dict[str, Tensor]] = {"optimizer": {}}
+        for name, expected in notes["sha256"].items():
+            file = path / f"{name}.safetensors"
+            found = _sha256(file)
+            if found != expected:
+                raise RunError(f"{file} has sha256 {found[:12]}…, {expected[:12]}… was written")
+            tensors[name] = load_file(file)
+        return ServerState(**{name: notes[name] for name in _COUNTERS} | tensors)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
+
+
+def _write(folder: Path, state: ServerState) -> None:
+    hashes: dict[str, str] = {}
+    for name in _TENSORS:
+        tensors = getattr(state, name)
+        if tensors:
+            file = folder / f"{name}.safetensors"
+            save_file({key: value.contiguous().cpu() for key, value in tensors.items()}, file)
+            hashes[name] = _sha256(file)
+            synchronise(file)
+    notes: dict[str, Any] = {name: getattr(state, name) for name in _COUNTERS} | {"sha256": hashes}
+    write_text(folder / "state.json", json.dumps(notes, indent=1) + "\n")
+    synchronise(folder)
+
+
+def _numbered(folder: Path) -> list[Path]:
+    return sorted(folder.glob("round-[0-9]*"), key=lambda path: int(path.name.partition("-")[2]))
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_text(file: Path, text: str) -> None:
+    """Replace a text file at once: a reader, or a power cut, finds the old text or the new one."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    with _removed_on_error(temporary):
+        with open(temporary, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+    synchronise(file.parent)
+
+
+def synchronise(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _removed_on_error(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        file.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,68 @@
+"""What a finished run comes down to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedtune.storage.records import RoundRecord
+
+SHARES = (90, 95, 99)  # per cent of the centralised baseline
+
+
+def rounds_to(history: Sequence[RoundRecord], accuracy: float) -> int | None:
+    """The first round whose accuracy reaches a target, or None."""
+    return next((record.round for record in history if record.metrics.get("accuracy", -1.0) >= accuracy), None)
+
+
+def mean_of(locals_: Sequence[Mapping[str, Any]], part: str, metric: str) -> float | None:
+    """Mean over clients of a metric of the local baseline, or None where it is not there."""
+    values = [record[part][metric] for record in locals_ if metric in record.get(part, {})]
+    return sum(values) / len(values) if values else None
+
+
+def spread(values: Sequence[float | None]) -> dict[str, float | None]:
+    """Least, mean and greatest of the values that are known; None where there is none.
+
+    >>> spread([0.5, None, 1.0])
+    {'min': 0.5, 'mean': 0.75, 'max': 1.0}
+    """
+    known = [value for value in values if value is not None]
+    if not known:
+        return {"min": None, "mean": None, "max": None}
+    return {"min": min(known), "mean": sum(known) / len(known), "max": max(known)}
+
+
+def summarise(
+    history: Sequence[RoundRecord], evaluated_on: str, test: Mapping[str, float], baselines: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The content of `summary.json`.
+
+    Args:
+        history: the federated rounds.
+        evaluated_on: the part they were evaluated on.
+        test: metrics of the final weights on the test part.
+        baselines: "majority_accuracy", "centralised" (rounds), "centralised_test" (metrics), "local" (records), where known.
+
+    Returns:
+        accuracies as fractions, `loss_nats`, `seconds` of all rounds, `bytes_up` and `bytes_down` in all; null where not known.
+    """
+    known = [record for record in history if "accuracy" in record.metrics]
+    best = max(known, key=lambda record: record.accuracy, default=None)
+    pooled = [record.accuracy for record in baselines.get("centralised", ()) if "accuracy" in record.metrics]
+    return {
+        **test,
+        "majority_accuracy": baselines.get("majority_accuracy"),
+        **{f"centralised_{name}": baselines.get("centralised_test", {}).get(name) for name in ("accuracy", "macro_f1")},
+        **{f"local_{name}": mean_of(baselines.get("local", ()), "test", name) for name in ("accuracy", "macro_f1")},
+        **{f"client_accuracy_{name}": value for name, value in spread(history[-1].client_accuracy).items()},
+        "rounds": history[-1].round,
+        "evaluated_on": evaluated_on,
+        "best_round": best.round if best else None,
+        "best_accuracy": best.accuracy if best else None,
+        "best_validation_accuracy": best.accuracy if best and evaluated_on == "validation" else None,
+        **{f"rounds_to_{share}pct": rounds_to(history, share / 100 * pooled[-1]) if pooled else None for share in SHARES},
+        "seconds": sum(record.seconds for record in history),
+        "bytes_up": sum(record.bytes_up for record in history),
+        "bytes_down": sum(record.bytes_down for record in history),
+    }

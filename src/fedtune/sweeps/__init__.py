@@ -1,0 +1,1 @@
+"""Grids of runs: what a sweep file says, and who does the runs."""

@@ -1,0 +1,89 @@
+"""A sweep as a W&B sweep: W&B hands out the cells, and agents on any number of machines run them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fedtune.errors import RunError, UsageError
+from fedtune.runs.wandb import import_wandb, is_online
+from fedtune.sweeps.grid import flat, load
+from fedtune.sweeps.runner import gpu
+
+# the agent writes a cell's values into a JSON file, which the command line reads like any configuration
+_COMMAND = ["${env}", "fedtune", "run", "--config", "${args_json_file}", "--logger", "wandb", "--runs_dir"]
+_PATIENCE = 60  # seconds that an agent has to end its run, which keeps its last complete round
+
+
+def online() -> bool:
+    """Whether W&B can be reached with a key (and is not switched off by WANDB_MODE).
+
+    Raises:
+        UsageError: wandb is not installed.
+    """
+    return is_online(import_wandb("--wandb"))
+
+
+def registered(file: str, runs_dir: str) -> dict[str, Any]:
+    """The content of a sweep file as W&B takes it: with the command that an agent runs for a cell."""
+    content = load(file)
+    flat(content["parameters"])  # refuses what is no parameter
+    return content | {"command": [*_COMMAND, runs_dir]}
+
+
+def run(file: str, runs_dir: str, workers: int, only: Sequence[str]) -> int:
+    """Register the file as a W&B sweep and run as many agents here as there are workers, until the sweep is done.
+
+    Returns:
+        the number of runs that W&B has as failed or crashed.
+
+    Raises:
+        UsageError: `only` is given, which W&B does not know.
+        RunError: W&B refused the sweep, or an agent failed.
+    """
+    if only:
+        raise UsageError("--only", " ".join(only), "nothing, in a W&B sweep; take the part out of the file")
+    wandb, content = import_wandb("--wandb"), registered(file, runs_dir)
+    project = content.get("project") or os.environ.get("WANDB_PROJECT", "fedtune")
+    try:
+        sweep_id = wandb.sweep(content, project=project, entity=content.get("entity"))
+        path = "/".join(wandb.Api().sweep("/".join([*filter(None, [content.get("entity")]), project, sweep_id])).path)
+    except wandb.Error as error:
+        raise RunError(f"W&B did not take the sweep: {error}") from error
+    print(f"other machines join, and this one goes on after an interruption, with: wandb agent {path}")
+    codes = _agents(path, workers)
+    if any(codes):
+        raise RunError(f"{sum(map(bool, codes))} of {workers} W&B agents failed; go on with: wandb agent {path}")
+    return sum(one.state in ("failed", "crashed") for one in wandb.Api().sweep(path).runs)
+
+
+def _agents(path: str, workers: int) -> list[int]:
+    """Run agents until there is nothing left to hand out; they and their runs end with this process."""
+    command = [sys.executable, "-m", "wandb", "agent", "--forward-signals", path]
+    agents = [subprocess.Popen(command, env=_environment(number, workers), start_new_session=True) for number in range(workers)]
+    try:
+        return [agent.wait() for agent in agents]
+    finally:
+        for agent in agents:
+            if agent.poll() is None:
+                agent.send_signal(signal.SIGINT)
+        for agent in agents:
+            try:
+                agent.wait(_PATIENCE)
+            except subprocess.TimeoutExpired:
+                agent.kill()
+
+
+def _environment(number: int, workers: int) -> dict[str, str]:
+    import torch
+
+    threads = str(max(1, len(os.sched_getaffinity(0)) // workers))
+    found = os.environ | {"OMP_NUM_THREADS": threads}
+    found["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # where the command fedtune is
+    count = torch.cuda.device_count()
+    return found | ({"CUDA_VISIBLE_DEVICES": gpu(number, count)} if count > 1 else {})

@@ -1,0 +1,117 @@
+"""A run of a sweep, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedtune.errors import RunError, UsageError
+from fedtune.runs.callbacks import FederatedCallback
+from fedtune.runs.options import fit
+from fedtune.storage import records
+from fedtune.storage.checkpoint import write_text
+from fedtune.storage.locks import Busy, held
+
+if TYPE_CHECKING:
+    from fedtune.runs.loop import FederatedLoop
+
+Arguments = Mapping[str, Mapping[str, Any]]
+
+
+def status(folder: Path) -> dict[str, Any]:
+    """How the last start of a run ended: `state` ("finished" or "failed"), `seconds`, `metrics` or `error`; else nothing."""
+    try:
+        found: dict[str, Any] = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+        return found
+    except (OSError, ValueError):
+        return {}
+
+
+class _Reporter(FederatedCallback):
+    """Tells the runner how far the run is."""
+
+    def __init__(self, line: Connection) -> None:
+        self._line = line
+
+    def on_fit_start(self, loop: Any, module: Any) -> None:
+        self._send(loop)
+
+    def on_round_end(self, loop: Any, module: Any, record: Any) -> None:
+        self._send(loop)
+
+    def _send(self, loop: Any) -> None:
+        done = len(loop.history)
+        self._line.send(f"round {done}/{loop.max_rounds}" if done < loop.max_rounds else "last evaluation, baselines")
+
+
+def work(arguments: Arguments, folder: Path, setting: Mapping[str, Any], line: Connection) -> None:
+    """One run, from its directory's lock to its status.
+
+    Args:
+        setting: `environment`, `threads` and `logger`.
+        line: to the runner. "left: ..." says that another process has the run.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the runner, which ends this process
+    threading.Thread(target=_end_with_the_runner, args=(line,), daemon=True).start()
+    os.environ.update(setting["environment"])
+    import torch
+
+    torch.set_num_threads(setting["threads"])
+    try:
+        with held(folder):
+            if status(folder).get("state") != "finished":
+                with open(folder / "log.txt", "a", encoding="utf-8", buffering=1) as log:
+                    for stream in (1, 2):  # the streams themselves: handlers of other libraries hold on to them
+                        os.dup2(log.fileno(), stream)
+                    _run(arguments, folder, setting["logger"], line)
+    except Busy as error:
+        line.send(f"left: {error}")
+    except (UsageError, OSError) as error:
+        line.send(f"failed: {' '.join(str(error).split())}")
+
+
+def _run(arguments: Arguments, folder: Path, logger: str, line: Connection) -> None:
+    try:
+        recorded(arguments, folder, logger=logger, callbacks=[_Reporter(line)])
+    except Exception:
+        traceback.print_exc()
+
+
+def recorded(arguments: Arguments, folder: Path, **where: Any) -> FederatedLoop:
+    """Run, and keep in status.json how it ended: "finished" with `metrics`, or "failed" with `error`; and its `seconds`.
+
+    Raises:
+        UsageError, RunError: as `options.fit`.
+    """
+    with held(folder):
+        (folder / "status.json").unlink(missing_ok=True)
+        before = sum(record["seconds"] for record in records.read(folder / "rounds.jsonl"))
+        began = time.perf_counter()
+        ended: dict[str, Any] = {}
+        try:
+            loop = fit(arguments, run_dir=str(folder), **where)
+            ended = {"state": "finished", "metrics": loop.history[-1].metrics}
+            return loop
+        except Exception as error:
+            kind = "" if isinstance(error, (UsageError, RunError)) else f"{type(error).__name__}: "
+            ended = {"state": "failed", "error": kind + " ".join(str(error).split())}
+            raise
+        finally:
+            if ended:  # an interrupted run has no status
+                ended["seconds"] = before + time.perf_counter() - began
+                write_text(folder / "status.json", json.dumps(ended, indent=1, ensure_ascii=False) + "\n")
+
+
+def _end_with_the_runner(line: Connection) -> None:
+    try:
+        line.recv()
+    except (EOFError, OSError):
+        os._exit(1)
