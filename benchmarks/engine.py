@@ -25,10 +25,12 @@ from machine import about, write
 from torch.utils.data import DataLoader, Dataset
 
 import fedtune
-from fedtune.data.tokens import LengthGroupedBatches
-from fedtune.federated.agreement import RunningAgreement, RunningMean, ServerState, fedavg
+from fedtune.algorithms.fedavg import RunningMean, fedavg
+from fedtune.data.batches import LengthGroupedBatches
+from fedtune.federated.agreement import RunningAgreement
 from fedtune.federated.dropout import FastDropout
 from fedtune.federated.evaluation import attached, evaluate
+from fedtune.federated.state import ServerState
 from fedtune.federated.training import Optimisation, Resident, run_steps
 from fedtune.randomness import seeded
 from fedtune.runs.hardware import freed_memory_kept, resolve_precision

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fedtune.storage.directory import versions
+from fedtune.storage.config import versions
 
 
 def about() -> dict[str, Any]:

@@ -13,8 +13,10 @@ import torch
 from conftest import make_loop
 
 import fedtune
-from fedtune.federated.agreement import ServerState
-from fedtune.storage import checkpoint, records
+from fedtune.federated.state import ServerState
+from fedtune.files import append_line, read_lines
+from fedtune.storage import checkpoint
+from fedtune.storage.records import read_rounds
 
 Make = Callable[..., Any]
 
@@ -75,7 +77,7 @@ FULL_DISK = """
 import resource, signal, sys, torch
 from pathlib import Path
 from fedtune.storage import checkpoint
-from fedtune.federated.agreement import ServerState
+from fedtune.federated.state import ServerState
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 folder = Path(sys.argv[1])
 checkpoint.save(folder, ServerState(1, {"w": torch.ones(10)}), keep=2)
@@ -105,10 +107,10 @@ def test_a_half_written_checkpoint_of_a_killed_process_does_not_count_and_is_cle
 
 def test_a_torn_last_line_does_not_count(tmp_path: Path) -> None:
     file = tmp_path / "rounds.jsonl"
-    records.append(file, {"round": 1})
+    append_line(file, {"round": 1})
     with open(file, "a") as stream:
         stream.write('{"round": 2, "accu')
-    assert records.read(file) == [{"round": 1}]
+    assert read_lines(file) == [{"round": 1}]
 
 
 def test_a_record_without_its_checkpoint_is_done_again(make_data: Make, make_module: Make, tmp_path: Path) -> None:
@@ -153,7 +155,7 @@ def test_a_run_directory_holds_what_the_design_names(make_data: Make, make_modul
     names |= {"best_validation_accuracy", "rounds_to_90pct", "rounds_to_95pct", "rounds_to_99pct", "seconds"}
     names |= {"bytes_up", "bytes_down", "peak_memory_bytes"}
     assert names <= set(summary)
-    assert records.read_rounds(tmp_path / "rounds.jsonl") == loop.history
+    assert read_rounds(tmp_path / "rounds.jsonl") == loop.history
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
 

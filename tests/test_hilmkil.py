@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, random_split
 
 import fedtune
+from fedtune.algorithms.fedavg import Averaging, fedavg
 from fedtune.data.registry import load_task
-from fedtune.federated.agreement import Averaging, ServerState, fedavg
+from fedtune.federated.state import ServerState
 from fedtune.federated.training import Resident
 from fedtune.randomness import stream
 from fedtune.tensors import snapshot, travelling

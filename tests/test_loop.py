@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
 import fedtune
-from fedtune.federated.agreement import ServerState
 from fedtune.federated.evaluation import evaluate
+from fedtune.federated.state import ServerState
 from fedtune.federated.training import Resident, exactly
 from fedtune.randomness import seeded
 from fedtune.runs.baselines import centralised

@@ -13,7 +13,7 @@ import yaml
 
 import fedtune
 from fedtune.errors import UsageError
-from fedtune.federated.training import ClientReport
+from fedtune.federated.messages import ClientReport
 from fedtune.reports.curves import plot_grid
 from fedtune.reports.report import FILES, report
 from fedtune.reports.results import failures, settings

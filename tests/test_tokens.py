@@ -10,7 +10,8 @@ import torch
 
 import fedtune
 from fedtune.data import tokens
-from fedtune.data.tokens import LengthGroupedBatches, tokenise
+from fedtune.data.batches import LengthGroupedBatches
+from fedtune.data.tokens import tokenise
 from fedtune.models.pretrained import load_tokenizer
 
 TEXTS = ["word1", "word2 word3 word4 word5", "word6 nothing", "word7 " * 50]

@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from fedtune.algorithms.fedavg import RunningMean
 from fedtune.errors import RunError
-from fedtune.federated.agreement import RunningAgreement, RunningMean, cohort
+from fedtune.federated.agreement import RunningAgreement
+from fedtune.federated.cohorts import cohort
 from fedtune.tensors import assign_, distance, num_bytes, snapshot, travelling
 
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fedtune.version import __version__ as __version__
+
 if TYPE_CHECKING:
+    from fedtune.algorithms.fedavg import ALGORITHMS
     from fedtune.data.classification import FederatedDataModule
     from fedtune.data.registry import TASKS
     from fedtune.data.splits import SPLITS
     from fedtune.data.task import TextTask
     from fedtune.errors import RunError, UsageError
-    from fedtune.federated.agreement import ALGORITHMS
     from fedtune.models import FAMILIES, build_classifier
     from fedtune.models.albert import AlbertClassifier
     from fedtune.models.bert import BertClassifier
@@ -28,10 +30,8 @@ if TYPE_CHECKING:
     from fedtune.runs.loop import FederatedLoop
     from fedtune.storage.records import RoundRecord
 
-__version__ = "0.1.0"
-
 _HOME = {
-    "ALGORITHMS": "federated.agreement",
+    "ALGORITHMS": "algorithms.fedavg",
     "AlbertClassifier": "models.albert",
     "BertClassifier": "models.bert",
     "DistilBertClassifier": "models.distilbert",

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from fedtune.data.batches import LengthGroupedBatches, Texts
 from fedtune.data.registry import load_task
 from fedtune.data.splits import Columns, Split, divide, entropy_bits
 from fedtune.data.task import PARTS, IntArray, TextTask
-from fedtune.data.tokens import LengthGroupedBatches, Texts, TokenStore, tokenise
+from fedtune.data.tokens import TokenStore, tokenise
 from fedtune.errors import UsageError, at_least, one_of
 from fedtune.models.pretrained import load_config, load_tokenizer
 from fedtune.randomness import stream

@@ -9,8 +9,8 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
-from fedtune.federated.agreement import RoundResult
 from fedtune.federated.evaluation import Evaluation, evaluate
+from fedtune.federated.state import RoundResult
 from fedtune.federated.training import Resident
 from fedtune.randomness import seeded
 from fedtune.storage.records import RoundRecord

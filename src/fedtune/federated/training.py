@@ -26,6 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fedtune.errors import RunError
 from fedtune.federated.dropout import FastDropout
+from fedtune.federated.messages import ClientReport
 from fedtune.randomness import seeded
 
 
@@ -48,19 +49,6 @@ class Resident:
     gradient_clip_val: float | None = None
     fast_dropout: bool = True
     phase: str = ""
-
-
-@dataclass(frozen=True)
-class ClientReport:
-    """What one client did in one round. `update_norm`: Euclidean length of the way from the server's weights."""
-
-    client: int
-    num_examples: int
-    num_steps: int
-    num_tokens: int
-    train_loss_nats: float
-    seconds: float
-    update_norm: float = 0.0
 
 
 class Optimisation:

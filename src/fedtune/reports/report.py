@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.errors import UsageError
+from fedtune.files import write_text
 from fedtune.reports.curves import plot_grid
 from fedtune.reports.page import page
 from fedtune.reports.results import CELL, compare, failures, read_runs, settings, unfinished
-from fedtune.storage.checkpoint import write_text
 from fedtune.storage.summary import SHARES
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from fedtune.errors import UsageError
-from fedtune.storage import records
-from fedtune.storage.directory import flat
+from fedtune.files import read_lines
+from fedtune.storage.config import flat
 from fedtune.storage.summary import SHARES, spread
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def _run(run: DataFrame, rounds: DataFrame) -> dict[str, Any]:
 def _runs(folder: Path) -> Iterator[tuple[str, tuple[dict[str, Any], list[dict[str, Any]]]]]:
     for file in sorted(folder.rglob("rounds.jsonl")):
         config = file.parent / "config.yaml"
-        rounds = {one["round"]: one for one in records.read(file)}
+        rounds = {one["round"]: one for one in read_lines(file)}
         if rounds and config.exists():
             content = yaml.load(config.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
             yield str(file.parent.relative_to(folder)), (flat(content), [rounds[number] for number in sorted(rounds)])

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedtune.federated.agreement import Agreement, RoundResult, ServerState
+from fedtune.federated.agreement import Agreement
 from fedtune.federated.evaluation import evaluate
+from fedtune.federated.state import RoundResult, ServerState
 from fedtune.federated.training import Optimisation, Resident, exactly, run_steps, train_client
 from fedtune.randomness import seeded
 from fedtune.tensors import Weights, assign_, distance, snapshot, travelling

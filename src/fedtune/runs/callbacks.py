@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytorch_lightning as pl
 
-from fedtune.federated.training import ClientReport
+from fedtune.federated.messages import ClientReport
 from fedtune.storage.records import RoundRecord
 
 if TYPE_CHECKING:

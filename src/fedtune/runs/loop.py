@@ -16,16 +16,22 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from fedtune.algorithms.fedavg import ALGORITHMS, Averaging
 from fedtune.errors import UsageError, at_least, one_of
-from fedtune.federated.agreement import ALGORITHMS, Averaging, RoundResult, ServerState, cohort
+from fedtune.federated.cohorts import cohort
 from fedtune.federated.evaluation import attached
+from fedtune.federated.messages import ClientReport
 from fedtune.federated.session import Session
-from fedtune.federated.training import ClientReport, Resident
+from fedtune.federated.state import RoundResult, ServerState
+from fedtune.federated.training import Resident
 from fedtune.runs.baselines import centralised, local
 from fedtune.runs.callbacks import FederatedCallback, told_of_exceptions
 from fedtune.runs.hardware import fabric_of, freed_memory_kept, peak_memory_bytes, resolve_precision
-from fedtune.runs.wandb import LOGGERS, Progress, WandbMirror
-from fedtune.storage.directory import Course, RunDirectory, baseline_config, describe, fingerprint
+from fedtune.runs.progress import Progress
+from fedtune.runs.rounds import Course
+from fedtune.runs.wandb import LOGGERS, WandbMirror
+from fedtune.storage.config import baseline_config, describe, fingerprint
+from fedtune.storage.directory import RunDirectory
 from fedtune.storage.locks import held
 from fedtune.storage.records import RoundRecord
 from fedtune.storage.summary import mean_of, summarise

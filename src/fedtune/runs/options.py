@@ -15,7 +15,7 @@ from fedtune.models import TextClassifier, build_classifier
 from fedtune.runs.loop import FederatedLoop
 from fedtune.runs.parser import Parser
 from fedtune.runs.wandb import LOGGERS
-from fedtune.storage.directory import fingerprint
+from fedtune.storage.config import fingerprint
 
 PARTS = ("data", "model", "loop")
 _FREE = ("progress", "keep", "baseline_dir")  # of the loop: where and how a run is kept, and not what it is

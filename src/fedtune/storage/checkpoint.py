@@ -9,13 +9,11 @@ A checkpoint is written under another name, synchronised to the disk and then re
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedtune.errors import RunError
-from fedtune.federated.agreement import ServerState
+from fedtune.federated.state import ServerState
+from fedtune.files import synchronise, write_text
 
 _TENSORS = ("weights", "optimizer")
 _COUNTERS = ("round", "steps", "epochs", "examples")
@@ -112,33 +111,3 @@ def _numbered(folder: Path) -> list[Path]:
 def _sha256(file: Path) -> str:
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def write_text(file: Path, text: str) -> None:
-    """Replace a text file at once: a reader, or a power cut, finds the old text or the new one."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    with _removed_on_error(temporary):
-        with open(temporary, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
-    synchronise(file.parent)
-
-
-def synchronise(path: Path) -> None:
-    """Wait until a file, or the entries of a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def _removed_on_error(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        file.unlink(missing_ok=True)
-        raise

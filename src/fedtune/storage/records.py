@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedtune.federated.training import ClientReport
-from fedtune.storage.checkpoint import synchronise, write_text
+from fedtune.federated.messages import ClientReport
+from fedtune.files import read_lines
 
 
 @dataclass(frozen=True)
@@ -67,36 +65,7 @@ class RoundRecord:
         return cls(metrics={name: value for name, value in flat.items() if name not in names}, **own)
 
 
-def append(file: Path, record: dict[str, Any]) -> None:
-    """Add a line to a JSON-lines file and wait until it is on the disk."""
-    new = not file.exists()
-    with open(file, "a", encoding="utf-8") as stream:
-        stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    if new:
-        synchronise(file.parent)
-
-
-def read(file: Path) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file; a last line that a crash left unfinished does not count."""
-    if not file.exists():
-        return []
-    records = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
-
-
 def read_rounds(file: Path) -> list[RoundRecord]:
     """The round records of a file, one a round, in order; of a round that is there twice the later one."""
-    by_round = {flat["round"]: RoundRecord.from_dict(flat) for flat in read(file)}
+    by_round = {flat["round"]: RoundRecord.from_dict(flat) for flat in read_lines(file)}
     return [by_round[number] for number in sorted(by_round)]
-
-
-def rewrite(file: Path, records: list[dict[str, Any]]) -> None:
-    """Replace the file by these records, at once."""
-    write_text(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

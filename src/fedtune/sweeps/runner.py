@@ -21,7 +21,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from fedtune.storage.checkpoint import write_text
+from fedtune.files import write_text
 from fedtune.storage.locks import held, is_held
 from fedtune.sweeps.grid import Cell, Sweep
 from fedtune.sweeps.worker import status, work

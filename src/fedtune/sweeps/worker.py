@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.errors import RunError, UsageError
+from fedtune.files import read_lines, write_text
 from fedtune.runs.callbacks import FederatedCallback
 from fedtune.runs.options import fit
-from fedtune.storage import records
-from fedtune.storage.checkpoint import write_text
 from fedtune.storage.locks import Busy, held
 
 if TYPE_CHECKING:
@@ -93,7 +92,7 @@ def recorded(arguments: Arguments, folder: Path, **where: Any) -> FederatedLoop:
     """
     with held(folder):
         (folder / "status.json").unlink(missing_ok=True)
-        before = sum(record["seconds"] for record in records.read(folder / "rounds.jsonl"))
+        before = sum(record["seconds"] for record in read_lines(folder / "rounds.jsonl"))
         began = time.perf_counter()
         ended: dict[str, Any] = {}
         try:

@@ -1,0 +1,1 @@
+"""Federated algorithms, a file each, that read as their papers do."""

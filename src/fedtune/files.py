@@ -1,0 +1,73 @@
+"""Files that are whole or not there: a reader, or a power cut, finds the old content or the new one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def replaced(file: Path) -> Iterator[Path]:
+    """Inside the block a path to write to; at its end what was written is on the disk and takes the place of `file`.
+
+    An error leaves `file` as it was, and nothing beside it.
+    """
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        synchronise(temporary)
+        os.replace(temporary, file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    synchronise(file.parent)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Replace a text file at once."""
+    with replaced(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def synchronise(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def append_line(file: Path, record: dict[str, Any]) -> None:
+    """Add a record to a JSON-lines file and wait until it is on the disk."""
+    new = not file.exists()
+    with open(file, "a", encoding="utf-8") as stream:
+        stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    if new:
+        synchronise(file.parent)
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The records of a JSON-lines file; a last line that a crash left unfinished does not count."""
+    if not file.exists():
+        return []
+    found = []
+    for line in file.read_text(encoding="utf-8").split("\n"):
+        if not line:
+            continue
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return found
+
+
+def write_lines(file: Path, records: list[dict[str, Any]]) -> None:
+    """Replace a JSON-lines file at once."""
+    write_text(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
