@@ -31,7 +31,7 @@ from fedtune.federated.agreement import RunningAgreement
 from fedtune.federated.dropout import FastDropout
 from fedtune.federated.evaluation import attached, evaluate
 from fedtune.federated.state import ServerState
-from fedtune.federated.training import Optimisation, Resident, run_steps
+from fedtune.federated.training import Optimisation, Training, run_steps
 from fedtune.randomness import seeded
 from fedtune.runs.hardware import freed_memory_kept, resolve_precision
 from fedtune.tensors import assign_, snapshot, travelling
@@ -110,10 +110,10 @@ def epoch(data: fedtune.FederatedDataModule, module: Any, variant: dict[str, Any
     order = LengthGroupedBatches(loader.dataset.lengths, 32) if options["grouped"] else loader.batch_sampler
     loader = DataLoader(texts, batch_sampler=order, collate_fn=lambda batch: batch)
     with attached(fabric, module):
-        resident, optimisation = Resident(fabric, module, 0, None, options["fast_dropout"]), Optimisation(module, 0, 0)
+        training, optimisation = Training(fabric, module, 0, None, options["fast_dropout"]), Optimisation(module, 0, 0)
         if not options["waits"]:
-            return run_steps(resident, optimisation, loader, "here").seconds
-        return sum(run_steps(resident, optimisation, [batch], "here").seconds for batch in loader)
+            return run_steps(training, optimisation, loader, "here").seconds
+        return sum(run_steps(training, optimisation, [batch], "here").seconds for batch in loader)
 
 
 def evaluation(data: fedtune.FederatedDataModule, module: Any, size: int, ordered: bool = True) -> float:
@@ -171,8 +171,8 @@ def federated(data: fedtune.FederatedDataModule, module: Any, number: int) -> fl
     """Seconds of a round of one client, all that the server does included."""
     fabric = Fabric(accelerator="cpu", devices=1, precision=resolve_precision("auto", "cpu"))
     with attached(fabric, module):
-        resident, state = Resident(fabric, module, 0), ServerState(number - 1, snapshot(travelling(module)))
-        return seconds(lambda: fedavg(resident, state, [0], data.client_dataloader, 1, lambda report: None))
+        training, state = Training(fabric, module, 0), ServerState(number - 1, snapshot(travelling(module)))
+        return seconds(lambda: fedavg(training, state, [0], data.client_dataloader, 1, lambda report: None))
 
 
 def bare(data: fedtune.FederatedDataModule, module: Any, number: int) -> float:

@@ -99,7 +99,7 @@ def run(python: str, script: str, job: Path) -> dict[str, Any]:
 
 
 def _memory(process: psutil.Process) -> int:
-    """Resident memory of a process and its descendants in MB; what they share with others counts once.
+    """Training memory of a process and its descendants in MB; what they share with others counts once.
 
     The proportional set size would be exact, but asking for it stops the process for so long that it changes the result.
     """

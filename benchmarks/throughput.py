@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fedtune
 from fedtune.federated.evaluation import attached
-from fedtune.federated.training import Optimisation, Resident, run_steps
+from fedtune.federated.training import Optimisation, Training, run_steps
 from fedtune.runs.hardware import resolve_precision
 
 BATCH, REPEATS = 32, 3
@@ -51,14 +51,14 @@ def measure(fabric: Fabric, name: str, length: int, compiled: bool) -> dict[str,
     ids = torch.randint(5, module.network.config.vocab_size, (BATCH, length))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(BATCH) % 4}
     with attached(fabric, module):
-        resident, optimisation = Resident(fabric, module, 0), Optimisation(module, 0, 0)
+        training, optimisation = Training(fabric, module, 0), Optimisation(module, 0, 0)
         with FlopCounterMode(display=False) as counter:
-            run_steps(resident, optimisation, [batch], name)
+            run_steps(training, optimisation, [batch], name)
         if compiled:
             module.network.compile(mode="reduce-overhead", dynamic=False)
         steps = 50 if fabric.device.type == "cuda" else 3
-        run_steps(resident, optimisation, [batch] * (5 if compiled else 1), name)
-        taken = statistics.median(run_steps(resident, optimisation, [batch] * steps, name).seconds for _ in range(REPEATS))
+        run_steps(training, optimisation, [batch] * (5 if compiled else 1), name)
+        taken = statistics.median(run_steps(training, optimisation, [batch] * steps, name).seconds for _ in range(REPEATS))
     rate = steps * BATCH * length / taken
     per_token = counter.get_total_flops() / (BATCH * length)
     possible = matrix_rate(fabric, BATCH * length, module.network.config.hidden_size)

@@ -50,7 +50,7 @@ def run(options: dict[str, Any], make_data: Make, make_module: Make) -> dict[str
     digests: list[str] = []
 
     class Weights(fedtune.FederatedCallback):
-        def on_round_end(self, loop: Any, module: Any, record: Any) -> None:
+        def on_round_end(self, run: Any, module: Any, record: Any) -> None:
             digests.append(digest(module.network.state_dict()))
 
     loop = make_loop(max_rounds=5, seed=2, baselines=["centralised", "local"], callbacks=[Weights()], **options.get("loop", {}))

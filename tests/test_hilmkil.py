@@ -18,7 +18,7 @@ import fedtune
 from fedtune.algorithms.fedavg import Averaging, fedavg
 from fedtune.data.registry import load_task
 from fedtune.federated.state import ServerState
-from fedtune.federated.training import Resident
+from fedtune.federated.training import Training
 from fedtune.randomness import stream
 from fedtune.tensors import snapshot, travelling
 
@@ -179,10 +179,10 @@ def test_hilmkil_mean_is_not_weighted_by_examples(folders: dict[str, str], task:
     generator = torch.Generator().manual_seed(0)
     batches = [{"input_ids": torch.randint(5, 999, (n, 9), generator=generator), "labels": torch.arange(n) % 4} for n in (3, 9)]
     start = ServerState(0, snapshot(travelling(module)))
-    resident = Resident(Fabric(accelerator="cpu", devices=1), module, seed=0)
+    training = Training(Fabric(accelerator="cpu", devices=1), module, seed=0)
 
     def after(clients: list[int], weighting: str) -> dict[str, torch.Tensor]:
-        return fedavg(resident, start, clients, lambda k: [batches[k]], 1, lambda _: None, Averaging(weighting)).state.weights
+        return fedavg(training, start, clients, lambda k: [batches[k]], 1, lambda _: None, Averaging(weighting)).state.weights
 
     alone = [after([k], "uniform") for k in (0, 1)]
     plain = {name: (alone[0][name] + alone[1][name]) / 2 for name in alone[0]}

@@ -19,7 +19,7 @@ from torchmetrics import MeanMetric
 import fedtune
 from fedtune.federated.evaluation import evaluate
 from fedtune.federated.state import ServerState
-from fedtune.federated.training import Resident, exactly
+from fedtune.federated.training import Training, exactly
 from fedtune.randomness import seeded
 from fedtune.runs.baselines import centralised
 from fedtune.tensors import snapshot, travelling
@@ -269,7 +269,7 @@ def test_schedules_go_on_where_the_last_round_stopped(make_data: Make, make_modu
     rates: list[float] = []
 
     class Spy(fedtune.FederatedCallback):
-        def on_client_end(self, loop: Any, module: Any, report: Any) -> None:
+        def on_client_end(self, run: Any, module: Any, report: Any) -> None:
             rates.append(last["rate"])
 
     module, last = make_module(warmup_steps=20, learning_rate=1.0e-3), {}
@@ -291,21 +291,21 @@ def test_callbacks_are_called_in_order_and_can_stop_the_run(make_data: Make, mak
     calls: list[str] = []
 
     class Spy(fedtune.FederatedCallback):
-        def on_fit_start(self, loop: Any, module: Any) -> None:
+        def on_fit_start(self, run: Any, module: Any) -> None:
             calls.append("fit")
 
-        def on_round_start(self, loop: Any, module: Any, number: int) -> None:
+        def on_round_start(self, run: Any, module: Any, number: int) -> None:
             calls.append(f"start {number}")
 
-        def on_client_end(self, loop: Any, module: Any, report: Any) -> None:
+        def on_client_end(self, run: Any, module: Any, report: Any) -> None:
             calls.append(f"client {report.client}")
 
-        def on_round_end(self, loop: Any, module: Any, record: Any) -> None:
+        def on_round_end(self, run: Any, module: Any, record: Any) -> None:
             calls.append(f"end {record.round}")
-            loop.should_stop = record.round == 1
+            run.should_stop = record.round == 1
 
-        def on_fit_end(self, loop: Any, module: Any) -> None:
-            calls.append(f"done {loop.summary['rounds']}")
+        def on_fit_end(self, run: Any, module: Any) -> None:
+            calls.append(f"done {run.summary['rounds']}")
 
     make_loop(max_rounds=5, callbacks=[Spy()]).fit(make_module(), make_data())
     assert calls == ["fit", "start 1", "client 0", "client 1", "client 2", "end 1", "done 1"]
@@ -410,11 +410,11 @@ def test_the_centralised_baseline_is_ordinary_training_with_one_optimizer(make_d
     """Three rounds of one epoch are three epochs of a loop that never stops, though each round restores its optimizer."""
     data, plain = make_data(num_clients=1), make_module(**NO_DROPOUT)
     module = make_module(**NO_DROPOUT)
-    resident = Resident(Fabric(accelerator="cpu", devices=1), module, seed=4)
+    training = Training(Fabric(accelerator="cpu", devices=1), module, seed=4)
     module.log = lambda *_, **__: None
     state = ServerState(0, snapshot(travelling(module)))
     for _ in range(3):
-        state = centralised(resident, state, data.train_dataloader(), len(data.client_indices[0]), 1).state
+        state = centralised(training, state, data.train_dataloader(), len(data.client_indices[0]), 1).state
     optimizer = plain.configure_optimizers()["optimizer"]
     plain.log = lambda *_, **__: None
     for number in (1, 2, 3):

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from fedtune.errors import UsageError
-from fedtune.storage.locks import held, is_held
+from fedtune.storage.locks import is_locked, locked
 from fedtune.sweeps import grid, runner, worker
 from fedtune.sweeps import wandb_agents as wandb_sweep
 
@@ -102,7 +102,7 @@ def test_killed_in_the_middle_a_sweep_repeats_nothing_and_ends_alike(write: Writ
     os.kill(process.pid or 0, signal.SIGKILL)
     process.join()
     started, ended = ({path.parent.name for path in folder.glob(f"*/{name}")} for name in ("rounds.jsonl", "status.json"))
-    wait_until(lambda: not any(is_held(folder / name) for name in started - ended))  # runs end with their runner
+    wait_until(lambda: not any(is_locked(folder / name) for name in started - ended))  # runs end with their runner
     done = {path: path.stat().st_mtime_ns for path in folder.glob("*/status.json")}
     again = start(file, folder, tmp_path / "log-2")
     again.join()
@@ -136,7 +136,7 @@ def test_interrupted_a_sweep_says_how_to_go_on(write: Write, tmp_path: Path) -> 
     process.join()
     assert process.exitcode == 130
     assert f"interrupted; the same command goes on from the last complete round in {folder}" in log.read_text()
-    assert not any(is_held(path) for path in folder.glob("*"))
+    assert not any(is_locked(path) for path in folder.glob("*"))
 
 
 def test_a_plan_tells_what_is_done_and_estimates_the_rest(
@@ -169,7 +169,7 @@ def test_a_folder_is_for_one_process_and_its_owner_is_named(tmp_path: Path, make
 
 
 def _hold(folder: str, ready: str) -> None:
-    with held(folder):
+    with locked(folder):
         Path(ready).touch()
         time.sleep(60)
 

@@ -19,7 +19,7 @@ from fedtune.errors import RunError
 from fedtune.federated.agreement import RunningAgreement
 from fedtune.federated.messages import ClientReport
 from fedtune.federated.state import RoundResult, ServerState
-from fedtune.federated.training import Resident, train_client
+from fedtune.federated.training import Training, train_client
 from fedtune.tensors import Weights, assign_, move_towards_, num_bytes, snapshot, travelling
 
 
@@ -71,7 +71,7 @@ class RunningMean:
 
 
 def fedavg(
-    resident: Resident,
+    training: Training,
     state: ServerState,
     clients: Sequence[int],
     loader_of: Callable[[int], object],
@@ -82,7 +82,7 @@ def fedavg(
     """One round of federated averaging.
 
     Args:
-        resident: the module in which every client trains.
+        training: the module in which every client trains.
         state: the server before the round.
         clients: the cohort.
         loader_of: client -> its batches.
@@ -91,11 +91,11 @@ def fedavg(
         averaging: how the clients' weights are averaged.
     """
     number = state.round + 1
-    here = travelling(resident.module)
+    here = travelling(training.module)
     mean, agreement, reports, seconds = RunningMean(), RunningAgreement(state.weights, averaging.agreement), [], 0.0
     for client in clients:
         assign_(here, state.weights)
-        report = train_client(resident, client, loader_of(client), local_epochs, (number, state.steps, state.epochs))
+        report = train_client(training, client, loader_of(client), local_epochs, (number, state.steps, state.epochs))
         start = time.perf_counter()
         weight = report.num_examples if averaging.weighting == "examples" else 1
         report = replace(report, update_norm=agreement.add(here, weight))

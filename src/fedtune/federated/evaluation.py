@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
 from lightning_fabric import Fabric
 from pytorch_lightning.utilities.data import extract_batch_size
+from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torchmetrics import Metric
 
-from fedtune.federated.training import call_step
+from fedtune.federated.training import Training, call_step
+from fedtune.randomness import seeded
 
 
 class Evaluation(NamedTuple):
@@ -117,3 +120,64 @@ def evaluate(fabric: Fabric, module: pl.LightningModule, loader: Any) -> Evaluat
     finally:
         for part, mode in training.items():
             part.training = mode
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Evaluates a module, as it stands, on the parts of the data.
+
+    Args:
+        training: the module, its device and precision, the seed of the run.
+        data: a data module.
+        part: the part that rounds are evaluated on, "validation" or "test".
+        evaluation: "pooled" (metrics over all examples), or "clients" (means over clients of means over batches).
+    """
+
+    training: Training
+    data: Any
+    part: str
+    evaluation: str = "pooled"
+
+    def loader(self, part: str) -> Any:
+        """The batches of a part, or None where the data have no such part."""
+        name, stage = ("test_dataloader", "test") if part == "test" else ("val_dataloader", "validate")
+        if isinstance(self.data, pl.LightningDataModule):
+            if not is_overridden(name, self.data):
+                return None
+            self.data.setup(stage)
+        return getattr(self.data, name)() if hasattr(self.data, name) else None
+
+    def loaders(self) -> dict[str, Any]:
+        """Part -> its batches: the part that rounds are evaluated on, and the test part where there is one."""
+        found = {part: self.loader(part) for part in dict.fromkeys((self.part, "test"))}
+        return {part: batches for part, batches in found.items() if batches is not None}
+
+    def evaluate(self, part: str) -> Evaluation:
+        """The metrics on a part; none where the data have no such part."""
+        loader = self.loader(part)
+        if loader is None:
+            return Evaluation({})
+        with seeded(self.training.seed, "evaluate"):  # a loader draws a seed, even when nothing is random
+            return evaluate(self.training.fabric, self.training.module, loader)
+
+    def measure(self) -> tuple[dict[str, float], list[float | None]]:
+        """The metrics of a round, and the accuracy for each client where it is known."""
+        if self.evaluation == "pooled":
+            metrics, correct_N = self.evaluate(self.part)
+            of_client = getattr(self.data, "client_accuracy", None)
+            return metrics, of_client(self.part, correct_N) if of_client and correct_N is not None else []
+        of_clients = self._evaluate_clients()
+        return _mean(of_clients), [one.get("accuracy") for one in of_clients]
+
+    def _evaluate_clients(self) -> list[dict[str, float]]:
+        """For each client the mean of batches, on its share of the test part."""
+        fabric, module, of_clients = self.training.fabric, self.training.module, []
+        with seeded(self.training.seed, "evaluate"):
+            for client in range(self.data.num_clients):
+                loader = self.data.client_test_dataloader(client)
+                of_clients.append(_mean([evaluate(fabric, module, [batch]).metrics for batch in loader]))
+        return of_clients
+
+
+def _mean(metrics: list[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(one[name] for one in metrics) / len(metrics) for name in metrics[0]}

@@ -31,8 +31,8 @@ from fedtune.randomness import seeded
 
 
 @dataclass(frozen=True)
-class Resident:
-    """The module of this process and how it is trained.
+class Training:
+    """How this process trains: the one module in which every client trains, and all that stays the same for them.
 
     Args:
         fabric: precision and device.
@@ -99,7 +99,7 @@ def _forward(scheduler: Any, count: int) -> None:
             scheduler.step()
 
 
-def train_client(resident: Resident, client: int, loader: Any, epochs: int, position: tuple[int, int, int]) -> ClientReport:
+def train_client(training: Training, client: int, loader: Any, epochs: int, position: tuple[int, int, int]) -> ClientReport:
     """Train the resident module for some local epochs on one client's data, with a fresh optimizer.
 
     Args:
@@ -111,10 +111,10 @@ def train_client(resident: Resident, client: int, loader: Any, epochs: int, posi
         RunError: the loss became NaN or infinite, or the module raised; round, client and step are named.
     """
     number, steps, epochs_before = position
-    optimisation = Optimisation(resident.module, steps, epochs_before)
-    with seeded(resident.seed, "client", number, client):
-        batches = _epochs(loader, epochs, resident.module, optimisation)
-        return run_steps(resident, optimisation, batches, f"{resident.phase}round {number}, client {client}", client)
+    optimisation = Optimisation(training.module, steps, epochs_before)
+    with seeded(training.seed, "client", number, client):
+        batches = _epochs(loader, epochs, training.module, optimisation)
+        return run_steps(training, optimisation, batches, f"{training.phase}round {number}, client {client}", client)
 
 
 def _epochs(loader: Any, epochs: int, module: pl.LightningModule, optimisation: Optimisation) -> Iterator[Any]:
@@ -126,7 +126,7 @@ def _epochs(loader: Any, epochs: int, module: pl.LightningModule, optimisation: 
 
 
 def run_steps(
-    resident: Resident, optimisation: Optimisation, batches: Iterable[Any], where: str, client: int = 0
+    training: Training, optimisation: Optimisation, batches: Iterable[Any], where: str, client: int = 0
 ) -> ClientReport:
     """Optimizer steps over some batches. Nothing waits for the device before the last one.
 
@@ -139,9 +139,9 @@ def run_steps(
     sizes: list[int] = []
     tokens: list[Tensor] = []
     try:
-        with FastDropout() if resident.fast_dropout and resident.fabric.device.type == "cpu" else contextlib.nullcontext():
+        with FastDropout() if training.fast_dropout and training.fabric.device.type == "cpu" else contextlib.nullcontext():
             for batch in batches:
-                loss = _step(resident, optimisation, batch, len(losses))
+                loss = _step(training, optimisation, batch, len(losses))
                 if loss is None:
                     continue
                 losses.append(loss)
@@ -166,17 +166,17 @@ def run_steps(
     )
 
 
-def _step(resident: Resident, optimisation: Optimisation, batch: Any, index: int) -> Tensor | None:
+def _step(training: Training, optimisation: Optimisation, batch: Any, index: int) -> Tensor | None:
     """One optimizer step; None where the module skips the batch, as it may in a `Trainer`."""
-    fabric, module = resident.fabric, resident.module
+    fabric, module = training.fabric, training.module
     with fabric.autocast():
         output: Any = call_step(module.training_step, fabric.to_device(batch), index)
     if output is None:
         return None
     loss: Tensor = output["loss"] if isinstance(output, dict) else output
     loss.backward()
-    if resident.gradient_clip_val is not None:
-        torch.nn.utils.clip_grad_norm_(module.parameters(), resident.gradient_clip_val)
+    if training.gradient_clip_val is not None:
+        torch.nn.utils.clip_grad_norm_(module.parameters(), training.gradient_clip_val)
     optimisation.optimizer.step()
     optimisation.optimizer.zero_grad()
     optimisation.end("step")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,20 +19,20 @@ import pytorch_lightning as pl
 from fedtune.algorithms.fedavg import ALGORITHMS, Averaging
 from fedtune.errors import UsageError, at_least, one_of
 from fedtune.federated.cohorts import cohort
-from fedtune.federated.evaluation import attached
+from fedtune.federated.evaluation import Evaluator, attached
 from fedtune.federated.messages import ClientReport
-from fedtune.federated.session import Session
 from fedtune.federated.state import RoundResult, ServerState
-from fedtune.federated.training import Resident
-from fedtune.runs.baselines import centralised, local
-from fedtune.runs.callbacks import FederatedCallback, told_of_exceptions
+from fedtune.federated.training import Training
+from fedtune.runs.baselines import centralised_rounds, local_records
+from fedtune.runs.callbacks import FederatedCallback, Run, exceptions_reported
+from fedtune.runs.figures import plot_curves
 from fedtune.runs.hardware import fabric_of, freed_memory_kept, peak_memory_bytes, resolve_precision
 from fedtune.runs.progress import Progress
-from fedtune.runs.rounds import Course
+from fedtune.runs.rounds import Rounds
 from fedtune.runs.wandb import LOGGERS, WandbMirror
 from fedtune.storage.config import baseline_config, describe, fingerprint
-from fedtune.storage.directory import RunDirectory
-from fedtune.storage.locks import held
+from fedtune.storage.directory import RunDirectory, writing
+from fedtune.storage.locks import locked
 from fedtune.storage.records import RoundRecord
 from fedtune.storage.summary import mean_of, summarise
 from fedtune.tensors import assign_, digest, snapshot, travelling
@@ -42,7 +42,6 @@ PARTS = ("validation", "test")
 EVALUATIONS = ("pooled", "clients")
 WEIGHTINGS = ("examples", "uniform")
 _NOT_CONFIG = ("callbacks", "run_dir", "logger")  # not a plain value, or no part of what makes the numbers
-Advance = Callable[[ServerState], RoundResult]
 
 
 @dataclass(eq=False)
@@ -104,13 +103,11 @@ class FederatedLoop:
     progress: bool = True
     callbacks: Sequence[FederatedCallback] = ()
 
-    should_stop: bool = field(default=False, init=False)
     config: dict[str, Any] = field(default_factory=dict, init=False)
     data: Any = field(default=None, init=False, repr=False)
     history: list[RoundRecord] = field(default_factory=list, init=False)
     baseline_runs: dict[str, list[Any]] = field(default_factory=dict, init=False)
     summary: dict[str, Any] = field(default_factory=dict, init=False)
-    _centralised_test: dict[str, float] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("max_rounds", "local_epochs", "keep"):
@@ -133,8 +130,7 @@ class FederatedLoop:
         if isinstance(self.algorithm, str) and self.algorithm not in ALGORITHMS:
             raise one_of("algorithm", self.algorithm, ALGORITHMS)
         resolve_precision(self.precision, self.accelerator)
-        self.display = Progress(self.progress)
-        self._hooks = [*self.callbacks, *([WandbMirror()] if self.logger == "wandb" else [])]
+        self._callbacks = [*self.callbacks, *([WandbMirror()] if self.logger == "wandb" else [])]
 
     def fit(self, module: pl.LightningModule, data: Any) -> list[RoundRecord]:
         """Run the rounds, then the baselines; afterwards `module` holds the averaged weights.
@@ -160,134 +156,104 @@ class FederatedLoop:
         fabric = fabric_of(self.accelerator, precision)
         if fabric.device.type == "cuda" and hasattr(data, "keep_on"):
             data.keep_on(fabric.device)
+        training = Training(fabric, module, self.seed, self.gradient_clip_val, self.fast_dropout)
+        evaluator, progress = Evaluator(training, data, self.evaluate_on, self.evaluation), Progress(self.progress)
+        run = self._new_run(module, data, precision, progress)
+        with (
+            locked(self.run_dir),
+            attached(fabric, module),
+            freed_memory_kept(),
+            exceptions_reported(self._callbacks, run, module),
+        ):
+            directory = RunDirectory(Path(self.run_dir) if self.run_dir else None, run.config, self.keep)
+            rounds = Rounds(evaluator, progress, directory)
+            if evaluator.loader(self.evaluate_on) is None:
+                raise UsageError("evaluate_on", self.evaluate_on, "a part that the data have")
+            directory.begin(ServerState(0, snapshot(travelling(module))), again=bool(self.baselines))
+            final = self._federated(rounds, run)
+            test = evaluator.evaluate("test").metrics
+            self._conclude(rounds, run, test, {})  # a baseline that fails must not take the result with it
+            if self.baselines:
+                centralised_test = self._baselines(rounds, run)
+                assign_(travelling(module), final.weights)
+                self._conclude(rounds, run, test, centralised_test)
+            for callback in self._callbacks:
+                callback.on_fit_end(run, module)
+        return self.history
+
+    def _new_run(self, module: pl.LightningModule, data: Any, precision: str, progress: Progress) -> Run:
+        """What callbacks see; the loop has the same history and summary."""
         own = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.init}
         own["precision"] = precision  # a continuation on other hardware must not change it in silence
         self.config = describe(module, data, {name: value for name, value in own.items() if name not in _NOT_CONFIG})
-        self.history, self.baseline_runs, self.should_stop, self.data = [], {}, False, data
-        hooks = told_of_exceptions(self._hooks, self, module)
-        with held(self.run_dir), attached(fabric, module), freed_memory_kept(), hooks:
-            run = RunDirectory(Path(self.run_dir) if self.run_dir else None, self.config, self.keep)
-            resident = Resident(fabric, module, self.seed, self.gradient_clip_val, self.fast_dropout)
-            session = Session(resident, data, self.evaluate_on, self.evaluation)
-            if session.loader(self.evaluate_on) is None:
-                raise UsageError("evaluate_on", self.evaluate_on, "a part that the data have")
-            run.begin(ServerState(0, snapshot(travelling(module))), again=bool(self.baselines))
-            final = self._federated(session, run)
-            test = session.evaluate("test").metrics
-            self._conclude(session, run, test)  # a baseline that fails must not take the result with it
-            if self.baselines:
-                self._baselines(session, run.start())
-                assign_(travelling(module), final.weights)
-                self._conclude(session, run, test)
-            for hook in self._hooks:
-                hook.on_fit_end(self, module)
-        return self.history
+        run = Run(self.config, data, self.max_rounds, self.run_dir, progress.line)
+        self.data, self.history, self.summary, self.baseline_runs = data, run.history, run.summary, {}
+        return run
 
-    def _federated(self, session: Session, run: RunDirectory) -> ServerState:
-        def told(report: ClientReport) -> None:
-            self.display.client(report)
-            for hook in self._hooks:
-                hook.on_client_end(self, session.resident.module, report)
-
-        def advance(state: ServerState) -> RoundResult:
-            clients = self._cohort(session.data, state.round + 1)
-            loader_of, averaging = session.data.client_dataloader, Averaging(self.weighting, self.agreement)
-            return algorithm(session.resident, state, clients, loader_of, self.local_epochs, told, averaging)
-
+    def _federated(self, rounds: Rounds, run: Run) -> ServerState:
+        training, data = rounds.evaluator.training, rounds.evaluator.data
         algorithm = ALGORITHMS[self.algorithm] if isinstance(self.algorithm, str) else self.algorithm
 
-        size = min(self.clients_per_round or session.data.num_clients, session.data.num_clients)
-        course = Course(run, self.max_rounds, self.history, self._hooks)
-        with self.display.phase("federated", self.max_rounds, size):
-            return self._rounds(session, course, run.start, advance)
+        def ended(report: ClientReport) -> None:
+            rounds.progress.client(report)
+            for callback in self._callbacks:
+                callback.on_client_end(run, training.module, report)
 
-    def _rounds(self, session: Session, course: Course, start: Callable[[], ServerState], advance: Advance) -> ServerState:
-        """Rounds one after the other, each evaluated, recorded and kept; from where the run stopped, if it did."""
-        module = session.resident.module
-        found, course.history[:] = course.run.resume()
-        state = start() if found is None else found
-        assign_(travelling(module), state.weights)
-        memory = {name: tensor.to(module.device) for name, tensor in state.optimizer.items()}
-        state = dataclasses.replace(state, weights=snapshot(travelling(module)), optimizer=memory)
-        if state.round > course.rounds:
-            raise UsageError("max_rounds", course.rounds, f"{state.round} or more, the rounds that {self.run_dir} has")
-        self.display.resumed(state.round)
-        for hook in course.hooks:
-            hook.on_fit_start(self, module)
-        while state.round < course.rounds and not self.should_stop:
-            for hook in course.hooks:
-                hook.on_round_start(self, module, state.round + 1)
-            began = time.perf_counter()
-            result = advance(state)
-            state = result.state
-            assign_(travelling(module), state.weights)
-            record = session.record(result, began)
-            course.run.complete(record, state)
-            course.history.append(record)
-            self.display.round(record)
-            for hook in course.hooks:
-                hook.on_round_end(self, module, record)
-        return state
-
-    def _baselines(self, session: Session, start: ServerState) -> None:
-        self.should_stop = False
-        if "centralised" in self.baselines:
-            self._centralised(session, start)
-        if "local" in self.baselines:
-            self.baseline_runs["local"] = self._local(session, start)
-
-    def _centralised(self, session: Session, start: ServerState) -> None:
         def advance(state: ServerState) -> RoundResult:
-            examples = self.history[state.round].num_examples
-            return centralised(session.resident, state, session.data.train_dataloader(), examples, self.local_epochs)
+            clients = self._cohort(data, state.round + 1)
+            averaging = Averaging(self.weighting, self.agreement)
+            return algorithm(training, state, clients, data.client_dataloader, self.local_epochs, ended, averaging)
 
-        history: list[RoundRecord] = []
-        everyone = self.clients_per_round is None or self.clients_per_round >= session.data.num_clients
-        rounds = self.history[-1].round
-        with self._baseline_run("centralised", start, not everyone) as run, self.display.phase("centralised", rounds, 1):
-            final = self._rounds(session, Course(run, rounds, history), lambda: start, advance)
-        assign_(travelling(session.resident.module), final.weights)
-        self.baseline_runs["centralised"], self._centralised_test = history, session.evaluate("test").metrics
+        size = min(self.clients_per_round or data.num_clients, data.num_clients)
+        with rounds.progress.phase("federated", self.max_rounds, size):
+            return rounds.play(run, rounds.directory.start, advance, self._callbacks)
 
-    def _local(self, session: Session, start: ServerState) -> list[dict[str, Any]]:
-        taken = [client for number in range(1, self.history[-1].round + 1) for client in self._cohort(session.data, number)]
-        clients = session.data.num_clients
-        with self._baseline_run("local", start, split_matters=True) as run, self.display.phase("local", 1, clients):
-            done = run.read("local.jsonl")
-            for client in range(len(done), clients):
-                epochs, loader = self.local_epochs * max(1, taken.count(client)), session.data.client_dataloader(client)
-                record = local(session.resident, start.weights, client, loader, epochs, session.loaders())
-                run.append("local.jsonl", record)
-                done.append(record)
-                self.display.local(record)
-        return done
+    def _baselines(self, rounds: Rounds, run: Run) -> dict[str, float]:
+        """Do them; returns what the centralised one reaches on the test part."""
+        start, data, test = rounds.directory.start(), run.data, {}
+        everyone = self.clients_per_round is None or self.clients_per_round >= data.num_clients
+        if "centralised" in self.baselines:
+            examples = [record.num_examples for record in run.history]
+            with self._baseline("centralised", rounds, run, start, split_matters=not everyone) as (there, beside):
+                final = centralised_rounds(there, beside, start, examples, self.local_epochs)
+            assign_(travelling(rounds.evaluator.training.module), final.weights)
+            self.baseline_runs["centralised"], test = beside.history, rounds.evaluator.evaluate("test").metrics
+        if "local" in self.baselines:
+            taken = Counter(client for record in run.history for client in self._cohort(data, record.round))
+            epochs = [self.local_epochs * max(1, taken[client]) for client in range(data.num_clients)]
+            with self._baseline("local", rounds, run, start, split_matters=True) as (there, _):
+                self.baseline_runs["local"] = local_records(there, start, epochs)
+        return test
 
     @contextlib.contextmanager
-    def _baseline_run(self, name: str, start: ServerState, split_matters: bool) -> Iterator[RunDirectory]:
-        """The directory of a baseline, named after all that its numbers depend on; who shares it waits for its turn."""
+    def _baseline(
+        self, name: str, rounds: Rounds, run: Run, start: ServerState, split_matters: bool
+    ) -> Iterator[tuple[Rounds, Run]]:
+        """A run beside this one. Its directory is named after all that its numbers depend on; who shares it waits."""
+        about = {"name": name, "examples": [record.num_examples for record in run.history], "start": digest(start.weights)}
+        config = baseline_config(run.config, about, split_matters)
         folder = self.baseline_dir or (self.run_dir and str(Path(self.run_dir) / "baselines"))
-        if not folder:
-            yield RunDirectory(None, {}, self.keep)
-            return
-        about = {"name": name, "examples": [record.num_examples for record in self.history], "start": digest(start.weights)}
-        config = baseline_config(self.config, about, split_matters)
-        path = Path(folder) / f"{name}-{fingerprint(config)}"
-        with held(path, wait=True):
-            yield RunDirectory(path, config, self.keep)
+        path = Path(folder) / f"{name}-{fingerprint(config)}" if folder else None
+        with locked(path, wait=True):
+            directory = RunDirectory(path, config, self.keep)
+            yield dataclasses.replace(rounds, directory=directory), Run(config, run.data, len(run.history))
 
-    def _conclude(self, session: Session, run: RunDirectory, test: dict[str, float]) -> None:
+    def _conclude(self, rounds: Rounds, run: Run, test: dict[str, float], centralised_test: dict[str, float]) -> None:
         """Sum up what is known by now."""
-        majority = getattr(session.data, "majority_accuracy", None)
-        found = dict(self.baseline_runs) | {"majority_accuracy": majority("test") if majority else None}
+        majority, path = getattr(run.data, "majority_accuracy", None), rounds.directory.path
+        found: dict[str, Any] = {**self.baseline_runs, "majority_accuracy": majority("test") if majority else None}
         if "centralised" in found:
-            found["centralised_test"] = self._centralised_test
-        self.summary = summarise(self.history, self.evaluate_on, test, found)
-        self.summary["peak_memory_bytes"] = peak_memory_bytes(session.resident.fabric.device)
-        curves = {"federated": self.history, "centralised": self.baseline_runs.get("centralised", [])}
-        alone = mean_of(self.baseline_runs.get("local", []), self.evaluate_on, "accuracy")
-        levels = {} if alone is None else {"each client alone, mean": alone}
-        run.draw({name: history for name, history in curves.items() if history}, levels, self.evaluate_on)
-        run.write_json("summary.json", self.summary)
+            found["centralised_test"] = centralised_test
+        run.summary.update(summarise(run.history, self.evaluate_on, test, found))
+        run.summary["peak_memory_bytes"] = peak_memory_bytes(rounds.evaluator.training.fabric.device)
+        if path is not None:
+            curves = {"federated": run.history, "centralised": self.baseline_runs.get("centralised", [])}
+            alone = mean_of(self.baseline_runs.get("local", []), self.evaluate_on, "accuracy")
+            levels = {} if alone is None else {"each client alone, mean": alone}
+            with writing(path / "curves.png"):
+                drawn = {name: history for name, history in curves.items() if history}
+                plot_curves(drawn, path / "curves.png", levels, title=f"{path.name}: {self.evaluate_on} part")
+        rounds.directory.write_json("summary.json", run.summary)
 
     def _cohort(self, data: Any, number: int) -> list[int]:
         return cohort(self.seed, number, data.num_clients, self.clients_per_round)

@@ -1,20 +1,87 @@
-"""A sequence of rounds: where it is kept, how long it is, and who follows it."""
+"""Rounds one after the other, each evaluated, recorded and kept; from where they stopped, if they did."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fedtune.runs.callbacks import FederatedCallback
+from fedtune.errors import UsageError
+from fedtune.federated.evaluation import Evaluator
+from fedtune.federated.state import RoundResult, ServerState
+from fedtune.runs.callbacks import FederatedCallback, Run
+from fedtune.runs.progress import Progress
 from fedtune.storage.directory import RunDirectory
 from fedtune.storage.records import RoundRecord
+from fedtune.tensors import assign_, snapshot, travelling
 
 
-@dataclass
-class Course:
-    """A sequence of rounds: where it is kept, how long it is, its records so far, and who is told."""
+@dataclass(frozen=True)
+class Rounds:
+    """What goes with every round, whatever is done in it.
 
-    run: RunDirectory
-    rounds: int
-    history: list[RoundRecord]
-    hooks: Sequence[FederatedCallback] = ()
+    Args:
+        evaluator: evaluates the module after each round.
+        progress: what the terminal says.
+        directory: where records and checkpoints are kept.
+    """
+
+    evaluator: Evaluator
+    progress: Progress
+    directory: RunDirectory
+
+    def play(
+        self,
+        run: Run,
+        start: Callable[[], ServerState],
+        advance: Callable[[ServerState], RoundResult],
+        callbacks: Sequence[FederatedCallback] = (),
+    ) -> ServerState:
+        """Do the rounds that are left of a run; `run.history` then has all of them.
+
+        Args:
+            start: the state before the first round; called where no round was done before.
+            advance: one round.
+
+        Raises:
+            UsageError: the directory has more rounds than the run wants.
+            RunError: a round had to stop; every complete one is kept.
+        """
+        module = self.evaluator.training.module
+        found, run.history[:] = self.directory.resume()
+        state = self._loaded(start() if found is None else found)
+        if state.round > run.max_rounds:
+            allowed = f"{state.round} or more, the rounds that {self.directory.path} has"
+            raise UsageError("max_rounds", run.max_rounds, allowed)
+        self.progress.resumed(state.round)
+        for callback in callbacks:
+            callback.on_fit_start(run, module)
+        while state.round < run.max_rounds and not run.should_stop:
+            for callback in callbacks:
+                callback.on_round_start(run, module, state.round + 1)
+            began = time.perf_counter()
+            result = advance(state)
+            state = result.state
+            assign_(travelling(module), state.weights)
+            record = self._measured(result, time.perf_counter() - began)
+            self.directory.complete(record, state)
+            run.history.append(record)
+            self.progress.round(record)
+            for callback in callbacks:
+                callback.on_round_end(run, module, record)
+        return state
+
+    def _loaded(self, state: ServerState) -> ServerState:
+        """The state on the module's device, its weights in the module, too."""
+        module = self.evaluator.training.module
+        assign_(travelling(module), state.weights)
+        memory = {name: tensor.to(module.device) for name, tensor in state.optimizer.items()}
+        return dataclasses.replace(state, weights=snapshot(travelling(module)), optimizer=memory)
+
+    def _measured(self, result: RoundResult, seconds: float) -> RoundRecord:
+        """The record of a round that took so long, the module holding its result."""
+        began = time.perf_counter()
+        metrics, client_accuracy = self.evaluator.measure()
+        times = {"train": seconds - result.seconds_aggregate, "evaluate": time.perf_counter() - began}
+        return RoundRecord.of(result, metrics, client_accuracy, times)

@@ -7,19 +7,16 @@ import tempfile
 import uuid
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytorch_lightning as pl
 
 from fedtune.errors import UsageError
 from fedtune.files import write_text
-from fedtune.runs.callbacks import FederatedCallback
+from fedtune.runs.callbacks import FederatedCallback, Run
 from fedtune.runs.figures import plot_split
 from fedtune.storage.records import RoundRecord
 from fedtune.storage.summary import spread
-
-if TYPE_CHECKING:
-    from fedtune.runs.loop import FederatedLoop
 
 LOGGERS = ("none", "wandb")
 
@@ -35,16 +32,16 @@ class WandbMirror(FederatedCallback):
 
     def __init__(self) -> None:
         self._wandb = import_wandb("logger")
-        self._run: Any = None
+        self._mirror: Any = None
 
-    def on_fit_start(self, loop: FederatedLoop, module: pl.LightningModule) -> None:
+    def on_fit_start(self, run: Run, module: pl.LightningModule) -> None:
         """Open the run; a resumed run directory continues the same W&B run. A W&B that fails is left alone from then on."""
-        config, tagged = loop.config, (("model", "name"), ("data", "task"), ("data", "split"))
+        config, tagged = run.config, (("model", "name"), ("data", "task"), ("data", "split"))
         try:
-            self._run = self._wandb.init(
+            self._mirror = self._wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "fedtune"),
-                dir=loop.run_dir,
-                id=_run_id(loop.run_dir),
+                dir=run.run_dir,
+                id=_run_id(run.run_dir),
                 resume="allow",
                 reinit="finish_previous",
                 config=config,
@@ -54,47 +51,47 @@ class WandbMirror(FederatedCallback):
         except self._wandb.Error as error:
             warnings.warn(f"the run is not mirrored, W&B could not be started: {error}", stacklevel=1)
             return
-        self._run.define_metric("round")
-        self._run.define_metric("*", step_metric="round")
-        if hasattr(loop.data, "describe") and not loop.history:
-            self._log_split(loop)
-        if loop.history:  # a kill may have come between its checkpoint and its mirror
-            self.on_round_end(loop, module, loop.history[-1])
+        self._mirror.define_metric("round")
+        self._mirror.define_metric("*", step_metric="round")
+        if hasattr(run.data, "describe") and not run.history:
+            self._log_split(run)
+        if run.history:  # a kill may have come between its checkpoint and its mirror
+            self.on_round_end(run, module, run.history[-1])
 
-    def _log_split(self, loop: FederatedLoop) -> None:
+    def _log_split(self, run: Run) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "split.png"
-            plot_split(loop.data.describe(), path)
-            self._run.log({"split": self._wandb.Image(str(path)), "round": len(loop.history)})
+            plot_split(run.data.describe(), path)
+            self._mirror.log({"split": self._wandb.Image(str(path)), "round": len(run.history)})
 
-    def on_round_end(self, loop: FederatedLoop, module: pl.LightningModule, record: RoundRecord) -> None:
+    def on_round_end(self, run: Run, module: pl.LightningModule, record: RoundRecord) -> None:
         """Log every number of the record."""
-        if self._run is not None:
+        if self._mirror is not None:
             flat = record.to_dict()
             drift = {f"drift/{layer}": value for layer, value in flat.pop("drift").items()}
             clients = {f"client_accuracy/{name}": value for name, value in spread(flat.pop("client_accuracy")).items()}
             del flat["clients"]
-            self._run.log({name: value for name, value in (flat | clients | drift).items() if value is not None})
+            self._mirror.log({name: value for name, value in (flat | clients | drift).items() if value is not None})
 
-    def on_fit_end(self, loop: FederatedLoop, module: pl.LightningModule) -> None:
+    def on_fit_end(self, run: Run, module: pl.LightningModule) -> None:
         """Log the last round's clients as a table and the summary, and close the run."""
-        if self._run is None:
+        if self._mirror is None:
             return
-        last = loop.history[-1].to_dict()
+        last = run.history[-1].to_dict()
         accuracy = dict(enumerate(last["client_accuracy"]))
         rows = [report | {"accuracy": accuracy.get(report["client"])} for report in last["clients"]]
         table = self._wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
-        self._run.log({"clients": table, "round": last["round"]})
-        self._run.summary.update({f"final/{name}": value for name, value in loop.summary.items()})
-        folder, offline = self._run.dir, self._run.settings.mode == "offline"
-        self._run.finish()
+        self._mirror.log({"clients": table, "round": last["round"]})
+        self._mirror.summary.update({f"final/{name}": value for name, value in run.summary.items()})
+        folder, offline = self._mirror.dir, self._mirror.settings.mode == "offline"
+        self._mirror.finish()
         if offline:
-            loop.display.line(f"W&B wrote offline files; send them with: wandb sync {os.path.dirname(folder)}")
+            run.print(f"W&B wrote offline files; send them with: wandb sync {os.path.dirname(folder)}")
 
-    def on_exception(self, loop: FederatedLoop, module: pl.LightningModule, error: BaseException) -> None:
+    def on_exception(self, run: Run, module: pl.LightningModule, error: BaseException) -> None:
         """Close the run as a failed one."""
-        if self._run is not None:
-            self._run.finish(exit_code=1)
+        if self._mirror is not None:
+            self._mirror.finish(exit_code=1)
 
 
 def import_wandb(argument: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import yaml
 from fedtune.errors import RunError, UsageError
 from fedtune.federated.state import ServerState
 from fedtune.files import append_line, read_lines, write_lines, write_text
-from fedtune.runs.figures import plot_curves
 from fedtune.storage import checkpoint
 from fedtune.storage.config import differences, versions
 from fedtune.storage.records import RoundRecord, read_rounds
@@ -60,12 +59,6 @@ class RunDirectory:
             raise RunError(f"{self.path} lost the weights it began with (start/)")
         return found
 
-    def draw(self, curves: Mapping[str, Sequence[RoundRecord]], levels: Mapping[str, float], part: str) -> None:
-        """Draw curves.png."""
-        if self.path is not None:
-            with _disk(self.path / "curves.png"):
-                plot_curves(curves, self.path / "curves.png", levels, title=f"{self.path.name}: {part} part")
-
     def resume(self) -> tuple[ServerState | None, list[RoundRecord]]:
         """The state after the last complete round and the records up to it; a later, unfinished round is dropped."""
         if self.path is None:
@@ -75,7 +68,7 @@ class RunDirectory:
         if state and len(done) < state.round:
             raise RunError(f"{self.path / 'rounds.jsonl'} lacks rounds up to {state.round}; it has {len(done)}")
         if (self.path / "rounds.jsonl").exists():
-            with _disk(self.path / "rounds.jsonl"):
+            with writing(self.path / "rounds.jsonl"):
                 write_lines(self.path / "rounds.jsonl", [record.to_dict() for record in done])
         return state, done
 
@@ -88,7 +81,7 @@ class RunDirectory:
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file of the run, at once."""
         if self.path is not None:
-            with _disk(self.path / name):
+            with writing(self.path / name):
                 write_text(self.path / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
     def read(self, name: str) -> list[dict[str, Any]]:
@@ -96,14 +89,14 @@ class RunDirectory:
         if self.path is None or not (self.path / name).exists():
             return []
         found = read_lines(self.path / name)
-        with _disk(self.path / name):
+        with writing(self.path / name):
             write_lines(self.path / name, found)
         return found
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Add a record to a JSON-lines file of the run."""
         if self.path is not None:
-            with _disk(self.path / name):
+            with writing(self.path / name):
                 append_line(self.path / name, record)
 
     def _claim(self, file: Path, config: Mapping[str, Any]) -> None:
@@ -118,7 +111,8 @@ class RunDirectory:
 
 
 @contextlib.contextmanager
-def _disk(file: Path) -> Iterator[None]:
+def writing(file: Path) -> Iterator[None]:
+    """Inside the block an error of the disk becomes a `RunError` about the file."""
     try:
         yield
     except OSError as error:

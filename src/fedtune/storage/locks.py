@@ -17,7 +17,7 @@ class Busy(UsageError):
 
 
 @contextlib.contextmanager
-def held(folder: str | Path | None, wait: bool = False) -> Iterator[None]:
+def locked(folder: str | Path | None, wait: bool = False) -> Iterator[None]:
     """Inside the block no other process that asks works in the folder; within one process blocks may be nested.
 
     Args:
@@ -56,12 +56,12 @@ def _sign(owner: Path) -> None:
         owner.write_text(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
 
 
-def is_held(folder: str | Path) -> bool:
+def is_locked(folder: str | Path) -> bool:
     """Whether another process works in a folder."""
     if not (Path(folder) / ".lock").exists():
         return False
     try:
-        with held(folder):
+        with locked(folder):
             return False
     except Busy:
         return True

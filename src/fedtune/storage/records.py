@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedtune.federated.messages import ClientReport
+from fedtune.federated.state import RoundResult
 from fedtune.files import read_lines
 
 
@@ -44,6 +46,40 @@ class RoundRecord:
     drift: dict[str, float]
     clients: list[ClientReport] = field(default_factory=list)
     client_accuracy: list[float | None] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls, result: RoundResult, metrics: dict[str, float], client_accuracy: list[float | None], seconds: Mapping[str, float]
+    ) -> RoundRecord:
+        """The record of a round.
+
+        Args:
+            result: of the round.
+            metrics, client_accuracy: as measured after it.
+            seconds: "train" (averaging apart) and "evaluate".
+        """
+        reports = result.clients
+        examples = sum(report.num_examples for report in reports)
+        return cls(
+            round=result.state.round,
+            metrics=metrics,
+            train_loss_nats=sum(report.train_loss_nats * report.num_examples for report in reports) / examples,
+            num_clients=len(reports),
+            num_examples=examples,
+            num_steps=sum(report.num_steps for report in reports),
+            num_tokens=sum(report.num_tokens for report in reports),
+            seconds=seconds["train"] + result.seconds_aggregate + seconds["evaluate"],
+            seconds_train=seconds["train"],
+            seconds_aggregate=result.seconds_aggregate,
+            seconds_evaluate=seconds["evaluate"],
+            bytes_up=result.bytes_up,
+            bytes_down=result.bytes_down,
+            update_norm=result.agreement.update_norm,
+            update_cosine=result.agreement.update_cosine,
+            drift=result.agreement.drift,
+            clients=reports,
+            client_accuracy=client_accuracy,
+        )
 
     def __getattr__(self, name: str) -> float:
         metrics = self.__dict__.get("metrics", {})

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedtune.files import write_text
-from fedtune.storage.locks import held, is_held
+from fedtune.storage.locks import is_locked, locked
 from fedtune.sweeps.grid import Cell, Sweep
 from fedtune.sweeps.worker import status, work
 
@@ -149,7 +149,7 @@ def run(sweep: Sweep, folder: Path, workers: int = 1, logger: str = "none") -> i
     """
     console = Console(highlight=False, markup=False)
     board = _Board(sweep, folder, workers)
-    with held(folder / _SHARED, wait=True):  # nothing but a look whether the folder can be written
+    with locked(folder / _SHARED, wait=True):  # nothing but a look whether the folder can be written
         pass
     console.print(f"{sweep.name}: {len(sweep.cells)} runs in {folder.resolve()}, {workers} at a time", soft_wrap=True)
     _start_server()
@@ -195,7 +195,7 @@ def _all(board: _Board, console: Console, logger: str) -> None:
             elif error is not None:
                 queue.remove(cell)
                 board.failed[cell.name] = f"{cell.title}: {error}"
-            elif len(board.running) < board.workers and not is_held(folder):
+            elif len(board.running) < board.workers and not is_locked(folder):
                 queue.remove(cell)
                 board.running.append(_start(cell, board, logger))
         lines = [one.line for one in board.running]

@@ -17,7 +17,7 @@ from fedtune.errors import RunError, UsageError
 from fedtune.files import read_lines, write_text
 from fedtune.runs.callbacks import FederatedCallback
 from fedtune.runs.options import fit
-from fedtune.storage.locks import Busy, held
+from fedtune.storage.locks import Busy, locked
 
 if TYPE_CHECKING:
     from fedtune.runs.loop import FederatedLoop
@@ -40,15 +40,15 @@ class _Reporter(FederatedCallback):
     def __init__(self, line: Connection) -> None:
         self._line = line
 
-    def on_fit_start(self, loop: Any, module: Any) -> None:
-        self._send(loop)
+    def on_fit_start(self, run: Any, module: Any) -> None:
+        self._send(run)
 
-    def on_round_end(self, loop: Any, module: Any, record: Any) -> None:
-        self._send(loop)
+    def on_round_end(self, run: Any, module: Any, record: Any) -> None:
+        self._send(run)
 
-    def _send(self, loop: Any) -> None:
-        done = len(loop.history)
-        self._line.send(f"round {done}/{loop.max_rounds}" if done < loop.max_rounds else "last evaluation, baselines")
+    def _send(self, run: Any) -> None:
+        done = len(run.history)
+        self._line.send(f"round {done}/{run.max_rounds}" if done < run.max_rounds else "last evaluation, baselines")
 
 
 def work(arguments: Arguments, folder: Path, setting: Mapping[str, Any], line: Connection) -> None:
@@ -65,7 +65,7 @@ def work(arguments: Arguments, folder: Path, setting: Mapping[str, Any], line: C
 
     torch.set_num_threads(setting["threads"])
     try:
-        with held(folder):
+        with locked(folder):
             if status(folder).get("state") != "finished":
                 with open(folder / "log.txt", "a", encoding="utf-8", buffering=1) as log:
                     for stream in (1, 2):  # the streams themselves: handlers of other libraries hold on to them
@@ -90,7 +90,7 @@ def recorded(arguments: Arguments, folder: Path, **where: Any) -> FederatedLoop:
     Raises:
         UsageError, RunError: as `options.fit`.
     """
-    with held(folder):
+    with locked(folder):
         (folder / "status.json").unlink(missing_ok=True)
         before = sum(record["seconds"] for record in read_lines(folder / "rounds.jsonl"))
         began = time.perf_counter()
