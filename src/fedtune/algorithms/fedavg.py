@@ -18,9 +18,11 @@ from dataclasses import dataclass, replace
 from fedtune.errors import RunError
 from fedtune.federated.agreement import RunningAgreement
 from fedtune.federated.messages import ClientReport
+from fedtune.federated.pieces import Pieces
 from fedtune.federated.state import RoundResult, ServerState
+from fedtune.federated.sums import ExactSum
 from fedtune.federated.training import Training, train_client
-from fedtune.tensors import Weights, assign_, move_towards_, num_bytes, snapshot, travelling
+from fedtune.tensors import assign_, moved, num_bytes, subtract_, travelling
 
 
 @dataclass(frozen=True)
@@ -30,44 +32,12 @@ class Averaging:
     Args:
         weighting: "examples" (n_k), or "uniform" as in the code of Hilmkil et al. 2021.
         agreement: whether the round also says how the clients' updates agree, beyond their norms.
+        max_weight: the largest total of the weights of a round.
     """
 
     weighting: str = "examples"
     agreement: bool = True
-
-
-class RunningMean:
-    """Weighted mean of weights that come one after the other, in the memory of one copy.
-
-    Each new contribution moves the mean towards itself by its share of the total so far. That is the weighted mean, needs
-    no division at the end, and returns a lone contribution, or equal ones, to the bit.
-    """
-
-    def __init__(self) -> None:
-        self._mean: Weights | None = None
-        self._total = 0.0
-
-    def add(self, weights: Weights, weight: float) -> None:
-        """Take in one contribution, weighted by its number of examples.
-
-        Raises:
-            RunError: the weight is negative or not finite.
-        """
-        if not 0 <= weight < float("inf"):
-            raise RunError(f"a contribution to the average has weight {weight}; allowed: 0 or more")
-        if weight == 0:
-            return
-        self._total += weight
-        if self._mean is None:
-            self._mean = snapshot(weights)
-        else:
-            move_towards_(self._mean, weights, weight / self._total)
-
-    def result(self) -> Weights:
-        """The mean. Raises `RunError` when there was nothing to average: an empty round must not become zeros."""
-        if self._mean is None:
-            raise RunError("no client contributed an example to this round; there is nothing to average")
-        return self._mean
+    max_weight: int = 2**24
 
 
 def fedavg(
@@ -92,28 +62,34 @@ def fedavg(
     """
     number = state.round + 1
     here = travelling(training.module)
-    mean, agreement, reports, seconds = RunningMean(), RunningAgreement(state.weights, averaging.agreement), [], 0.0
+    total, agreement = ExactSum(8.0, averaging.max_weight), RunningAgreement(len(clients), averaging.agreement)
+    reports, seconds = [], 0.0
     for client in clients:
         assign_(here, state.weights)
         report = train_client(training, client, loader_of(client), local_epochs, (number, state.steps, state.epochs))
         start = time.perf_counter()
         weight = report.num_examples if averaging.weighting == "examples" else 1
-        report = replace(report, update_norm=agreement.add(here, weight))
+        subtract_(here, state.weights)
+        update = Pieces(here)
+        squares = update.squares()
+        report = replace(report, update_norm=math.sqrt(sum(squares.values())))
         if not math.isfinite(report.update_norm):
             raise RunError(f"round {number}, client {client}: its weights are no longer finite; lower the learning rate")
-        mean.add(here, weight)
+        agreement.add(client, update, weight, squares)
+        total.add(update, weight)
         seconds += time.perf_counter() - start
         reports.append(report)
         on_client_end(report)
+    mean = total.mean()
     after = ServerState(
         round=number,
-        weights=mean.result(),
+        weights=moved(state.weights, mean),
         steps=state.steps + max(report.num_steps for report in reports),
         epochs=state.epochs + local_epochs,
         examples=state.examples + sum(report.num_examples for report in reports),
     )
     traffic = num_bytes(state.weights) * len(reports)
-    agreed = agreement.result(after.weights)
+    agreed = agreement.result(mean)
     return RoundResult(after, reports, agreed, seconds, bytes_up=traffic, bytes_down=traffic)
 
 

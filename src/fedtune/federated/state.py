@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedtune.federated.agreement import Agreement
 from fedtune.federated.messages import ClientReport
-from fedtune.tensors import Weights
+from fedtune.tensors import Tensors
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class ServerState:
     """
 
     round: int
-    weights: Weights
+    weights: Tensors
     steps: int = 0
     epochs: int = 0
     examples: int = 0

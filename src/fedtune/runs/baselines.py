@@ -12,12 +12,13 @@ from torch import Tensor
 
 from fedtune.federated.agreement import Agreement
 from fedtune.federated.evaluation import evaluate
+from fedtune.federated.pieces import norm
 from fedtune.federated.state import RoundResult, ServerState
 from fedtune.federated.training import Optimisation, Training, exactly, run_steps, train_client
 from fedtune.randomness import seeded
 from fedtune.runs.callbacks import Run
 from fedtune.runs.rounds import Rounds
-from fedtune.tensors import Weights, assign_, distance, snapshot, travelling
+from fedtune.tensors import Tensors, assign_, snapshot, subtract_, travelling
 
 
 def centralised_rounds(rounds: Rounds, run: Run, start: ServerState, examples: Sequence[int], epochs: int) -> ServerState:
@@ -77,12 +78,12 @@ def centralised(training: Training, state: ServerState, loader: Any, examples: i
         examples=state.examples + report.num_examples,
         optimizer=flatten(optimisation.optimizer),
     )
-    step = distance(after.weights, state.weights)
-    return RoundResult(after, [report], Agreement(step))
+    subtract_(here, state.weights)
+    return RoundResult(after, [report], Agreement(norm(here)))
 
 
 def local(
-    training: Training, initial: Weights, client: int, loader: Any, epochs: int, evaluations: dict[str, Any]
+    training: Training, initial: Tensors, client: int, loader: Any, epochs: int, evaluations: dict[str, Any]
 ) -> dict[str, Any]:
     """One client alone: all its epochs on its own data with one optimizer, then evaluated.
 

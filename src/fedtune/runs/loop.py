@@ -18,7 +18,7 @@ import pytorch_lightning as pl
 
 from fedtune.algorithms.fedavg import ALGORITHMS, Averaging
 from fedtune.errors import UsageError, at_least, one_of
-from fedtune.federated.cohorts import cohort
+from fedtune.federated.cohorts import cohort, max_weight
 from fedtune.federated.evaluation import Evaluator, attached
 from fedtune.federated.messages import ClientReport
 from fedtune.federated.state import RoundResult, ServerState
@@ -194,6 +194,8 @@ class FederatedLoop:
         training, data = rounds.evaluator.training, rounds.evaluator.data
         algorithm = ALGORITHMS[self.algorithm] if isinstance(self.algorithm, str) else self.algorithm
 
+        most = max_weight(data, self.local_epochs)
+
         def ended(report: ClientReport) -> None:
             rounds.progress.client(report)
             for callback in self._callbacks:
@@ -201,7 +203,7 @@ class FederatedLoop:
 
         def advance(state: ServerState) -> RoundResult:
             clients = self._cohort(data, state.round + 1)
-            averaging = Averaging(self.weighting, self.agreement)
+            averaging = Averaging(self.weighting, self.agreement, most)
             return algorithm(training, state, clients, data.client_dataloader, self.local_epochs, ended, averaging)
 
         size = min(self.clients_per_round or data.num_clients, data.num_clients)
