@@ -43,7 +43,8 @@ def main() -> None:
             for grouped in (False, True):
                 data = data_of(clients, grouped)
                 module = fedtune.BertClassifier("minilm", data.num_labels, seed=seed)
-                loop = fedtune.FederatedLoop(max_rounds=ROUNDS, seed=seed, baselines=(), progress=False, agreement=False)
+                options = fedtune.RunOptions(progress=False, agreement=False)
+                loop = fedtune.FederatedLoop(max_rounds=ROUNDS, seed=seed, baselines=(), options=options)
                 found = [(record.accuracy, record.loss_nats) for record in loop.fit(module, data)]
                 setting = {"seed": seed, "clients": clients, "grouped": grouped}
                 raw.append(setting | {"rounds": found, "padded": padded_length(data)})

@@ -61,9 +61,8 @@ def measure(model: str, variant: str) -> dict[str, Any]:
                 optimizer.step()
                 optimizer.zero_grad()
     else:
-        loop = fedtune.FederatedLoop(
-            max_rounds=1, precision="bf16-mixed", baselines=(), agreement="agreement" in variant, progress=False
-        )
+        options = fedtune.RunOptions(agreement="agreement" in variant, progress=False)
+        loop = fedtune.FederatedLoop(max_rounds=1, precision="bf16-mixed", baselines=(), options=options)
         seconds = loop.fit(module, data)[0].seconds
     return {"weights": weights, "before": before, "peak": resident_bytes("VmHWM"), "seconds": seconds}
 

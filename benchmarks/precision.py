@@ -22,7 +22,7 @@ def seconds(data: fedtune.FederatedDataModule, precision: str, attention: str) -
     torch.manual_seed(0)
     module = fedtune.BertClassifier("minilm", data.num_labels, padding_free=False)  # attention is its network's
     module.network.set_attn_implementation(attention)
-    loop = fedtune.FederatedLoop(max_rounds=1, precision=precision, baselines=(), progress=False)
+    loop = fedtune.FederatedLoop(max_rounds=1, precision=precision, baselines=(), options=fedtune.RunOptions(progress=False))
     record = loop.fit(module, data)[0]
     return record.seconds_train, record.seconds_evaluate
 

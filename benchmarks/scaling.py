@@ -62,7 +62,9 @@ def one_round(model: str, clients: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         name = "minilm" if model == "minilm" else _tiny(folder)
         module = fedtune.build_classifier(name, 20, optimizer="sgd", learning_rate=1e-4)
-        loop = fedtune.FederatedLoop(max_rounds=2 if model == "minilm" else 1, baselines=(), progress=False)
+        loop = fedtune.FederatedLoop(
+            max_rounds=2 if model == "minilm" else 1, baselines=(), options=fedtune.RunOptions(progress=False)
+        )
         record = loop.fit(module, data)[-1]
     seconds = record.seconds_train + record.seconds_aggregate
     beyond = (seconds - sum(client.seconds for client in record.clients)) / clients

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fedtune
 from fedtune.federated.evaluation import attached
+from fedtune.federated.messages import Position
 from fedtune.federated.training import Optimisation, Training, run_steps
 from fedtune.runs.hardware import resolve_precision
 
@@ -51,7 +52,7 @@ def measure(fabric: Fabric, name: str, length: int, compiled: bool) -> dict[str,
     ids = torch.randint(5, module.network.config.vocab_size, (BATCH, length))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(BATCH) % 4}
     with attached(fabric, module):
-        training, optimisation = Training(fabric, module, 0), Optimisation(module, 0, 0)
+        training, optimisation = Training(fabric, module, 0), Optimisation(module, Position())
         with FlopCounterMode(display=False) as counter:
             run_steps(training, optimisation, [batch], name)
         if compiled:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the hub
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -123,9 +125,29 @@ def make_module(tiny_bert: str) -> Callable[..., fedtune.BertClassifier]:
 
 
 def make_loop(**changes: Any) -> fedtune.FederatedLoop:
-    """A quiet loop in fp32 without baselines."""
-    options = {"max_rounds": 2, "precision": "32-true", "accelerator": "cpu", "baselines": (), "progress": False}
-    return fedtune.FederatedLoop(**(options | changes))
+    """A quiet loop in fp32 without baselines; fields of `RunOptions` may be given with the others."""
+    names = {item.name for item in dataclasses.fields(fedtune.RunOptions)}
+    details = {"progress": False} | {name: changes.pop(name) for name in names & set(changes)}
+    options = {"max_rounds": 2, "precision": "32-true", "accelerator": "cpu", "baselines": ()}
+    return fedtune.FederatedLoop(**(options | changes), options=fedtune.RunOptions(**details))
+
+
+class GivenLoaders(pl.LightningDataModule):
+    """Clients' loaders as they are, for modules and data that are not ours."""
+
+    def __init__(self, clients: list[Any], validation: Any) -> None:
+        super().__init__()
+        self._clients, self._validation = clients, validation
+        self.num_clients = len(clients)
+
+    def client_dataloader(self, client: int) -> Any:
+        return self._clients[client]
+
+    def train_dataloader(self) -> Any:
+        return self._clients[0]
+
+    def val_dataloader(self) -> Any:
+        return self._validation
 
 
 def weights_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:

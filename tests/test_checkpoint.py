@@ -13,6 +13,7 @@ import torch
 from conftest import make_loop
 
 import fedtune
+from fedtune.federated.messages import Position
 from fedtune.federated.state import ServerState
 from fedtune.files import append_line, read_lines
 from fedtune.storage import checkpoint
@@ -23,7 +24,11 @@ Make = Callable[..., Any]
 
 def state(number: int) -> ServerState:
     return ServerState(
-        number, {"w": torch.full((3,), float(number))}, steps=number * 2, examples=5, optimizer={"0.step": torch.ones(())}
+        number,
+        {"w": torch.full((3,), float(number))},
+        Position(steps=number * 2, epochs=number),
+        examples=5,
+        memory={"Momentum": {"momentum": {"w/with a stroke": torch.ones(())}}},
     )
 
 
@@ -33,9 +38,9 @@ def test_a_checkpoint_comes_back_as_it_was_and_the_last_stay(tmp_path: Path) -> 
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["round-0002", "round-0003"]
     found = checkpoint.latest(tmp_path)
     assert found is not None
-    assert (found.round, found.steps, found.examples) == (3, 6, 5)
+    assert (found.round, found.position, found.examples) == (3, Position(6, 3), 5)
     assert torch.equal(found.weights["w"], torch.full((3,), 3.0))
-    assert torch.equal(found.optimizer["0.step"], torch.ones(()))
+    assert torch.equal(found.memory["Momentum"]["momentum"]["w/with a stroke"], torch.ones(()))
 
 
 def test_the_same_state_gives_the_same_bytes(tmp_path: Path) -> None:

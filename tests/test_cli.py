@@ -77,6 +77,44 @@ def test_print_config_prints_the_complete_resolved_configuration(run: Run, tiny:
     assert config["model"]["learning_rate"] == 1e-4
 
 
+ALGORITHM = ["--loop.algorithm", "fedavgm", "--loop.algorithm.beta=0.5", "--loop.algorithm.up+=Quantise", "--loop.baselines=[]"]
+
+
+def test_an_algorithm_its_parameters_and_its_parts_are_flags(run: Run, tiny: list[str], tmp_path: Path) -> None:
+    one, other, plain = (tmp_path / name for name in ("one", "other", "plain"))
+    code, _, err = run("run", *tiny, *ALGORITHM, f"--run_dir={one}")
+    assert code == 0, err
+    config = yaml.safe_load((one / "config.yaml").read_text())["loop"]["algorithm"]
+    assert config["server"] == [{"name": "Momentum", "beta": 0.5, "learning_rate": 1.0}]
+    assert (config["client"], config["up"], config["down"]) == ({"name": "LocalTraining"}, [{"name": "Quantise"}], [])
+    code, _, err = run("run", *tiny, *ALGORITHM, f"--run_dir={one}", "--loop.max_rounds=3")  # the same run goes on
+    assert code == 0, err
+    assert run("run", f"--config={one / 'config.yaml'}", "--loop.max_rounds=3", f"--run_dir={other}")[0] == 0
+    weights = [(folder / "checkpoints" / "round-0003" / "weights.safetensors").read_bytes() for folder in (one, other)]
+    assert weights[0] == weights[1]
+    code, _, err = run("run", f"--config={one / 'config.yaml'}", "--loop.algorithm.server=[]", f"--run_dir={one}")
+    assert code == 2
+    assert "loop.algorithm.server: [{'name': 'Momentum'" in err
+    assert run("run", *tiny, "--loop.baselines=[]", f"--run_dir={plain}")[0] == 0
+    sent = [json.loads((folder / "rounds.jsonl").read_text().splitlines()[0])["bytes_up"] for folder in (one, plain)]
+    assert sent[0] < 0.3 * sent[1]
+
+
+def test_dotted_names_in_a_configuration_are_nested_ones(run: Run, tiny: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "args.json"  # as an agent of W&B writes it
+    file.write_text(json.dumps({"loop.algorithm.beta": 0.25, "loop.algorithm": "fedavgm", "loop.max_rounds": 4}))
+    code, out, err = run("run", *tiny, "--config", str(file), "--print_config")
+    assert code == 0, err
+    config = yaml.safe_load(out)["loop"]
+    assert (config["algorithm"], config["max_rounds"]) == ({"name": "fedavgm", "beta": 0.25}, 4)
+    file.write_text("[1, 2]")
+    assert "--config: got" in run("run", "--config", str(file))[2]
+    file.write_text("loop: {max_round: 3}")
+    assert run("run", "--config", str(file))[2].startswith(
+        "fedtune: --loop.max_round: no such flag; nearest: --loop.max_rounds"
+    )
+
+
 def test_describe_shows_a_table_and_draws_a_picture(run: Run, tiny: list[str], tmp_path: Path) -> None:
     picture = tmp_path / "split.png"
     flags = [flag for flag in tiny if not flag.startswith("--loop")]
@@ -102,7 +140,20 @@ BAD = [
     (["--loop.clients_per_round=5"], "--loop.clients_per_round: got 5; allowed: at most num_clients, 2"),
     (["--run_dir=/proc/nowhere"], "--run_dir: got '/proc/nowhere'; allowed: a directory that can be written"),
     (["--logger=tensorboard"], "--logger: got 'tensorboard'; allowed: none, wandb"),
-    (["--config=/no/such.yaml"], "--config: File does not exist"),
+    (["--config=/no/such.yaml"], "--config: got '/no/such.yaml'; allowed: a YAML or JSON file that can be read"),
+    (["--loop.keep=3"], "--loop.keep: no such flag; nearest: --loop.seed, --loop.options.keep"),
+    (["--loop.options.keep=0"], "--loop.options.keep: got 0; allowed: 1 or more"),
+    (["--loop.options.evaluation=pool"], "--loop.options.evaluation: got 'pool'; allowed: pooled (nearest), clients"),
+    (["--loop.mode=maximum"], "--loop.mode: got 'maximum'; allowed: max (nearest), min"),
+    (["--loop.algorithm=fedavgn"], "--loop.algorithm: got 'fedavgn'; allowed: fedavg (nearest), fedavgm (nearest)"),
+    (["--loop.algorithm.beta=0.5"], "--loop.algorithm.beta: got 0.5; allowed: weighting"),
+    (["--loop.algorithm=fedavgm", "--loop.algorithm.beta", "much"], "--loop.algorithm.beta: got 'much'; allowed: a number"),
+    (["--loop.algorithm.client=os.system"], "--loop.algorithm.client: got 'os.system'; allowed: LocalTraining"),
+    (["--loop.algorithm.up+=Halve"], "--loop.algorithm.up: got 'Halve'; allowed: Quantise"),
+    (
+        ["--loop.algorithm.aggregator.weighting=all"],
+        "--loop.algorithm.aggregator.weighting: got 'all'; allowed: examples, uniform",
+    ),
 ]
 
 

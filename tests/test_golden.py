@@ -31,7 +31,7 @@ RUNS: dict[str, dict[str, Any]] = {
     # uneven clients, some of them left out of each round; the rest of the options are the defaults
     "partial cohorts": {"loop": {"clients_per_round": 3}, "data": {"split": "by_author", "num_clients": 5, "seed": 3}},
     "uniform mean, SGD, warm-up, two epochs": {
-        "loop": {"local_epochs": 2, "weighting": "uniform", "gradient_clip_val": 0.5, "fast_dropout": False},
+        "loop": {"local_epochs": 2, "algorithm": {"weighting": "uniform"}, "gradient_clip_val": 0.5, "fast_dropout": False},
         "data": {"split": "dirichlet", "num_clients": 3, "seed": 1},
         "module": {"optimizer": "sgd", "learning_rate": 0.2, "warmup_steps": 9},
     },

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from fedtune.errors import UsageError
+from fedtune.runs.flags import resolve
 from fedtune.sweeps import grid
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
@@ -44,9 +45,22 @@ def test_a_cell_is_named_by_what_it_computes(write: Write) -> None:
         return grid.read(write({key.replace("__", "."): {"value": value} for key, value in parameters.items()})).cells[0].name
 
     assert name(seed=3) == name(data__seed=3, model__seed=3, loop__seed=3) != name(seed=4)
-    assert name(loop__progress=False, loop__keep=1) == name()
+    assert name(loop__options__progress=False, loop__options__keep=1) == name()
     assert name(data__num_clients=1, data__split="by_author") == name(data__num_clients=1, data__split="iid", data__skew=0.5)
     assert name(data__num_clients=2, data__split="by_author") != name(data__num_clients=2, data__split="iid")
+
+
+def test_algorithms_and_their_parameters_are_in_the_cells_and_their_names(write: Write) -> None:
+    betas = {"loop.algorithm": {"value": "fedavgm"}, "loop.algorithm.beta": {"values": [0.0, 0.9]}}
+    cells = grid.read(write(betas)).cells
+    assert [cell.arguments["loop"]["algorithm"]["server"][0]["beta"] for cell in cells] == [0.0, 0.9]
+    assert [cell.title for cell in cells] == ["beta 0.0", "beta 0.9"]
+    algorithms = grid.read(write({"loop.algorithm": {"values": ["fedavg", "fedavgm", {"name": "fedavgm", "beta": 0.0}]}})).cells
+    assert len({cell.name for cell in [*cells, *algorithms]}) == 3  # fedavgm has beta 0.9 by itself
+    uniform = grid.read(write({"loop.algorithm.aggregator.weighting": {"values": ["examples", "uniform"]}})).cells
+    assert uniform[0].name == algorithms[0].name != uniform[1].name
+    with pytest.raises(UsageError, match=r"--loop.algorithm.beta: got 0.9; allowed: weighting"):
+        grid.read(write({"loop.algorithm.beta": {"value": 0.9}}))
 
 
 def test_the_same_cell_twice_is_one(write: Write) -> None:
@@ -88,7 +102,7 @@ def test_random_draws_within_bounds_and_the_same_each_time(write: Write) -> None
         ({"seed": {"value": 1}}, {"metric": {"name": "a", "goal": "maximise"}}, [], r"maximize \(nearest\)"),
         ({"seed": {"value": 1}}, {"method": "random", "run_cap": "ten"}, [], "run_cap: got 'ten'"),
         ({"seed": {"values": 3}}, {"method": "random", "run_cap": 1}, [], "what its distribution categorical needs"),
-        ({"model": {"value": "bert"}, "model.seed": {"value": 1}}, {}, [], "nothing, beside a value for model"),
+        ({"model": {"value": 3}, "model.seed": {"value": 1}}, {}, [], "nothing, beside a value for model"),
         ({"model": {"parameters": None}}, {}, [], "parameters of model: got None"),
         ({"run_dir": {"value": "x"}}, {}, [], "any of a run but config, run_dir"),
         ({"seed": {"value": 1}}, {}, ["sead=1"], "--only: got 'sead=1'; allowed: key=value, with a key of the file: seed"),
@@ -125,9 +139,9 @@ def test_the_papers_grid_has_every_cell_and_its_protocol() -> None:
     assert {cell.arguments["data"]["num_clients"] for cell in cells} == {1, 2, 4, 8, 16, 32}
     assert {cell.arguments["model"]["name"] for cell in cells} == {"bert", "albert", "distilbert"}
     assert len(cells) == 3 * 4 * 6 * 2 * 3
-    protocol = yaml.safe_load((EXPERIMENTS / "hilmkil2021" / "iid.yaml").read_text())
+    given = yaml.safe_load((EXPERIMENTS / "hilmkil2021" / "iid.yaml").read_text())
+    protocol = resolve(given)
     varied = {"name", "task", "num_clients", "split"}
-    for part, values in protocol.items():
-        for name, value in values.items():
-            if name not in varied:
-                assert all(cell.arguments[part][name] == value for cell in cells), (part, name)
+    for part, values in given.items():
+        for name in set(values) - varied:
+            assert all(cell.arguments[part][name] == protocol[part][name] for cell in cells), (part, name)

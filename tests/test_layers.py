@@ -17,13 +17,15 @@ FOLDERS = {
     "data": ("models",),
     "storage": ("federated",),
     "algorithms": ("federated",),
-    "runs": ("models", "federated", "data", "storage", "algorithms"),
+    "runtimes": ("federated",),
+    "runs": ("models", "federated", "data", "storage", "algorithms", "runtimes"),
     "reports": ("runs", "storage"),
     "sweeps": ("runs", "storage"),
+    "testing": ("federated", "algorithms", "runtimes", "storage"),
     "cli": ("runs", "reports", "sweeps", "data"),
 }
 LAZY = ("datasets", "wandb", "jsonargparse", "matplotlib")  # a machine that only trains need not have them
-COMMANDS = ("runs.parser", "runs.options", "cli")  # with these begins the command line
+COMMANDS = ("runs.parser", "runs.flags", "cli")  # with these begins the command line
 MODULES = {
     ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path for path in SOURCE.rglob("*.py")
 }
@@ -64,6 +66,13 @@ def test_a_module_imports_only_from_its_folder_and_those_below(name: str) -> Non
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
     graphlib.TopologicalSorter({name: imports(name) for name in NAMES}).prepare()
+
+
+def test_an_algorithm_imports_no_algorithm_but_the_one_on_which_all_build() -> None:
+    lists = {"algorithms", "algorithms.specification"}
+    for name in NAMES:
+        if folder_of(name) == "algorithms" and name not in lists:
+            assert {one for one in imports(name) if folder_of(one) == "algorithms"} <= {"algorithms.fedavg"}, name
 
 
 @pytest.mark.parametrize("name", sorted(set(MODULES) - set(COMMANDS)))

@@ -30,10 +30,10 @@ def test_the_ten_lines_run_as_written(tmp_path: Path, monkeypatch: pytest.Monkey
     (code,) = [block for block in blocks("python") if "history[-1]" in block]
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
     monkeypatch.chdir(tmp_path)
-    small, few = fedtune.FederatedDataModule, fedtune.FederatedLoop
+    small, few, quiet = fedtune.FederatedDataModule, fedtune.FederatedLoop, fedtune.RunOptions(progress=False)
     monkeypatch.setattr(fedtune, "FederatedDataModule", lambda **options: small(**options, limit=64))
     monkeypatch.setattr(
-        fedtune, "FederatedLoop", lambda **options: few(**(options | {"max_rounds": 1, "progress": False, "baselines": ()}))
+        fedtune, "FederatedLoop", lambda **options: few(**(options | {"max_rounds": 1, "options": quiet, "baselines": ()}))
     )
     names: dict = {}
     with pytest.warns(UserWarning, match="batch_size 32 is larger"):

@@ -25,7 +25,7 @@ def write_run(folder: Path, accuracies: list[float], **about: Any) -> None:
     config: dict[str, Any] = {
         "model": {"name": about["model"], "learning_rate": about["rate"], "seed": about["seed"]},
         "data": {"task": about["task"], "num_clients": about["clients"], "split": about["split"], "skew": 0.8, "alpha": 0.5},
-        "loop": {"seed": about["seed"], "max_rounds": len(accuracies), "keep": 2},
+        "loop": {"seed": about["seed"], "max_rounds": len(accuracies), "options": {"keep": 2}},
         "versions": {"torch": "2"},
     }
     config["loop"]["max_rounds"] = about.get("asked", len(accuracies))
@@ -38,7 +38,13 @@ def write_run(folder: Path, accuracies: list[float], **about: Any) -> None:
     client = ClientReport(0, 10, 1, 100, 1.0, 0.1)
     times = {"seconds": 2.0, "seconds_train": 1.0, "seconds_aggregate": 0.1, "seconds_evaluate": 0.9}
     counts = {"num_clients": 1, "num_examples": 10, "num_steps": 1, "num_tokens": 100}
-    traffic = {"bytes_up": 3_000_000, "bytes_down": 1_000_000, "update_norm": 1.0, "update_cosine": None, "drift": {"a": 0.1}}
+    traffic = {
+        "bytes_up": 3_000_000,
+        "bytes_down": 1_000_000,
+        "mean_update_norm": 1.0,
+        "update_cosine": None,
+        "drift": {"a": 0.1},
+    }
     spread = {"clients": [client], "client_accuracy": [0.1, 0.3, None]}
     with open(folder / "rounds.jsonl", "w") as file:
         for number, accuracy in enumerate(accuracies, start=1):

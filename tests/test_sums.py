@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,11 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.errors import RunError
+from fedtune.algorithms.fedavg import Mean
+from fedtune.errors import RunError, UsageError
 from fedtune.federated.agreement import RunningAgreement
-from fedtune.federated.pieces import Pieces
-from fedtune.federated.sums import ExactSum, grid_bits
-from fedtune.tensors import moved
+from fedtune.federated.sums import ExactSum, Pieces, grid_bits, moved
 
 MOST = 4_000
 VALUES = st.lists(st.floats(-8, 8, width=32), min_size=3, max_size=3)
@@ -24,12 +27,16 @@ CONTRIBUTIONS = st.lists(st.tuples(VALUES, st.integers(1, 500)), min_size=1, max
 Contribution = tuple[list[float], int]
 
 
+def update(tensors: dict[str, torch.Tensor]) -> dict[str, Pieces]:
+    return {"update": Pieces(tensors)}
+
+
 def mean_of(contributions: list[Contribution], limit: float = 8.0, most: int = MOST) -> torch.Tensor:
     """The new fp32 weights of a server whose weights are zero."""
-    total = ExactSum(limit, most)
+    total = ExactSum(lambda group: limit, most)
     for values, weight in contributions:
-        total.add(Pieces({"w": torch.tensor(values)}), weight)
-    return moved({"w": torch.zeros(len(contributions[0][0]))}, total.mean())["w"]
+        total.add(update({"w": torch.tensor(values)}), weight)
+    return moved({"w": torch.zeros(len(contributions[0][0]))}, Pieces(total.mean()["update"]))["w"]
 
 
 def exact_mean(contributions: list[Contribution], place: int, bits: int) -> Fraction:
@@ -60,6 +67,48 @@ def test_any_order_gives_the_same_bits(contributions: list[Contribution], random
     assert torch.equal(mean_of(contributions), mean_of(shuffled))
 
 
+class Together:
+    """Workers as threads: one sees what all have brought."""
+
+    def __init__(self, count: int) -> None:
+        self._barrier, self._brought, self.count = threading.Barrier(count), {}, count
+
+    def _all(self, worker: int, brought: Any) -> list[Any]:
+        self._barrier.wait()
+        self._brought[worker] = brought
+        self._barrier.wait()
+        return [self._brought[number] for number in range(self.count)]
+
+    def worker(self, number: int) -> Any:
+        def gather(values: list[Any]) -> list[Any]:
+            return [value for values_ in self._all(number, values) for value in values_]
+
+        def add_up_(tensors: list[torch.Tensor]) -> None:
+            everybody = self._all(number, [tensor.clone() for tensor in tensors])
+            for tensor, *shares in zip(tensors, *everybody, strict=True):
+                tensor.copy_(torch.stack(shares).sum(0))
+
+        return SimpleNamespace(gather=gather, add_up_=add_up_)
+
+
+def mean_over_workers(sums: list[ExactSum]) -> Any:
+    together = Together(len(sums))
+    with ThreadPoolExecutor(len(sums)) as threads:
+        one, *others = threads.map(lambda number: sums[number].mean(together.worker(number)), range(len(sums)))
+    assert all(torch.equal(one["update"]["w"], other["update"]["w"]) for other in others)
+    return one
+
+
+@given(CONTRIBUTIONS, st.lists(st.integers(0, 3), min_size=8, max_size=8))
+@settings(deadline=None)
+def test_any_grouping_into_workers_gives_the_same_bits(contributions: list[Contribution], workers: list[int]) -> None:
+    sums = [ExactSum(lambda group: 8.0, MOST) for _ in range(4)]
+    for contribution, worker in zip(contributions, workers, strict=False):
+        sums[worker].add(update({"w": torch.tensor(contribution[0])}), contribution[1])
+    found = moved({"w": torch.zeros(3)}, Pieces(mean_over_workers(sums)["update"]))["w"]
+    assert torch.equal(found, mean_of(contributions))
+
+
 @given(VALUES, st.lists(st.integers(1, 500), min_size=1, max_size=8))
 @settings(deadline=None)
 def test_a_lone_contribution_and_equal_ones_come_back_exactly(values: list[float], weights: list[int]) -> None:
@@ -87,10 +136,11 @@ def test_the_largest_values_do_not_overflow_however_heavy_they_are() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_other_types_are_added_in_fp64(dtype: torch.dtype) -> None:
-    total = ExactSum(8.0, 3)
+    total = ExactSum(lambda group: 8.0, 3)
     for value, weight in ((0.75, 1), (-0.5, 2)):
-        total.add(Pieces({"w": torch.tensor([value], dtype=dtype)}), weight)
-    assert total.mean()["w"].item() == -1 / 12
+        total.add(update({"w": torch.tensor([value], dtype=dtype)}), weight)
+    mean = total.mean()["update"]["w"]
+    assert (mean.dtype, mean.item()) == (torch.float64, -1 / 12)
 
 
 def embedding(seed: int, rows: int = 3) -> torch.Tensor:
@@ -109,18 +159,18 @@ def test_pieces_of_any_size_with_and_without_rows_of_zeros_give_the_same(
     tensors = [{"a": embedding(seed), "b": torch.randn(11), "c": embedding(seed, 30)} for seed in range(4)]
 
     def results() -> tuple[Any, Any, Any]:
-        total, agreement, squares = ExactSum(8.0, 99), RunningAgreement(4), []
-        for client, update in enumerate(tensors):
-            pieces = Pieces(update)
-            squares.append(pieces.squares())
-            agreement.add(client, pieces, client + 1, squares[-1])
-            total.add(pieces, client + 1)
-        mean = total.mean()
-        return mean, agreement.result(mean), squares
+        total, agreement, squares = ExactSum(lambda group: 8.0, 99), RunningAgreement(4), []
+        for client, changed in enumerate(tensors):
+            groups = update(changed)
+            squares.append(groups["update"].squares)
+            agreement.add(client, groups["update"], client + 1)
+            total.add(groups, client + 1)
+        mean = total.mean()["update"]
+        return mean, agreement.result(Pieces(mean)), squares
 
     (plain, agreed, squares) = results()
-    monkeypatch.setattr("fedtune.federated.pieces._BLOCK", block)
-    monkeypatch.setattr("fedtune.federated.pieces._TALL", tall)
+    monkeypatch.setattr("fedtune.federated.sums._BLOCK", block)
+    monkeypatch.setattr("fedtune.federated.sums._TALL", tall)
     (mean, agreed_again, squares_again) = results()
     assert all(torch.equal(mean[name], plain[name]) for name in plain)
     assert agreed_again.update_cosine == pytest.approx(agreed.update_cosine, abs=1e-6)  # lengths are sums in fp32
@@ -129,7 +179,7 @@ def test_pieces_of_any_size_with_and_without_rows_of_zeros_give_the_same(
 
 
 def test_rows_of_zeros_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedtune.federated.pieces._TALL", 1)
+    monkeypatch.setattr("fedtune.federated.sums._TALL", 1)
     for rows, expected in ((3, 15), (30, 200)):
         assert sum(values.numel() for _, _, values in Pieces({"a": embedding(0, rows)})) == expected
 
@@ -147,11 +197,37 @@ def test_who_watches_sees_every_piece_once_whoever_goes_through_them() -> None:
         seen.clear()
 
 
+@pytest.mark.parametrize("tall", [1, 2**20])
+def test_a_difference_is_made_in_place_together_with_its_length(monkeypatch: pytest.MonkeyPatch, tall: int) -> None:
+    monkeypatch.setattr("fedtune.federated.sums._TALL", tall)
+    monkeypatch.setattr("fedtune.federated.sums._BLOCK", 7)
+    weights = {"a": torch.randn(40, 5), "b": torch.randn(3, 4).t(), "c": torch.randn(9), "d": torch.tensor(2.0)}
+    server = {name: torch.randn_like(tensor) for name, tensor in weights.items()}
+    weights["a"][4:] = server["a"][4:]
+    expected = {name: tensor - server[name] for name, tensor in weights.items()}
+    pieces = Pieces(weights, minus=server)
+    for name, difference in expected.items():
+        assert torch.equal(weights[name], difference)
+        assert pieces.squares[name] == pytest.approx(float(difference.double().square().sum()), rel=1e-5)
+        seen = torch.cat([values.flatten() for of, _, values in pieces if of == name])
+        assert torch.equal(seen[seen != 0].sort().values, difference[difference != 0].flatten().sort().values)
+    assert pieces.length == pytest.approx(math.sqrt(sum(pieces.squares.values())))
+
+
+def test_pieces_notice_that_their_tensors_have_changed() -> None:
+    tensors = {"a": torch.ones(3), "b": torch.ones(2)}
+    pieces = Pieces(tensors)
+    assert pieces.are(tensors)
+    assert not pieces.are(dict(tensors))
+    tensors["b"].add_(1)
+    assert not pieces.are(tensors)
+
+
 @pytest.mark.parametrize("counts", [[], [0], [0, 0]])
 def test_nothing_to_average_raises_and_never_gives_zeros(counts: list[int]) -> None:
-    total = ExactSum(8.0, 10)
+    total = ExactSum(lambda group: 8.0, 10)
     for count in counts:
-        total.add(Pieces({"w": torch.ones(2)}), count)
+        total.add(update({"w": torch.ones(2)}), count)
     with pytest.raises(RunError, match="nothing to average"):
         total.mean()
 
@@ -159,20 +235,29 @@ def test_nothing_to_average_raises_and_never_gives_zeros(counts: list[int]) -> N
 @pytest.mark.parametrize("weight", [-1, 0.5, float("nan"), True])
 def test_a_weight_that_is_no_count_is_refused(weight: Any) -> None:
     with pytest.raises(RunError, match="allowed: a whole number, 0 or more"):
-        ExactSum(8.0, 10).add(Pieces({"w": torch.ones(2)}), weight)
+        ExactSum(lambda group: 8.0, 10).add(update({"w": torch.ones(2)}), weight)
 
 
 def test_more_weight_than_the_grid_was_made_for_is_refused() -> None:
-    total = ExactSum(8.0, 10)
-    total.add(Pieces({"w": torch.ones(2)}), 10)
+    total = ExactSum(lambda group: 8.0, 10)
+    total.add(update({"w": torch.ones(2)}), 10)
     with pytest.raises(RunError, match="weigh 11; its grid was made for 10"):
-        total.add(Pieces({"w": torch.ones(2)}), 1)
+        total.add(update({"w": torch.ones(2)}), 1)
 
 
 @pytest.mark.parametrize("limit", [0.0, 5.0, -8.0, float("inf")])
 def test_a_limit_that_is_no_power_of_two_is_refused(limit: float) -> None:
-    with pytest.raises(RunError, match="allowed: a power of two"):
-        ExactSum(limit, 10)
+    with pytest.raises(UsageError, match=r"update_limit: got .*; allowed: a power of two"):
+        Mean(update_limit=limit)
+
+
+def test_what_is_moved_is_new_and_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedtune.federated.sums._BLOCK", 2)
+    weights = {"w": torch.tensor([[1.0, 1.0, 1.0], [2.0, 3.0, 4.0]]).t()}  # not contiguous
+    step = {"w": torch.full((3, 2), 2.0**-25 + 2.0**-30, dtype=torch.float64)}
+    found = moved(weights, Pieces(step))["w"]
+    assert torch.equal(found, (weights["w"].double() + step["w"]).float())
+    assert (weights["w"][:, 0] == 1).all()
 
 
 def random_update(seed: int) -> dict[str, torch.Tensor]:
@@ -181,25 +266,26 @@ def random_update(seed: int) -> dict[str, torch.Tensor]:
 
 
 def agreement_of(updates: list[dict[str, torch.Tensor]], weights: list[int], order: tuple[int, ...]) -> Any:
-    total, agreement = ExactSum(8.0, 100), RunningAgreement(len(updates))
+    total, agreement = ExactSum(lambda group: 8.0, 100), RunningAgreement(len(updates))
     for client in order:
-        pieces = Pieces(updates[client])
-        agreement.add(client, pieces, weights[client], pieces.squares())
-        total.add(pieces, weights[client])
-    return agreement.result(total.mean())
+        groups = update(updates[client])
+        agreement.add(client, groups["update"], weights[client])
+        total.add(groups, weights[client])
+    return agreement.result(Pieces(total.mean()["update"]))
 
 
 def test_agreement_is_what_a_direct_computation_over_all_clients_gives() -> None:
     updates, weights = [random_update(seed) for seed in range(4)], [3, 1, 8, 2]
     got = agreement_of(updates, weights, (0, 1, 2, 3))
-    flat = [torch.cat([tensor.flatten() for tensor in update.values()]) for update in updates]
+    flat = [torch.cat([tensor.flatten() for tensor in one.values()]) for one in updates]
     cosines = [float(torch.cosine_similarity(one, other, dim=0)) for one, other in itertools.combinations(flat, 2)]
     assert got.update_cosine == pytest.approx(sum(cosines) / len(cosines), abs=1e-6)
     mean = {name: sum(w * u[name] for w, u in zip(weights, updates, strict=True)) / sum(weights) for name in updates[0]}
-    assert got.update_norm == pytest.approx(float(torch.cat([tensor.flatten() for tensor in mean.values()]).norm()), rel=1e-5)
+    length = float(torch.cat([tensor.flatten() for tensor in mean.values()]).norm())
+    assert got.mean_update_norm == pytest.approx(length, rel=1e-5)
     assert set(got.drift) == {"a", "b"}
     for name, center in mean.items():
-        squares = [float((update[name] - center).square().sum()) for update in updates]
+        squares = [float((one[name] - center).square().sum()) for one in updates]
         direct = sum(weight * square for weight, square in zip(weights, squares, strict=True)) / sum(weights)
         assert got.drift[name] == pytest.approx(direct, rel=1e-4)
 

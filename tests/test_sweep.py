@@ -178,7 +178,7 @@ def test_a_wandb_sweep_runs_our_command_on_any_machine(write: Write, monkeypatch
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
     from fedtune.cli import parser
-    from fedtune.runs.options import name_of, resolved
+    from fedtune.runs.flags import name_of, resolved
 
     file = write()
     content = wandb_sweep.registered(file, "runs/w")

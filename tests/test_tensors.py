@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import nn
 
 from fedtune.federated.cohorts import cohort
-from fedtune.federated.pieces import norm
-from fedtune.tensors import assign_, moved, num_bytes, snapshot, travelling
+from fedtune.federated.sums import Pieces
+from fedtune.tensors import assign_, distance, num_bytes, snapshot, travelling
 
 
 class Mixed(nn.Module):
@@ -33,17 +32,9 @@ def test_travelling_tensors_are_live_and_a_snapshot_is_not() -> None:
 
 def test_norm_and_bytes() -> None:
     one = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([4.0])}
-    assert norm(one) == 5.0
+    assert Pieces(one).length == 5.0
+    assert distance(one, {name: torch.zeros_like(tensor) for name, tensor in one.items()}) == 5.0
     assert num_bytes(one) == 12
-
-
-def test_what_is_moved_is_new_and_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedtune.tensors._BLOCK", 2)
-    weights = {"w": torch.tensor([[1.0, 1.0, 1.0], [2.0, 3.0, 4.0]]).t()}  # not contiguous
-    step = {"w": torch.full((3, 2), 2.0**-25 + 2.0**-30, dtype=torch.float64)}
-    found = moved(weights, step)["w"]
-    assert torch.equal(found, (weights["w"].double() + step["w"]).float())
-    assert (weights["w"][:, 0] == 1).all()
 
 
 def test_a_cohort_is_drawn_without_replacement_and_anew_each_round() -> None:

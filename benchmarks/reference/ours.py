@@ -35,7 +35,7 @@ def main() -> None:
     job = load()
     logging.getLogger("lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    loop = fedtune.FederatedLoop(max_rounds=job.rounds, seed=job.seed, baselines=(), progress=False)
+    loop = fedtune.FederatedLoop(max_rounds=job.rounds, seed=job.seed, baselines=(), options=fedtune.RunOptions(progress=False))
     history = loop.fit(module_of(job), data_of(job))
     report(
         [

@@ -69,7 +69,7 @@ def run(name: str, folder: Path, seed: int, console: Console) -> fedtune.Federat
         seed=seed,
         run_dir=str(folder / name.replace(" ", "_")),
         baselines=["centralised"] if name == "iid" else ["centralised", "local"],
-        baseline_dir=str(folder / "baselines"),
+        options=fedtune.RunOptions(baseline_dir=str(folder / "baselines")),
     )
     loop.fit(module, data)
     return loop

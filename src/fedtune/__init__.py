@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from fedtune.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from fedtune.algorithms.fedavg import ALGORITHMS
+    from fedtune.algorithms import ALGORITHM_PARTS, ALGORITHMS
     from fedtune.data.classification import FederatedDataModule
     from fedtune.data.registry import TASKS
     from fedtune.data.splits import SPLITS
     from fedtune.data.task import TextTask
     from fedtune.errors import RunError, UsageError
+    from fedtune.federated.parts import Algorithm
     from fedtune.models import FAMILIES, build_classifier
     from fedtune.models.albert import AlbertClassifier
     from fedtune.models.bert import BertClassifier
@@ -28,10 +29,13 @@ if TYPE_CHECKING:
     from fedtune.runs.callbacks import FederatedCallback
     from fedtune.runs.figures import plot_curves, plot_split
     from fedtune.runs.loop import FederatedLoop
+    from fedtune.runs.options import RunOptions
     from fedtune.storage.records import RoundRecord
 
 _HOME = {
-    "ALGORITHMS": "algorithms.fedavg",
+    "ALGORITHMS": "algorithms",
+    "ALGORITHM_PARTS": "algorithms",
+    "Algorithm": "federated.parts",
     "AlbertClassifier": "models.albert",
     "BertClassifier": "models.bert",
     "DistilBertClassifier": "models.distilbert",
@@ -41,6 +45,7 @@ _HOME = {
     "FederatedLoop": "runs.loop",
     "MODELS": "models.pretrained",
     "RoundRecord": "storage.records",
+    "RunOptions": "runs.options",
     "RunError": "errors",
     "SPLITS": "data.splits",
     "TASKS": "data.registry",
@@ -57,11 +62,13 @@ _HOME = {
 
 __all__ = [
     "ALGORITHMS",
+    "ALGORITHM_PARTS",
     "FAMILIES",
     "MODELS",
     "SPLITS",
     "TASKS",
     "AlbertClassifier",
+    "Algorithm",
     "BertClassifier",
     "DistilBertClassifier",
     "FederatedCallback",
@@ -69,6 +76,7 @@ __all__ = [
     "FederatedLoop",
     "RoundRecord",
     "RunError",
+    "RunOptions",
     "TextClassifier",
     "TextTask",
     "UsageError",

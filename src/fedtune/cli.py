@@ -76,7 +76,7 @@ def parser(name: str) -> Parser:
 
 
 def _fill_run(found: Parser) -> None:
-    from fedtune.runs.options import add_run_arguments
+    from fedtune.runs.flags import add_run_arguments
 
     add_run_arguments(found)
 
@@ -100,18 +100,17 @@ def _fill_report(found: Parser) -> None:
 
 
 def _fill_describe(found: Parser) -> None:
-    from jsonargparse import ActionConfigFile
-
     from fedtune.data.classification import FederatedDataModule
+    from fedtune.runs.parser import ConfigFile
 
-    found.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the values below")
+    found.add_argument("--config", action=ConfigFile, help="YAML file with any of the values below")
     found.add_class_arguments(FederatedDataModule, "data", skip={"model"})
     found.add_argument("--model.name", type=str, default="minilm", help="the model whose tokenizer counts the tokens")
     found.add_argument("--picture", type=str, default="split.png", help="where the picture goes")
 
 
 def _run(options: Namespace) -> None:
-    from fedtune.runs.options import fit, name_of, resolved
+    from fedtune.runs.flags import fit, name_of, resolved
     from fedtune.sweeps.worker import recorded
 
     arguments = resolved(options)
@@ -156,7 +155,7 @@ def _describe(options: Namespace) -> None:
 
     from fedtune.data.classification import FederatedDataModule
     from fedtune.runs.figures import plot_split
-    from fedtune.runs.options import flags
+    from fedtune.runs.flags import flags
 
     with flags("data"):
         data = FederatedDataModule(**options.data.as_dict(), model=options.model.name)

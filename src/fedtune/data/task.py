@@ -17,7 +17,7 @@ from fedtune.errors import UsageError
 from fedtune.randomness import stream
 
 IntArray = NDArray[np.int64]
-PARTS = ("train", "validation", "test")
+TASK_PARTS = ("train", "validation", "test")
 _HELD_OUT = {"test": 0.2, "validation": 0.1}  # shares of the documents, where the source has no such part
 
 
@@ -127,7 +127,7 @@ class TextTask:
         wanted = {key: name for key, name in columns.items() if name is not None}
         tables: dict[str, dict[str, list[Any]]] = {}
         names: dict[str, list[str]] = {}
-        for part in PARTS:
+        for part in TASK_PARTS:
             if part not in found:
                 continue
             rows = found[part]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 
 import torch
 
-from fedtune.federated.pieces import Pieces
-from fedtune.federated.sums import MANTISSA_32, add_at_, on_grid
+from fedtune.federated.sums import MANTISSA_32, Pieces, add_at_, blocks, on_grid
 from fedtune.tensors import Tensors
 
 
@@ -18,12 +16,12 @@ class Agreement:
     """How the updates u_k = w_k - w of a round's clients relate.
 
     Args:
-        update_norm: Euclidean length of their weighted mean, the step that the server makes.
+        mean_update_norm: Euclidean length of their weighted mean, the step that the server makes.
         update_cosine: mean cosine over all pairs of clients; None for a single client.
         drift: per layer, the weighted mean of the squared distances of the clients' weights from their mean.
     """
 
-    update_norm: float
+    mean_update_norm: float
     update_cosine: float | None = None
     drift: dict[str, float] = field(default_factory=dict)
 
@@ -47,47 +45,42 @@ class RunningAgreement:
         self._clients: dict[int, tuple[int, dict[str, float]]] = {}
         self._moved = 0
 
-    def add(self, client: int, update: Pieces, weight: int, squares: dict[str, float]) -> None:
-        """Take in one client's update, when next its pieces are gone through.
-
-        Args:
-            squares: the squared length of each tensor of the update.
-        """
+    def add(self, client: int, update: Pieces, weight: int) -> None:
+        """Take in one client's update, when next its pieces are gone through."""
         if not self._full:
             return
-        self._clients[client] = weight, of_layers(squares)
-        length = math.sqrt(sum(squares.values()))
-        if not length:
+        self._clients[client] = weight, of_layers(update.squares)
+        if not update.length:
             return
         self._moved += 1
         for name, tensor in update.tensors.items():
             if name not in self._units:
                 self._units[name] = torch.zeros(tensor.shape, dtype=torch.int32, device=tensor.device)
-        scale = 2.0**self._bits / length
+        scale = 2.0**self._bits / update.length
         update.watched_by(lambda name, place, values: add_at_(self._units[name], place, on_grid(values, scale, MANTISSA_32)))
 
-    def result(self, mean: Tensors) -> Agreement:
+    def result(self, mean: Pieces) -> Agreement:
         """The agreement of all clients; `mean` is the weighted mean of their updates."""
-        squares = Pieces(mean).squares()
-        update_norm = math.sqrt(sum(squares.values()))
         if not self._full:
-            return Agreement(update_norm)
+            return Agreement(mean.length)
         clients = [self._clients[client] for client in sorted(self._clients)]
         total = sum(weight for weight, _ in clients)
         drift = {
-            layer: max(0.0, sum(weight * squares_[layer] for weight, squares_ in clients) / total - moved)
-            for layer, moved in of_layers(squares).items()
+            layer: max(0.0, sum(weight * squares[layer] for weight, squares in clients) / total - moved)
+            for layer, moved in of_layers(mean.squares).items()
         }
         pairs = self._moved * (self._moved - 1)
         cosine = (self._square_of_units() - self._moved) / pairs if pairs else None
-        return Agreement(update_norm, cosine, drift)
+        return Agreement(mean.length, cosine, drift)
 
     def _square_of_units(self) -> float:
         """|sum e_k|^2."""
         found = 0.0
-        for _, _, values in Pieces(self._units):
-            exact = values.double()
-            found += float(torch.dot(exact, exact))
+        for units in self._units.values():
+            flat = units.view(-1)
+            for place in blocks(units):
+                exact = flat[place].double()
+                found += float(torch.dot(exact, exact))
         return found * 4.0**-self._bits
 
 

@@ -1,13 +1,73 @@
-"""What travels between the server and its clients."""
+"""What travels between the server and its clients.
+
+A message has groups of tensors by name: "weights" go down, an "update" comes up, "buffers" (of batch norms) go both ways, and
+an algorithm may add groups of its own.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import abc
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from fedtune.federated.sums import Pieces
+from fedtune.randomness import stream
+from fedtune.tensors import Groups, num_bytes
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where the federation stands in a learning-rate schedule: optimizer steps and epochs of the client that did most, summed
+    over rounds."""
+
+    steps: int = 0
+    epochs: int = 0
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where in a run something happens, and what does not change in it.
+
+    Args:
+        seed: of the run.
+        round: its number, from 1.
+        num_clients: clients of the federation.
+        cohort: the clients of the round.
+        max_weight: the most examples that a round can have, each epoch counted.
+        client: whose message it is; None on the server.
+    """
+
+    seed: int
+    round: int
+    num_clients: int
+    cohort: tuple[int, ...]
+    max_weight: int
+    client: int | None = None
+
+    def of(self, client: int) -> Context:
+        """The same for one client's message."""
+        return replace(self, client=client)
+
+    def rng(self, purpose: str) -> np.random.Generator:
+        """Random numbers of this place and purpose, the same whenever they are drawn."""
+        return stream(self.seed, purpose, self.round, 0 if self.client is None else self.client + 1)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the server asks of one client; `groups` as encoded."""
+
+    round: int
+    client: int
+    position: Position
+    cohort: tuple[int, ...]
+    groups: Groups
 
 
 @dataclass(frozen=True)
 class ClientReport:
-    """What one client did in one round. `update_norm`: Euclidean length of the way from the server's weights."""
+    """What one client did in one round. `update_norm`: Euclidean length of its update, as it arrived."""
 
     client: int
     num_examples: int
@@ -16,3 +76,69 @@ class ClientReport:
     train_loss_nats: float
     seconds: float
     update_norm: float = 0.0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a client answers.
+
+    Args:
+        client: who.
+        weight: its number of examples, each epoch counted.
+        groups: on their way as encoded; in an aggregator's hands decoded.
+        report: what it did.
+        bytes_up: bytes of the groups as encoded.
+        pieces: in an aggregator's hands, each group to be gone through in pieces, as `ExactSum` does; before, of those groups
+            that never left the process.
+    """
+
+    client: int
+    weight: int
+    groups: Groups
+    report: ClientReport
+    bytes_up: int
+    pieces: dict[str, Pieces] = field(default_factory=dict, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A client whose reply does not count, and why."""
+
+    client: int
+    reason: str
+
+
+class Stage(abc.ABC):
+    """What happens to a message on its way: compression, a mask. `decode` is given what `encode` made.
+
+    Both return new groups and leave those that they were given as they are.
+    """
+
+    @abc.abstractmethod
+    def encode(self, groups: Groups, context: Context) -> Groups:
+        """At the sender."""
+
+    @abc.abstractmethod
+    def decode(self, groups: Groups, context: Context) -> Groups:
+        """At the receiver."""
+
+
+def encoded(groups: Groups, stages: tuple[Stage, ...], context: Context) -> Groups:
+    """Groups after all stages, buffers apart, which travel as they are."""
+    rest = {name: group for name, group in groups.items() if name != "buffers"}
+    for stage in stages:
+        rest = stage.encode(rest, context)
+    return rest | {name: groups[name] for name in groups if name == "buffers"}
+
+
+def decoded(groups: Groups, stages: tuple[Stage, ...], context: Context) -> Groups:
+    """Groups before `encoded`."""
+    rest = {name: group for name, group in groups.items() if name != "buffers"}
+    for stage in reversed(stages):
+        rest = stage.decode(rest, context)
+    return rest | {name: groups[name] for name in groups if name == "buffers"}
+
+
+def bytes_of(groups: Groups) -> int:
+    """Bytes that groups take, as they are."""
+    return sum(map(num_bytes, groups.values()))

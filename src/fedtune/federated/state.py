@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from fedtune.federated.agreement import Agreement
-from fedtune.federated.messages import ClientReport
-from fedtune.tensors import Tensors
+from fedtune.federated.messages import ClientReport, Failure, Position
+from fedtune.tensors import Groups, Tensors
 
 
 @dataclass(frozen=True)
@@ -17,28 +15,36 @@ class ServerState:
 
     Args:
         round: rounds done.
-        weights: the server's weights.
-        steps, epochs: position in the learning-rate schedule: steps and epochs of the client that did most, summed over rounds.
+        weights: the server's weights, buffers among them.
+        position: in the learning-rate schedule.
         examples: examples seen by all clients together.
-        optimizer: what outlives the round beside the weights, by name (the optimizer of the centralised baseline, the momentum
-            of a server); empty in FedAvg.
+        memory: what outlives the round beside the weights, a namespace for each server step (the momentum of a server); in the
+            centralised baseline its optimizer's state. Empty in FedAvg.
     """
 
     round: int
     weights: Tensors
-    steps: int = 0
-    epochs: int = 0
+    position: Position = field(default_factory=Position)
     examples: int = 0
-    optimizer: dict[str, Tensor] = field(default_factory=dict)
+    memory: dict[str, Groups] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class RoundResult:
-    """The next server state, what each client did, how they agree, the seconds spent on averaging, the traffic in bytes."""
+    """The next server state, and what is known of the round.
+
+    Args:
+        clients: what each client did whose reply counts, by number.
+        failures: the clients whose replies do not count, by number.
+        agreement: how the clients' updates relate.
+        seconds_aggregate: of the server: checks, sums, its step.
+        bytes_up, bytes_down: of all messages, as encoded.
+    """
 
     state: ServerState
     clients: list[ClientReport]
     agreement: Agreement
+    failures: list[Failure] = field(default_factory=list)
     seconds_aggregate: float = 0.0
     bytes_up: int = 0
     bytes_down: int = 0

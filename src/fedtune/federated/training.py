@@ -26,8 +26,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fedtune.errors import RunError
 from fedtune.federated.dropout import FastDropout
-from fedtune.federated.messages import ClientReport
-from fedtune.randomness import seeded
+from fedtune.federated.messages import ClientReport, Position
+
+Correction = Callable[[list[str], list[Tensor], list[Tensor]], None]  # names, gradients (in place), weights
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,13 @@ class Optimisation:
 
     Args:
         module: the module; its `configure_optimizers` is called, in any of the forms that a `Trainer` takes.
-        steps: optimizer steps already done.
-        epochs: epochs already done.
+        position: optimizer steps and epochs already done.
 
     Raises:
         RunError: several optimizers, manual optimisation, or a schedule that waits for a metric.
     """
 
-    def __init__(self, module: pl.LightningModule, steps: int, epochs: int) -> None:
+    def __init__(self, module: pl.LightningModule, position: Position) -> None:
         if not module.automatic_optimization:
             raise RunError(f"{type(module).__name__} optimises manually; a federated client needs automatic optimisation")
         optimizers, schedulers, monitor = _configure_optimizers(cast(Any, module.configure_optimizers()))
@@ -73,10 +73,16 @@ class Optimisation:
         self._schedules = _configure_schedulers_automatic_opt(schedulers, monitor)
         if any(schedule.reduce_on_plateau for schedule in self._schedules):
             raise RunError("a schedule that waits for a metric (ReduceLROnPlateau) has no meaning within a client")
+        self._done = {"step": position.steps, "epoch": position.epochs}
         for schedule in self._schedules:
-            _forward(schedule.scheduler, (steps if schedule.interval == "step" else epochs) // schedule.frequency)
-        self._done = {"step": steps, "epoch": epochs}
+            _forward(schedule.scheduler, self._done[schedule.interval] // schedule.frequency)
+        self._named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         module.zero_grad()  # whoever trained the module before may have left gradients in it
+
+    def gradients(self) -> tuple[list[str], list[Tensor], list[Tensor]]:
+        """Names, gradients and weights of what has a gradient now."""
+        named = [(name, parameter) for name, parameter in self._named.items() if parameter.grad is not None]
+        return [name for name, _ in named], [cast(Tensor, one.grad) for _, one in named], [one.detach() for _, one in named]
 
     def end(self, interval: str) -> None:
         """Advance the schedules after a "step" or an "epoch"."""
@@ -99,22 +105,18 @@ def _forward(scheduler: Any, count: int) -> None:
             scheduler.step()
 
 
-def train_client(training: Training, client: int, loader: Any, epochs: int, position: tuple[int, int, int]) -> ClientReport:
-    """Train the resident module for some local epochs on one client's data, with a fresh optimizer.
-
-    Args:
-        loader: the client's batches.
-        epochs: local epochs.
-        position: round, and federation steps and epochs before this round.
-
-    Raises:
-        RunError: the loss became NaN or infinite, or the module raised; round, client and step are named.
-    """
-    number, steps, epochs_before = position
-    optimisation = Optimisation(training.module, steps, epochs_before)
-    with seeded(training.seed, "client", number, client):
-        batches = _epochs(loader, epochs, training.module, optimisation)
-        return run_steps(training, optimisation, batches, f"{training.phase}round {number}, client {client}", client)
+def train_epochs(
+    training: Training,
+    optimisation: Optimisation,
+    loader: Any,
+    epochs: int,
+    where: str,
+    client: int,
+    correct: Correction | None = None,
+) -> ClientReport:
+    """Epochs over a client's batches; arguments and errors as in `run_steps`."""
+    batches = _epochs(loader, epochs, training.module, optimisation)
+    return run_steps(training, optimisation, batches, where, client, correct)
 
 
 def _epochs(loader: Any, epochs: int, module: pl.LightningModule, optimisation: Optimisation) -> Iterator[Any]:
@@ -126,13 +128,22 @@ def _epochs(loader: Any, epochs: int, module: pl.LightningModule, optimisation: 
 
 
 def run_steps(
-    training: Training, optimisation: Optimisation, batches: Iterable[Any], where: str, client: int = 0
+    training: Training,
+    optimisation: Optimisation,
+    batches: Iterable[Any],
+    where: str,
+    client: int = 0,
+    correct: Correction | None = None,
 ) -> ClientReport:
     """Optimizer steps over some batches. Nothing waits for the device before the last one.
 
     Args:
         where: what to name when something goes wrong.
         client: whom the report is about.
+        correct: what an algorithm does with the gradients of each step.
+
+    Raises:
+        RunError: the loss became NaN or infinite, the module raised, or there is no batch; `where` and the step are named.
     """
     start = time.perf_counter()
     losses: list[Tensor] = []
@@ -141,7 +152,7 @@ def run_steps(
     try:
         with FastDropout() if training.fast_dropout and training.fabric.device.type == "cpu" else contextlib.nullcontext():
             for batch in batches:
-                loss = _step(training, optimisation, batch, len(losses))
+                loss = _step(training, optimisation, batch, len(losses), correct)
                 if loss is None:
                     continue
                 losses.append(loss)
@@ -166,7 +177,7 @@ def run_steps(
     )
 
 
-def _step(training: Training, optimisation: Optimisation, batch: Any, index: int) -> Tensor | None:
+def _step(training: Training, optimisation: Optimisation, batch: Any, index: int, correct: Correction | None) -> Tensor | None:
     """One optimizer step; None where the module skips the batch, as it may in a `Trainer`."""
     fabric, module = training.fabric, training.module
     with fabric.autocast():
@@ -175,6 +186,9 @@ def _step(training: Training, optimisation: Optimisation, batch: Any, index: int
         return None
     loss: Tensor = output["loss"] if isinstance(output, dict) else output
     loss.backward()
+    if correct is not None:
+        with torch.no_grad():
+            correct(*optimisation.gradients())
     if training.gradient_clip_val is not None:
         torch.nn.utils.clip_grad_norm_(module.parameters(), training.gradient_clip_val)
     optimisation.optimizer.step()

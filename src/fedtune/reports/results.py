@@ -11,7 +11,7 @@ import yaml
 
 from fedtune.errors import UsageError
 from fedtune.files import read_lines
-from fedtune.storage.config import flat
+from fedtune.storage.config import KEPT, dotted
 from fedtune.storage.summary import SHARES, spread
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ _NAMED = {"data.task", "model.name", "data.split", "data.skew", "data.alpha", "d
 _NAMED |= {"data.seed", "model.seed", "loop.seed"}
 _SUMS = ["accuracy", "accuracy_min", "accuracy_max", "loss_nats", "baseline", *(f"rounds_to_{share}pct" for share in SHARES)]
 _SUMS += ["client_min", "client_max", "megabytes", "seconds"]
-_ASIDE = ("versions.", "content.", "baseline.", "loop.keep", "loop.progress", "loop.baseline_dir", "loop.baselines")
+_ASIDE = ("versions.", "content.", "baseline.", "loop.baselines", *sorted(KEPT))
 
 
 def read_runs(folder: str | Path) -> DataFrame:
@@ -166,7 +166,7 @@ def _runs(folder: Path) -> Iterator[tuple[str, tuple[dict[str, Any], list[dict[s
         rounds = {one["round"]: one for one in read_lines(file)}
         if rounds and config.exists():
             content = yaml.load(config.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-            yield str(file.parent.relative_to(folder)), (flat(content), [rounds[number] for number in sorted(rounds)])
+            yield str(file.parent.relative_to(folder)), (dotted(content), [rounds[number] for number in sorted(rounds)])
 
 
 def _named(name: str, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,57 +1,110 @@
-"""What a federated result is compared with: the majority class, each client alone, and pooled training."""
+"""What a federated result is compared with: each client alone, and pooled training."""
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fedtune.federated.agreement import Agreement
-from fedtune.federated.evaluation import evaluate
-from fedtune.federated.pieces import norm
+from fedtune.federated.evaluation import Evaluator, evaluate
+from fedtune.federated.messages import Position
 from fedtune.federated.state import RoundResult, ServerState
-from fedtune.federated.training import Optimisation, Training, exactly, run_steps, train_client
+from fedtune.federated.training import Optimisation, Training, exactly, run_steps, train_epochs
 from fedtune.randomness import seeded
 from fedtune.runs.callbacks import Run
+from fedtune.runs.progress import Progress
 from fedtune.runs.rounds import Rounds
-from fedtune.tensors import Tensors, assign_, snapshot, subtract_, travelling
+from fedtune.storage.config import baseline_config, fingerprint
+from fedtune.storage.directory import RunDirectory
+from fedtune.storage.locks import locked
+from fedtune.storage.records import RoundRecord
+from fedtune.tensors import Tensors, assign_, digest, distance, snapshot, travelling
+
+BASELINES = ("centralised", "local")
 
 
-def centralised_rounds(rounds: Rounds, run: Run, start: ServerState, examples: Sequence[int], epochs: int) -> ServerState:
-    """The centralised baseline: a run of as many rounds as `examples` has, on the pooled training data.
+@dataclass
+class Baselines:
+    """The baselines of a run, each with a directory of its own, so that it is resumed, and shared by runs that may.
 
     Args:
-        rounds: where it is kept and how it is evaluated.
-        run: takes the records.
-        start: the state that the federation began with, too.
-        examples: examples of each federated round.
-        epochs: local epochs of a federated round.
+        evaluator: evaluates the module on the parts of the data.
+        progress: what the terminal says.
+        run: the federated run, all its rounds done.
+        local_epochs: epochs of a client in a round.
+        everyone: whether every client takes part in every round; else the split decides how many examples a round has.
+        folder: where the directories are; None keeps everything in memory.
+        keep: checkpoints that stay.
+
+    After `play`: `records` (name -> records), `centralised_test` (metrics of pooled training on the test part).
     """
-    training, loader = rounds.evaluator.training, rounds.evaluator.data.train_dataloader
 
-    def advance(state: ServerState) -> RoundResult:
-        return centralised(training, state, loader(), examples[state.round], epochs)
+    evaluator: Evaluator
+    progress: Progress
+    run: Run
+    local_epochs: int
+    everyone: bool
+    folder: Path | None
+    keep: int
+    records: dict[str, list[Any]] = field(default_factory=dict)
+    centralised_test: dict[str, float] = field(default_factory=dict)
 
-    with rounds.progress.phase("centralised", len(examples), 1):
-        return rounds.play(run, lambda: start, advance)
+    def play(self, names: Sequence[str], start: ServerState) -> None:
+        """Do the named ones, from the state that the federation began with."""
+        if "centralised" in names:
+            self.records["centralised"] = self._centralised(start)
+        if "local" in names:
+            self.records["local"] = self._local(start)
 
+    def _centralised(self, start: ServerState) -> list[RoundRecord]:
+        """As many rounds on the pooled data, each with as many examples as the federated one."""
+        training, data = self.evaluator.training, self.evaluator.data
+        examples = [record.num_examples for record in self.run.history]
 
-def local_records(rounds: Rounds, start: ServerState, epochs: Sequence[int]) -> list[dict[str, Any]]:
-    """The local baseline: each client alone, as many epochs as it has in `epochs`; the clients done before are read back."""
-    evaluator, directory = rounds.evaluator, rounds.directory
-    with rounds.progress.phase("local", 1, len(epochs)):
-        done = directory.read("local.jsonl")
-        for client in range(len(done), len(epochs)):
-            loader = evaluator.data.client_dataloader(client)
-            record = local(evaluator.training, start.weights, client, loader, epochs[client], evaluator.loaders())
-            directory.append("local.jsonl", record)
-            done.append(record)
-            rounds.progress.local(record)
-    return done
+        def advance(state: ServerState) -> RoundResult:
+            return centralised(training, state, data.train_dataloader(), examples[state.round], self.local_epochs)
+
+        with (
+            self._directory("centralised", start, split_matters=not self.everyone) as (directory, run),
+            self.progress.phase("centralised", len(examples), 1),
+        ):
+            final = Rounds(self.evaluator, self.progress, directory).play(run, lambda: start, advance)
+        assign_(travelling(training.module), final.weights)
+        self.centralised_test = self.evaluator.evaluate("test").metrics
+        return run.history
+
+    def _local(self, start: ServerState) -> list[dict[str, Any]]:
+        """Each client alone, with the epochs that it had in the federation, at least a round's; those done before are read."""
+        taken = Counter(client for record in self.run.history for client in record.cohort)
+        clients, loaders = self.evaluator.data.num_clients, self.evaluator.loaders()
+        with (
+            self._directory("local", start, split_matters=True) as (directory, _),
+            self.progress.phase("local", 1, clients),
+        ):
+            done = directory.read("local.jsonl")
+            for client in range(len(done), clients):
+                epochs, loader = self.local_epochs * max(1, taken[client]), self.evaluator.data.client_dataloader(client)
+                record = local(self.evaluator.training, start.weights, client, loader, epochs, loaders)
+                directory.append("local.jsonl", record)
+                done.append(record)
+                self.progress.local(record)
+        return done
+
+    @contextlib.contextmanager
+    def _directory(self, name: str, start: ServerState, split_matters: bool) -> Iterator[tuple[RunDirectory, Run]]:
+        """A directory named after all that the baseline's numbers depend on; who shares it waits."""
+        about = {"name": name, "examples": [record.num_examples for record in self.run.history], "start": digest(start.weights)}
+        config = baseline_config(self.run.config, about, split_matters)
+        path = None if self.folder is None else self.folder / f"{name}-{fingerprint(config)}"
+        with locked(path, wait=True):
+            yield RunDirectory(path, config, self.keep), Run(config, self.run.data, len(self.run.history))
 
 
 def centralised(training: Training, state: ServerState, loader: Any, examples: int, epochs: int) -> RoundResult:
@@ -66,20 +119,18 @@ def centralised(training: Training, state: ServerState, loader: Any, examples: i
     number = state.round + 1
     here = travelling(training.module)
     assign_(here, state.weights)
-    optimisation = Optimisation(training.module, state.steps, state.epochs)
-    restore(optimisation.optimizer, state.optimizer)
+    optimisation = Optimisation(training.module, state.position)
+    restore(optimisation.optimizer, state.memory.get("optimizer", {}).get("state", {}))
     with seeded(training.seed, "centralised", number):
         report = run_steps(training, optimisation, exactly(loader, examples), f"centralised, round {number}")
     after = ServerState(
         round=number,
         weights=snapshot(here),
-        steps=state.steps + report.num_steps,
-        epochs=state.epochs + epochs,
+        position=Position(state.position.steps + report.num_steps, state.position.epochs + epochs),
         examples=state.examples + report.num_examples,
-        optimizer=flatten(optimisation.optimizer),
+        memory={"optimizer": {"state": flatten(optimisation.optimizer)}},
     )
-    subtract_(here, state.weights)
-    return RoundResult(after, [report], Agreement(norm(here)))
+    return RoundResult(after, [report], Agreement(distance(after.weights, state.weights)))
 
 
 def local(
@@ -97,7 +148,9 @@ def local(
     """
     start = time.perf_counter()
     assign_(travelling(training.module), initial)
-    report = train_client(replace(training, phase="each client alone, "), client, loader, epochs, (0, 0, 0))
+    optimisation = Optimisation(training.module, Position())
+    with seeded(training.seed, "client", 0, client):
+        report = train_epochs(training, optimisation, loader, epochs, f"each client alone, client {client}", client)
     with seeded(training.seed, "evaluate"):
         parts = {part: evaluate(training.fabric, training.module, batches).metrics for part, batches in evaluations.items()}
     return {
@@ -109,7 +162,7 @@ def local(
     } | parts
 
 
-def flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def flatten(optimizer: torch.optim.Optimizer) -> Tensors:
     """The state of an optimizer as named tensors, "parameter number.name"."""
     return {
         f"{index}.{name}": torch.as_tensor(value).detach().clone()
@@ -119,9 +172,9 @@ def flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-def restore(optimizer: torch.optim.Optimizer, flat: dict[str, Tensor]) -> None:
+def restore(optimizer: torch.optim.Optimizer, flat: Tensors) -> None:
     """Give a fresh optimizer the state that `flatten` took."""
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, Tensors] = {}
     for key, value in flat.items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value.clone()  # the optimizer will write into it

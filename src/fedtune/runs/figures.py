@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedtune.storage.records import RoundRecord
+from fedtune.storage.summary import mean_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,6 +53,15 @@ def plot_curves(
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.suptitle(title)
     save(figure, path)
+
+
+def plot_run(folder: Path, history: Sequence[RoundRecord], baselines: Mapping[str, Sequence[Any]], part: str) -> None:
+    """Draw curves.png of a run directory: the rounds, evaluated on a part, beside the baselines that are known."""
+    curves = {"federated": history, "centralised": baselines.get("centralised", ())}
+    alone = mean_of(baselines.get("local", ()), part, "accuracy")
+    levels = {} if alone is None else {"each client alone, mean": alone}
+    drawn = {name: rounds for name, rounds in curves.items() if rounds}
+    plot_curves(drawn, folder / "curves.png", levels, title=f"{folder.name}: {part} part")
 
 
 def plot_split(table: Sequence[Mapping[str, Any]], path: str | Path, title: str = "") -> None:

@@ -1,52 +1,48 @@
-"""`FederatedLoop`: a `LightningModule` and clients' data in, round records and averaged weights out.
-
-One round is four files: this one, which drives it and keeps its record; `aggregation`, where the algorithm stands as in
-the paper; `client`, the local epochs; `weights`, the arithmetic.
-"""
+"""`FederatedLoop`: a `LightningModule` and clients' data in, round records and averaged weights out."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 
-from fedtune.algorithms.fedavg import ALGORITHMS, Averaging
+from fedtune.algorithms.specification import algorithm_of, specification_of
 from fedtune.errors import UsageError, at_least, one_of
+from fedtune.federated.client import Worker
 from fedtune.federated.cohorts import cohort, max_weight
 from fedtune.federated.evaluation import Evaluator, attached
-from fedtune.federated.messages import ClientReport
+from fedtune.federated.messages import ClientReport, Context
+from fedtune.federated.parts import Algorithm
+from fedtune.federated.round import RoundOptions, run_round
 from fedtune.federated.state import RoundResult, ServerState
 from fedtune.federated.training import Training
-from fedtune.runs.baselines import centralised_rounds, local_records
+from fedtune.runs.baselines import BASELINES, Baselines
 from fedtune.runs.callbacks import FederatedCallback, Run, exceptions_reported
-from fedtune.runs.figures import plot_curves
-from fedtune.runs.hardware import fabric_of, freed_memory_kept, peak_memory_bytes, resolve_precision
+from fedtune.runs.figures import plot_run
+from fedtune.runs.hardware import Resolved, fabric_of, freed_memory_kept, peak_memory_bytes, resolve_precision
+from fedtune.runs.options import RunOptions
 from fedtune.runs.progress import Progress
 from fedtune.runs.rounds import Rounds
 from fedtune.runs.wandb import LOGGERS, WandbMirror
-from fedtune.storage.config import baseline_config, describe, fingerprint
+from fedtune.runtimes.serial import Serial
+from fedtune.storage.config import describe, identified
 from fedtune.storage.directory import RunDirectory, writing
 from fedtune.storage.locks import locked
 from fedtune.storage.records import RoundRecord
-from fedtune.storage.summary import mean_of, summarise
-from fedtune.tensors import assign_, digest, snapshot, travelling
+from fedtune.storage.summary import MODES, summarise
+from fedtune.tensors import assign_, buffers, snapshot, travelling
 
-BASELINES = ("centralised", "local")
-PARTS = ("validation", "test")
-EVALUATIONS = ("pooled", "clients")
-WEIGHTINGS = ("examples", "uniform")
+EVALUATED_ON = ("validation", "test")
 _NOT_CONFIG = ("callbacks", "run_dir", "logger")  # not a plain value, or no part of what makes the numbers
 
 
 @dataclass(eq=False)
 class FederatedLoop:
-    """Federated averaging of any `LightningModule`, used like a `Trainer`.
+    """Federated training of any `LightningModule`, used like a `Trainer`.
 
     Args:
         max_rounds: rounds in all, those before a resume included.
@@ -55,26 +51,17 @@ class FederatedLoop:
         seed: seed of the cohorts, of the order of batches and of dropout.
         run_dir: directory of the run: configuration, records, checkpoints, picture. Where it holds an interrupted run of
             the same configuration, that run goes on. None writes nothing.
+        algorithm: a name of `fedtune.ALGORITHMS`, an `Algorithm`, or a dictionary as in `fedtune.algorithms.specification`.
         precision: "auto" (bf16 mixed where the hardware has it, else fp32), "32-true" or "bf16-mixed".
         accelerator: as in Lightning: "auto", "cpu", "gpu".
-        evaluate_on: the part that the rounds are evaluated on: "validation", or "test" as in the paper.
-        evaluation: "pooled" (metrics over all examples), or "clients" as in the code of Hilmkil et al. 2021: the test part
-            divided like the training part, mean of batches within a client, then mean over clients.
-        weighting: of the average: "examples" (McMahan et al. 2017), or "uniform".
-        algorithm: a name of `fedtune.ALGORITHMS`, or a function with the signature of `fedavg`.
-        agreement: record how the clients' updates agree (norm and cosine of their updates, drift per layer), for a copy of the
-            weights and some 0.5 % of the time; False records the norms only.
         gradient_clip_val: largest norm of a gradient; no clipping by default.
-        fast_dropout: on a CPU, dropout masks of the same distribution at less than half the cost
-            (`fedtune.federated.dropout`); False takes torch's own.
+        evaluate_on: the part that the rounds are evaluated on: "validation", or "test" as in the paper.
         baselines: what the result is compared with: "centralised" (pooled data, the same number of examples a round)
             and "local" (each client alone, its own epochs). They run after the rounds; () leaves them out.
-        baseline_dir: where baselines are kept, so that runs that differ only in the split share the centralised one; by
-            default within `run_dir`.
-        keep: checkpoints that stay.
         logger: "none", or "wandb" to mirror the run.
-        progress: a line a round and a progress bar.
         callbacks: told how it goes.
+        monitor, mode: the metric of the rounds that says which is the best, and whether it should be "max" or "min".
+        options: details, see `RunOptions`.
 
     Raises:
         UsageError: a value outside of what is allowed; in `fit` also a run directory of another configuration.
@@ -87,21 +74,17 @@ class FederatedLoop:
     clients_per_round: int | None = None
     seed: int = 0
     run_dir: str | None = None
+    algorithm: str | Mapping[str, Any] | Algorithm = "fedavg"
     precision: str = "auto"
     accelerator: str = "auto"
-    evaluate_on: str = "validation"
-    evaluation: str = "pooled"
-    weighting: str = "examples"
-    algorithm: str | Callable[..., RoundResult] = "fedavg"
-    agreement: bool = True
     gradient_clip_val: float | None = None
-    fast_dropout: bool = True
+    evaluate_on: str = "validation"
     baselines: Sequence[str] = BASELINES
-    baseline_dir: str | None = None
-    keep: int = 2
     logger: str = "none"
-    progress: bool = True
     callbacks: Sequence[FederatedCallback] = ()
+    monitor: str = "accuracy"
+    mode: str = "max"
+    options: RunOptions = field(default_factory=RunOptions)
 
     config: dict[str, Any] = field(default_factory=dict, init=False)
     data: Any = field(default=None, init=False, repr=False)
@@ -110,7 +93,7 @@ class FederatedLoop:
     summary: dict[str, Any] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        for name in ("max_rounds", "local_epochs", "keep"):
+        for name in ("max_rounds", "local_epochs"):
             at_least(name, getattr(self, name), 1)
         at_least("seed", self.seed, 0)
         if self.clients_per_round is not None:
@@ -118,18 +101,16 @@ class FederatedLoop:
         if self.gradient_clip_val is not None and not self.gradient_clip_val > 0:
             raise UsageError("gradient_clip_val", self.gradient_clip_val, "a number above 0")
         for name, values, allowed in (
-            ("evaluate_on", [self.evaluate_on], PARTS),
-            ("evaluation", [self.evaluation], EVALUATIONS),
-            ("weighting", [self.weighting], WEIGHTINGS),
+            ("evaluate_on", [self.evaluate_on], EVALUATED_ON),
+            ("mode", [self.mode], MODES),
             ("logger", [self.logger], LOGGERS),
             ("baselines", self.baselines, BASELINES),
         ):
             for value in values:
                 if value not in allowed:
                     raise one_of(name, value, allowed)
-        if isinstance(self.algorithm, str) and self.algorithm not in ALGORITHMS:
-            raise one_of("algorithm", self.algorithm, ALGORITHMS)
         resolve_precision(self.precision, self.accelerator)
+        self._algorithm = algorithm_of(self.algorithm)
         self._callbacks = [*self.callbacks, *([WandbMirror()] if self.logger == "wandb" else [])]
 
     def fit(self, module: pl.LightningModule, data: Any) -> list[RoundRecord]:
@@ -152,12 +133,12 @@ class FederatedLoop:
         if isinstance(data, pl.LightningDataModule):
             data.prepare_data()
             data.setup("fit")
-        precision = resolve_precision(self.precision, self.accelerator)
+        precision, progress = resolve_precision(self.precision, self.accelerator), Progress(self.options.progress)
         fabric = fabric_of(self.accelerator, precision)
         if fabric.device.type == "cuda" and hasattr(data, "keep_on"):
             data.keep_on(fabric.device)
-        training = Training(fabric, module, self.seed, self.gradient_clip_val, self.fast_dropout)
-        evaluator, progress = Evaluator(training, data, self.evaluate_on, self.evaluation), Progress(self.progress)
+        training = Training(fabric, module, self.seed, self.gradient_clip_val, self.options.fast_dropout)
+        evaluator = Evaluator(training, data, self.evaluate_on, self.options.evaluation)
         run = self._new_run(module, data, precision, progress)
         with (
             locked(self.run_dir),
@@ -165,109 +146,101 @@ class FederatedLoop:
             freed_memory_kept(),
             exceptions_reported(self._callbacks, run, module),
         ):
-            directory = RunDirectory(Path(self.run_dir) if self.run_dir else None, run.config, self.keep)
-            rounds = Rounds(evaluator, progress, directory)
+            path = Path(self.run_dir) if self.run_dir else None
+            directory = RunDirectory(path, run.config, self.options.keep, data.num_clients)
             if evaluator.loader(self.evaluate_on) is None:
                 raise UsageError("evaluate_on", self.evaluate_on, "a part that the data have")
             directory.begin(ServerState(0, snapshot(travelling(module))), again=bool(self.baselines))
-            final = self._federated(rounds, run)
+            final = self._federated(Rounds(evaluator, progress, directory), run)
             test = evaluator.evaluate("test").metrics
-            self._conclude(rounds, run, test, {})  # a baseline that fails must not take the result with it
+            baselines = self._baselines(evaluator, progress, run)
+            self._conclude(run, directory, test, baselines)  # a baseline that fails must not take the result with it
             if self.baselines:
-                centralised_test = self._baselines(rounds, run)
+                baselines.play(self.baselines, directory.start())
                 assign_(travelling(module), final.weights)
-                self._conclude(rounds, run, test, centralised_test)
+                self._conclude(run, directory, test, baselines)
             for callback in self._callbacks:
                 callback.on_fit_end(run, module)
         return self.history
 
-    def _new_run(self, module: pl.LightningModule, data: Any, precision: str, progress: Progress) -> Run:
+    def _new_run(self, module: pl.LightningModule, data: Any, precision: Resolved, progress: Progress) -> Run:
         """What callbacks see; the loop has the same history and summary."""
         own = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.init}
+        own |= {"algorithm": specification_of(self._algorithm), "options": dataclasses.asdict(self.options)}
         own["precision"] = precision  # a continuation on other hardware must not change it in silence
         self.config = describe(module, data, {name: value for name, value in own.items() if name not in _NOT_CONFIG})
+        if self.run_dir is not None:
+            identified(self.config)
         run = Run(self.config, data, self.max_rounds, self.run_dir, progress.line)
         self.data, self.history, self.summary, self.baseline_runs = data, run.history, run.summary, {}
         return run
 
     def _federated(self, rounds: Rounds, run: Run) -> ServerState:
-        training, data = rounds.evaluator.training, rounds.evaluator.data
-        algorithm = ALGORITHMS[self.algorithm] if isinstance(self.algorithm, str) else self.algorithm
+        """The rounds of the federation."""
+        training, data, algorithm = rounds.evaluator.training, run.data, self._algorithm
+        hooks = [one for one in self._callbacks if type(one).on_client_end is not FederatedCallback.on_client_end]
 
-        most = max_weight(data, self.local_epochs)
-
-        def ended(report: ClientReport) -> None:
-            rounds.progress.client(report)
-            for callback in self._callbacks:
+        def client_ended(report: ClientReport) -> None:
+            for callback in hooks:
                 callback.on_client_end(run, training.module, report)
 
-        def advance(state: ServerState) -> RoundResult:
-            clients = self._cohort(data, state.round + 1)
-            averaging = Averaging(self.weighting, self.agreement, most)
-            return algorithm(training, state, clients, data.client_dataloader, self.local_epochs, ended, averaging)
+        worker = Worker(
+            training,
+            data,
+            algorithm.client,
+            rounds.directory.memory,
+            self.local_epochs,
+            algorithm.up,
+            algorithm.down,
+            client_ended if hooks else None,
+        )
+        runtime, most = Serial(worker), max_weight(data, self.local_epochs)
+        options = RoundOptions(
+            self.local_epochs,
+            frozenset(buffers(training.module)),
+            self.options.agreement,
+            self.options.min_clients,
+            rounds.progress.client,
+        )
 
-        size = min(self.clients_per_round or data.num_clients, data.num_clients)
-        with rounds.progress.phase("federated", self.max_rounds, size):
+        def advance(state: ServerState) -> RoundResult:
+            number = state.round + 1
+            drawn = cohort(self.seed, number, data.num_clients, self.clients_per_round)
+            context = Context(self.seed, number, data.num_clients, tuple(drawn), most)
+            return run_round(state, algorithm, context, runtime, options)
+
+        with rounds.progress.phase("federated", self.max_rounds, self.clients_per_round or data.num_clients):
             return rounds.play(run, rounds.directory.start, advance, self._callbacks)
 
-    def _baselines(self, rounds: Rounds, run: Run) -> dict[str, float]:
-        """Do them; returns what the centralised one reaches on the test part."""
-        start, data, test = rounds.directory.start(), run.data, {}
-        everyone = self.clients_per_round is None or self.clients_per_round >= data.num_clients
-        if "centralised" in self.baselines:
-            examples = [record.num_examples for record in run.history]
-            with self._baseline("centralised", rounds, run, start, split_matters=not everyone) as (there, beside):
-                final = centralised_rounds(there, beside, start, examples, self.local_epochs)
-            assign_(travelling(rounds.evaluator.training.module), final.weights)
-            self.baseline_runs["centralised"], test = beside.history, rounds.evaluator.evaluate("test").metrics
-        if "local" in self.baselines:
-            taken = Counter(client for record in run.history for client in self._cohort(data, record.round))
-            epochs = [self.local_epochs * max(1, taken[client]) for client in range(data.num_clients)]
-            with self._baseline("local", rounds, run, start, split_matters=True) as (there, _):
-                self.baseline_runs["local"] = local_records(there, start, epochs)
-        return test
+    def _baselines(self, evaluator: Evaluator, progress: Progress, run: Run) -> Baselines:
+        folder = self.options.baseline_dir or (self.run_dir and str(Path(self.run_dir) / "baselines"))
+        everyone = self.clients_per_round is None or self.clients_per_round >= run.data.num_clients
+        path = Path(folder) if folder else None
+        found = Baselines(evaluator, progress, run, self.local_epochs, everyone, path, self.options.keep)
+        self.baseline_runs = found.records
+        return found
 
-    @contextlib.contextmanager
-    def _baseline(
-        self, name: str, rounds: Rounds, run: Run, start: ServerState, split_matters: bool
-    ) -> Iterator[tuple[Rounds, Run]]:
-        """A run beside this one. Its directory is named after all that its numbers depend on; who shares it waits."""
-        about = {"name": name, "examples": [record.num_examples for record in run.history], "start": digest(start.weights)}
-        config = baseline_config(run.config, about, split_matters)
-        folder = self.baseline_dir or (self.run_dir and str(Path(self.run_dir) / "baselines"))
-        path = Path(folder) / f"{name}-{fingerprint(config)}" if folder else None
-        with locked(path, wait=True):
-            directory = RunDirectory(path, config, self.keep)
-            yield dataclasses.replace(rounds, directory=directory), Run(config, run.data, len(run.history))
-
-    def _conclude(self, rounds: Rounds, run: Run, test: dict[str, float], centralised_test: dict[str, float]) -> None:
+    def _conclude(self, run: Run, directory: RunDirectory, test: dict[str, float], baselines: Baselines) -> None:
         """Sum up what is known by now."""
-        majority, path = getattr(run.data, "majority_accuracy", None), rounds.directory.path
-        found: dict[str, Any] = {**self.baseline_runs, "majority_accuracy": majority("test") if majority else None}
+        majority = getattr(run.data, "majority_accuracy", None)
+        found: dict[str, Any] = {**baselines.records, "majority_accuracy": majority("test") if majority else None}
         if "centralised" in found:
-            found["centralised_test"] = centralised_test
-        run.summary.update(summarise(run.history, self.evaluate_on, test, found))
-        run.summary["peak_memory_bytes"] = peak_memory_bytes(rounds.evaluator.training.fabric.device)
-        if path is not None:
-            curves = {"federated": run.history, "centralised": self.baseline_runs.get("centralised", [])}
-            alone = mean_of(self.baseline_runs.get("local", []), self.evaluate_on, "accuracy")
-            levels = {} if alone is None else {"each client alone, mean": alone}
-            with writing(path / "curves.png"):
-                drawn = {name: history for name, history in curves.items() if history}
-                plot_curves(drawn, path / "curves.png", levels, title=f"{path.name}: {self.evaluate_on} part")
-        rounds.directory.write_json("summary.json", run.summary)
-
-    def _cohort(self, data: Any, number: int) -> list[int]:
-        return cohort(self.seed, number, data.num_clients, self.clients_per_round)
+            found["centralised_test"] = baselines.centralised_test
+        run.summary.update(summarise(run.history, self.evaluate_on, test, found, self.monitor, self.mode))
+        run.summary["peak_memory_bytes"] = peak_memory_bytes(baselines.evaluator.training.fabric.device)
+        if directory.path is not None:
+            with writing(directory.path / "curves.png"):
+                plot_run(directory.path, run.history, baselines.records, self.evaluate_on)
+        directory.write_json("summary.json", run.summary)
 
     def _check(self, data: Any) -> None:
         needed = ["client_dataloader", "num_clients", "val_dataloader"]
-        needed += ["client_test_dataloader"] if self.evaluation == "clients" else []
+        needed += ["client_test_dataloader"] if self.options.evaluation == "clients" else []
         needed += ["train_dataloader"] if "centralised" in self.baselines else []
         missing = [name for name in needed if not hasattr(data, name)]
         if missing:
             raise UsageError("data", type(data).__name__, f"a data module that has {', '.join(missing)}")
-        if self.evaluation == "clients" and self.evaluate_on != "test":
+        if self.options.evaluation == "clients" and self.evaluate_on != "test":
             raise UsageError("evaluate_on", self.evaluate_on, "test, with evaluation by clients")
         if self.clients_per_round is not None and self.clients_per_round > data.num_clients:
             raise UsageError("clients_per_round", self.clients_per_round, f"at most num_clients, {data.num_clients}")

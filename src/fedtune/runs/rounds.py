@@ -14,7 +14,7 @@ from fedtune.runs.callbacks import FederatedCallback, Run
 from fedtune.runs.progress import Progress
 from fedtune.storage.directory import RunDirectory
 from fedtune.storage.records import RoundRecord
-from fedtune.tensors import assign_, snapshot, travelling
+from fedtune.tensors import assign_, mapped, snapshot, travelling
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class Rounds:
         """The state on the module's device, its weights in the module, too."""
         module = self.evaluator.training.module
         assign_(travelling(module), state.weights)
-        memory = {name: tensor.to(module.device) for name, tensor in state.optimizer.items()}
-        return dataclasses.replace(state, weights=snapshot(travelling(module)), optimizer=memory)
+        memory = {step: mapped(groups, lambda _, tensor: tensor.to(module.device)) for step, groups in state.memory.items()}
+        return dataclasses.replace(state, weights=snapshot(travelling(module)), memory=memory)
 
     def _measured(self, result: RoundResult, seconds: float) -> RoundRecord:
         """The record of a round that took so long, the module holding its result."""

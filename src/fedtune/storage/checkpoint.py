@@ -1,7 +1,7 @@
 """Checkpoints that are either whole or not there: safetensors and JSON, no pickle.
 
     checkpoints/round-0003/weights.safetensors     the server's weights
-                           optimizer.safetensors   only where an optimizer outlives its round
+                           memory.safetensors      only where something outlives its round: momentum, an optimizer
                            state.json              counters, and the sha256 of each file
 
 A checkpoint is written under another name, synchronised to the disk and then renamed.
@@ -9,24 +9,22 @@ A checkpoint is written under another name, synchronised to the disk and then re
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from fedtune.errors import RunError
+from fedtune.federated.messages import Position
 from fedtune.federated.state import ServerState
 from fedtune.files import synchronise, write_text
-
-_TENSORS = ("weights", "optimizer")
-_COUNTERS = ("round", "steps", "epochs", "examples")
+from fedtune.tensors import Tensors, joined, parted
 
 
 def save(folder: Path, state: ServerState, keep: int) -> Path:
@@ -78,29 +76,36 @@ def load(path: Path) -> ServerState:
     """Read one checkpoint. Raises `RunError` when a file is missing, unreadable or not the one that was written."""
     try:
         notes = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        tensors: dict[str, dict[str, Tensor]] = {"optimizer": {}}
+        tensors: dict[str, Tensors] = {"memory": {}}
         for name, expected in notes["sha256"].items():
             file = path / f"{name}.safetensors"
             found = _sha256(file)
             if found != expected:
                 raise RunError(f"{file} has sha256 {found[:12]}…, {expected[:12]}… was written")
             tensors[name] = load_file(file)
-        return ServerState(**{name: notes[name] for name in _COUNTERS} | tensors)
+        memory = {step: parted(groups) for step, groups in parted(tensors["memory"]).items()}
+        position = Position(notes["steps"], notes["epochs"])
+        return ServerState(notes["round"], tensors["weights"], position, notes["examples"], memory)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise RunError(f"{path} cannot be read: {error}") from error
 
 
+def rounds(folder: Path) -> list[int]:
+    """The rounds whose checkpoints a folder has, oldest first."""
+    return [int(path.name.partition("-")[2]) for path in _numbered(folder)]
+
+
 def _write(folder: Path, state: ServerState) -> None:
     hashes: dict[str, str] = {}
-    for name in _TENSORS:
-        tensors = getattr(state, name)
+    memory = joined({step: joined(groups) for step, groups in state.memory.items()})
+    for name, tensors in (("weights", state.weights), ("memory", memory)):
         if tensors:
             file = folder / f"{name}.safetensors"
             save_file({key: value.contiguous().cpu() for key, value in tensors.items()}, file)
             hashes[name] = _sha256(file)
             synchronise(file)
-    notes: dict[str, Any] = {name: getattr(state, name) for name in _COUNTERS} | {"sha256": hashes}
-    write_text(folder / "state.json", json.dumps(notes, indent=1) + "\n")
+    counters = {"round": state.round, "examples": state.examples, **dataclasses.asdict(state.position)}
+    write_text(folder / "state.json", json.dumps(counters | {"sha256": hashes}, indent=1) + "\n")
     synchronise(folder)
 
 

@@ -6,17 +6,19 @@ import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fedtune.errors import UsageError
 from fedtune.version import __version__
 
+# how and where a run is kept and shown; no number depends on it
+KEPT = {"loop.options.keep", "loop.options.progress", "loop.options.baseline_dir", "loop.monitor", "loop.mode"}
 # what may differ between the start of a run and its continuation: no number of a finished round depends on it
-_FREE = {"run_dir", "logger"}
-_FREE |= {f"loop.{name}" for name in ("max_rounds", "keep", "progress", "baselines", "baseline_dir")}
+_FREE = {"run_dir", "logger", "loop.max_rounds", "loop.baselines"} | KEPT
 
 
 def describe(module: Any, data: Any, loop: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,15 +33,34 @@ def describe(module: Any, data: Any, loop: Mapping[str, Any]) -> dict[str, Any]:
     return {"model": model, "data": text, "loop": plain(loop), "content": {"task": getattr(data, "digest", None)}}
 
 
+def identified(config: Mapping[str, Any]) -> None:
+    """Raise `UsageError` when a value has no name by which another start could know it again."""
+    for key, value in dotted(config).items():
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, Unnamed):
+                allowed = "plain values, or a function or class from the top of a module, where there is a run_dir"
+                raise UsageError(key, str(one), allowed)
+
+
 def baseline_config(config: Mapping[str, Any], about: Mapping[str, Any], split_matters: bool) -> dict[str, Any]:
-    """What the numbers of a baseline depend on: the configuration without how long the run is and where it is kept, without
-    the split where texts are pooled, and with what the baseline is `about`."""
-    found = {part: dict(options) for part, options in config.items()}
-    for key in ("max_rounds", "keep", "progress", "baselines", "baseline_dir"):
-        del found["loop"][key]
-    for key in () if split_matters else ("num_clients", "split", "skew", "alpha"):
-        found["data"].pop(key, None)
-    return found | {"baseline": dict(about)}
+    """What the numbers of a baseline depend on: the configuration without the algorithm, how long the run is and where it is
+    kept, without the split where texts are pooled, and with what the baseline is `about`."""
+    left_out = {key for key in dotted(config) if key in _FREE or key.startswith("loop.algorithm.")}
+    left_out |= set() if split_matters else {f"data.{name}" for name in ("num_clients", "split", "skew", "alpha")}
+    return without(config, left_out) | {"baseline": dict(about)}
+
+
+def without(config: Mapping[str, Any], keys: Collection[str], prefix: str = "") -> dict[str, Any]:
+    """A configuration without some dotted keys.
+
+    >>> without({"data": {"seed": 0, "task": "imdb"}}, {"data.seed"})
+    {'data': {'task': 'imdb'}}
+    """
+    return {
+        key: without(value, keys, f"{prefix}{key}.") if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if prefix + key not in keys
+    }
 
 
 def config_of(part: Any) -> dict[str, Any]:
@@ -49,15 +70,24 @@ def config_of(part: Any) -> dict[str, Any]:
     return {"class": type(part).__name__} | plain(dict(getattr(part, "hparams", {})))
 
 
+class Unnamed(str):
+    """What stands for a value that nobody could know again: a lambda, an object with an address."""
+
+
 def plain(values: Any) -> Any:
-    """Values as YAML keeps them: numbers, text, lists and dictionaries; anything else by its name."""
+    """Values as YAML keeps them: numbers, text, lists and dictionaries; functions and classes by their full name."""
     if isinstance(values, Mapping):
         return {str(key): plain(value) for key, value in values.items()}
     if isinstance(values, (list, tuple)):
         return [plain(value) for value in values]
     if isinstance(values, np.generic):
         return values.item()
-    return values if isinstance(values, (int, float, str, bool, type(None))) else getattr(values, "__name__", repr(values))
+    if isinstance(values, (int, float, str, bool, type(None))):
+        return values
+    name = f"{getattr(values, '__module__', None)}.{getattr(values, '__qualname__', '<')}"
+    if "<" not in name:  # <lambda>, <locals>, or none
+        return name
+    return Unnamed(repr(values)) if " at 0x" in repr(values) else repr(values)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -66,25 +96,53 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     >>> differences({"data": {"seed": 0}, "loop": {"max_rounds": 2}}, {"data": {"seed": 1}, "loop": {"max_rounds": 4}})
     ['data.seed: 0 -> 1']
     """
-    old, new = flat(before), flat(now)
+    old, new = dotted(before), dotted(now)
     keys = [key for key in {**old, **new} if key not in _FREE and not key.startswith("versions")]
     return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
 
 
 def fingerprint(config: Mapping[str, Any]) -> str:
     """Eight hexadecimal digits that name a configuration."""
-    return hashlib.sha256(json.dumps(flat(config), sort_keys=True, default=str).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(dotted(config), sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def dotted(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries as one, with dotted names.
 
-    >>> flat({"data": {"seed": 0}, "run_dir": None})
+    >>> dotted({"data": {"seed": 0}, "run_dir": None})
     {'data.seed': 0, 'run_dir': None}
     """
     found: dict[str, Any] = {}
     for key, value in config.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        found |= dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted names as dictionaries in dictionaries; a text with names below it is the "name" among them.
+
+    Raises:
+        UsageError: a value that has names below it.
+
+    >>> nested({"data.task": "imdb", "data.seed": 1, "seed": 2})
+    {'data': {'task': 'imdb', 'seed': 1}, 'seed': 2}
+    >>> nested({"loop.algorithm.beta": 0.5, "loop.algorithm": "fedavgm"})
+    {'loop': {'algorithm': {'name': 'fedavgm', 'beta': 0.5}}}
+    """
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        *path, last = name.split(".")
+        place = found
+        for part in path:
+            below = place.setdefault(part, {})
+            if isinstance(below, str):  # a name, and what belongs to it
+                below = place[part] = {"name": below}
+            if not isinstance(below, dict):
+                raise UsageError(f"parameter {name}", value, f"nothing, beside a value for {part}")
+            place = below
+        if isinstance(place.get(last), dict) and isinstance(value, str):
+            value = {"name": value} | place[last]
+        place[last] = value
     return found
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from fedtune.errors import RunError, UsageError
+from fedtune.federated.memory import ClientMemory, MemoryInRam, MemoryOnDisk
 from fedtune.federated.state import ServerState
 from fedtune.files import append_line, read_lines, write_lines, write_text
 from fedtune.storage import checkpoint
@@ -25,13 +26,15 @@ class RunDirectory:
         path: the directory; made when it does not exist.
         config: the resolved configuration, nested dictionaries of plain values.
         keep: checkpoints that stay.
+        num_clients: clients that may have something to remember, in `memory`.
 
     Raises:
         UsageError: the directory cannot be written, or belongs to a run of another configuration.
     """
 
-    def __init__(self, path: Path | None, config: Mapping[str, Any], keep: int) -> None:
+    def __init__(self, path: Path | None, config: Mapping[str, Any], keep: int, num_clients: int = 0) -> None:
         self.path, self.keep = path, keep
+        self.memory: ClientMemory = MemoryInRam() if path is None else MemoryOnDisk(path / "clients", num_clients)
         self._start: list[ServerState] = []
         if path is None:
             return
@@ -64,6 +67,7 @@ class RunDirectory:
         if self.path is None:
             return None, []
         state = checkpoint.latest(self.path / "checkpoints")
+        self.memory.rewind(state.round if state else 0)
         done = [record for record in read_rounds(self.path / "rounds.jsonl") if state and record.round <= state.round]
         if state and len(done) < state.round:
             raise RunError(f"{self.path / 'rounds.jsonl'} lacks rounds up to {state.round}; it has {len(done)}")
@@ -75,8 +79,11 @@ class RunDirectory:
     def complete(self, record: RoundRecord, state: ServerState) -> None:
         """Keep a finished round: first its record, then its checkpoint, which is what makes it count."""
         self.append("rounds.jsonl", record.to_dict())
+        oldest = state.round
         if self.path is not None:
             checkpoint.save(self.path / "checkpoints", state, self.keep)
+            oldest = checkpoint.rounds(self.path / "checkpoints")[0]
+        self.memory.prune(oldest, record.cohort)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file of the run, at once."""

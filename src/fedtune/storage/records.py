@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedtune.federated.messages import ClientReport
+from fedtune.federated.messages import ClientReport, Failure
 from fedtune.federated.state import RoundResult
 from fedtune.files import read_lines
 
@@ -22,8 +22,9 @@ class RoundRecord:
         train_loss_nats: mean training loss over the examples of the round.
         num_clients, num_examples, num_steps, num_tokens: trained in this round (tokens without padding).
         bytes_up, bytes_down: sent by the clients, and to them.
-        update_norm, update_cosine, drift: how the clients' updates relate, as in `aggregation.Agreement`.
-        clients: a report for each client of the round.
+        mean_update_norm, update_cosine, drift: how the clients' updates relate, as in `federated.agreement.Agreement`.
+        clients: a report for each client whose reply counts.
+        failures: for each of the others its number and the reason.
         client_accuracy: accuracy of the averaged model for each client of the federation, where data and module know it, as
             in `FederatedDataModule.client_accuracy`.
     """
@@ -41,10 +42,11 @@ class RoundRecord:
     seconds_evaluate: float
     bytes_up: int
     bytes_down: int
-    update_norm: float
+    mean_update_norm: float
     update_cosine: float | None
     drift: dict[str, float]
     clients: list[ClientReport] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
     client_accuracy: list[float | None] = field(default_factory=list)
 
     @classmethod
@@ -74,10 +76,11 @@ class RoundRecord:
             seconds_evaluate=seconds["evaluate"],
             bytes_up=result.bytes_up,
             bytes_down=result.bytes_down,
-            update_norm=result.agreement.update_norm,
+            mean_update_norm=result.agreement.mean_update_norm,
             update_cosine=result.agreement.update_cosine,
             drift=result.agreement.drift,
             clients=reports,
+            failures=result.failures,
             client_accuracy=client_accuracy,
         )
 
@@ -86,6 +89,11 @@ class RoundRecord:
         if name in metrics:
             return float(metrics[name])
         raise AttributeError(f"a round record has no {name!r}; the module logged {sorted(metrics)}")
+
+    @property
+    def cohort(self) -> list[int]:
+        """The clients that took part, those that failed among them."""
+        return sorted([report.client for report in self.clients] + [failure.client for failure in self.failures])
 
     def to_dict(self) -> dict[str, Any]:
         """One flat dictionary, as in `rounds.jsonl`."""
@@ -98,6 +106,7 @@ class RoundRecord:
         names = {item.name for item in dataclasses.fields(cls)}
         own = {name: value for name, value in flat.items() if name in names}
         own["clients"] = [ClientReport(**report) for report in flat["clients"]]
+        own["failures"] = [Failure(**failure) for failure in flat["failures"]]
         return cls(metrics={name: value for name, value in flat.items() if name not in names}, **own)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fedtune.storage.records import RoundRecord
 
 SHARES = (90, 95, 99)  # per cent of the centralised baseline
+MODES: dict[str, Callable[..., Any]] = {"max": max, "min": min}
 
 
 def rounds_to(history: Sequence[RoundRecord], accuracy: float) -> int | None:
@@ -34,7 +35,12 @@ def spread(values: Sequence[float | None]) -> dict[str, float | None]:
 
 
 def summarise(
-    history: Sequence[RoundRecord], evaluated_on: str, test: Mapping[str, float], baselines: Mapping[str, Any]
+    history: Sequence[RoundRecord],
+    evaluated_on: str,
+    test: Mapping[str, float],
+    baselines: Mapping[str, Any],
+    monitor: str = "accuracy",
+    mode: str = "max",
 ) -> dict[str, Any]:
     """The content of `summary.json`.
 
@@ -43,12 +49,14 @@ def summarise(
         evaluated_on: the part they were evaluated on.
         test: metrics of the final weights on the test part.
         baselines: "majority_accuracy", "centralised" (rounds), "centralised_test" (metrics), "local" (records), where known.
+        monitor, mode: the metric of the best round, and whether it is the "max" or the "min".
 
     Returns:
         accuracies as fractions, `loss_nats`, `seconds` of all rounds, `bytes_up` and `bytes_down` in all; null where not known.
     """
-    known = [record for record in history if "accuracy" in record.metrics]
-    best = max(known, key=lambda record: record.accuracy, default=None)
+    known = [record for record in history if monitor in record.metrics]
+    best = MODES[mode](known, key=lambda record: record.metrics[monitor], default=None)
+    reached = None if best is None else best.metrics[monitor]
     pooled = [record.accuracy for record in baselines.get("centralised", ()) if "accuracy" in record.metrics]
     return {
         **test,
@@ -58,9 +66,11 @@ def summarise(
         **{f"client_accuracy_{name}": value for name, value in spread(history[-1].client_accuracy).items()},
         "rounds": history[-1].round,
         "evaluated_on": evaluated_on,
+        "monitor": monitor,
+        "mode": mode,
         "best_round": best.round if best else None,
-        "best_accuracy": best.accuracy if best else None,
-        "best_validation_accuracy": best.accuracy if best and evaluated_on == "validation" else None,
+        f"best_{monitor}": reached,
+        f"best_{evaluated_on}_{monitor}": reached,
         **{f"rounds_to_{share}pct": rounds_to(history, share / 100 * pooled[-1]) if pooled else None for share in SHARES},
         "seconds": sum(record.seconds for record in history),
         "bytes_up": sum(record.bytes_up for record in history),

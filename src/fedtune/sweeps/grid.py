@@ -14,7 +14,8 @@ import yaml
 
 from fedtune.errors import UsageError, one_of
 from fedtune.randomness import stream
-from fedtune.runs.options import name_of, resolve
+from fedtune.runs.flags import name_of, resolve
+from fedtune.storage.config import nested
 
 METHODS = ("grid", "random")
 GOALS = ("minimize", "maximize")
@@ -75,7 +76,7 @@ def read(file: str | Path, only: Sequence[str] = ()) -> Sweep:
     if unknown:
         also = "; early_terminate with --wandb and a key" if unknown[0] in _NOT_LOCAL else ""
         raise one_of("sweep file", unknown[0], _KEYS, also=also)
-    parameters = flat(content["parameters"])
+    parameters = parameters_of(content["parameters"])
     chosen = [values for values in _draws(content, parameters) if _taken(values, only)]
     if not chosen:
         keys = {condition.partition("=")[0] for condition in only}
@@ -116,10 +117,10 @@ def load(file: str | Path) -> dict[str, Any]:
     return content
 
 
-def flat(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, dict[str, Any]]:
+def parameters_of(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, dict[str, Any]]:
     """Dotted name -> what the file says of the parameter.
 
-    >>> flat({"data": {"parameters": {"task": {"value": "imdb"}}}, "loop.seed": {"values": [0, 1]}})
+    >>> parameters_of({"data": {"parameters": {"task": {"value": "imdb"}}}, "loop.seed": {"values": [0, 1]}})
     {'data.task': {'value': 'imdb'}, 'loop.seed': {'values': [0, 1]}}
     """
     found: dict[str, dict[str, Any]] = {}
@@ -132,25 +133,9 @@ def flat(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, dict[str,
             raise UsageError("parameter", key, f"any of a run but {', '.join(_OWN)}")
         if not isinstance(spec, Mapping) or not {"value", "values", "distribution", "parameters", "min"} & spec.keys():
             raise UsageError(f"parameter {prefix}{key}", spec, "value, values, distribution or parameters")
-        found |= flat(spec["parameters"], f"{prefix}{key}.") if "parameters" in spec else {f"{prefix}{key}": dict(spec)}
-    return found
-
-
-def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted names as dictionaries in dictionaries.
-
-    >>> nested({"data.task": "imdb", "data.seed": 1, "seed": 2})
-    {'data': {'task': 'imdb', 'seed': 1}, 'seed': 2}
-    """
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        *path, last = name.split(".")
-        place = found
-        for part in path:
-            place = place.setdefault(part, {})
-            if not isinstance(place, dict):
-                raise UsageError(f"parameter {name}", value, f"nothing, beside a value for {part}")
-        place[last] = value
+        found |= (
+            parameters_of(spec["parameters"], f"{prefix}{key}.") if "parameters" in spec else {f"{prefix}{key}": dict(spec)}
+        )
     return found
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # each run has a process of its own, forked from a server that has done the imports
 _PROCESSES = multiprocessing.get_context("forkserver")
-_IMPORTS = ["fedtune.runs.options", "transformers.models.bert.modeling_bert"]
+_IMPORTS = ["fedtune.runs.flags", "transformers.models.bert.modeling_bert"]
 _SHARED = "baselines"  # beside the runs: what they are compared with, for those that can share it
 
 
@@ -221,7 +221,9 @@ def _start(cell: Cell, board: _Board, logger: str) -> _Running:
     threads = max(1, len(os.sched_getaffinity(0)) // board.workers)
     setting = {"environment": environment, "threads": threads, "logger": logger}
     arguments = {part: dict(values) for part, values in cell.arguments.items()}
-    arguments["loop"] |= {"progress": False, "baseline_dir": arguments["loop"]["baseline_dir"] or str(board.folder / _SHARED)}
+    options = arguments["loop"]["options"]
+    shared = options["baseline_dir"] or str(board.folder / _SHARED)
+    arguments["loop"]["options"] = options | {"progress": False, "baseline_dir": shared}
     ours, theirs = _PROCESSES.Pipe()
     process = _PROCESSES.Process(target=work, args=(arguments, board.folder / cell.name, setting, theirs))
     process.start()

@@ -12,7 +12,7 @@ from typing import Any
 
 from fedtune.errors import RunError, UsageError
 from fedtune.runs.wandb import import_wandb, is_online
-from fedtune.sweeps.grid import flat, load
+from fedtune.sweeps.grid import load, parameters_of
 from fedtune.sweeps.runner import gpu
 
 # the agent writes a cell's values into a JSON file, which the command line reads like any configuration
@@ -32,7 +32,7 @@ def online() -> bool:
 def registered(file: str, runs_dir: str) -> dict[str, Any]:
     """The content of a sweep file as W&B takes it: with the command that an agent runs for a cell."""
     content = load(file)
-    flat(content["parameters"])  # refuses what is no parameter
+    parameters_of(content["parameters"])  # refuses what is no parameter
     return content | {"command": [*_COMMAND, runs_dir]}
 
 

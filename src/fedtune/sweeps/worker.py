@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fedtune.errors import RunError, UsageError
 from fedtune.files import read_lines, write_text
 from fedtune.runs.callbacks import FederatedCallback
-from fedtune.runs.options import fit
+from fedtune.runs.flags import fit
 from fedtune.storage.locks import Busy, locked
 
 if TYPE_CHECKING:

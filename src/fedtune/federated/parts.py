@@ -1,0 +1,122 @@
+"""What an algorithm is made of, and what carries its messages.
+
+A part is a frozen dataclass of plain values, so that the configuration, the name of a run and a sweep see all of it.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from fedtune.errors import UsageError
+from fedtune.federated.client import ClientUpdate
+from fedtune.federated.messages import Context, Failure, Reply, Request, Stage
+from fedtune.federated.state import ServerState
+from fedtune.federated.sums import Value
+from fedtune.tensors import Groups
+
+
+class Aggregator(abc.ABC):
+    """What becomes of the replies."""
+
+    @abc.abstractmethod
+    def __call__(self, replies: Iterator[Reply], state: ServerState, context: Context, runtime: Runtime) -> Groups:
+        """Make one of all replies.
+
+        Args:
+            replies: those that count, one after the other, of the clients of this worker; its tensors are gone when the next
+                one is taken.
+            state: the server before the round.
+            runtime: adds up what the workers have.
+
+        Returns:
+            the same on every worker: "update", and what the algorithm adds.
+        """
+
+    @abc.abstractmethod
+    def weight(self, reply: Reply) -> int:
+        """How many times a reply counts in the mean; 1 in rules that are no mean."""
+
+    @abc.abstractmethod
+    def limit(self, group: str) -> float:
+        """The largest absolute value that a reply may have in a group, or infinity."""
+
+
+class ServerStep(abc.ABC):
+    """What the server makes of the aggregate: momentum, an adaptive optimizer.
+
+    `sends` names what of its memory goes to the clients of the next round.
+    """
+
+    sends: ClassVar[tuple[str, ...]] = ()
+
+    @abc.abstractmethod
+    def __call__(self, groups: Groups, memory: Groups, context: Context) -> tuple[Groups, Groups]:
+        """The groups for the next step, and what this one remembers; nothing is changed in place.
+
+        Args:
+            groups: from the aggregator, or from the step before; "update" in fp64.
+            memory: what the step returned in the last round; empty in the first.
+        """
+
+
+class Runtime(abc.ABC):
+    """What carries requests to clients and brings their replies: one process, many, or a network."""
+
+    leads: bool = True  # whether this process keeps the records
+
+    @abc.abstractmethod
+    def replies(self, requests: Sequence[Request], context: Context) -> Iterator[Reply | Failure]:
+        """Answers to those requests that fall to this worker, in any order."""
+
+    @abc.abstractmethod
+    def add_up_(self, tensors: list[Tensor]) -> None:
+        """Make whole numbers the sums over all workers, in place."""
+
+    @abc.abstractmethod
+    def gather(self, values: list[Value]) -> list[Value]:
+        """The values of all workers."""
+
+    @abc.abstractmethod
+    def discard(self, round: int, clients: Sequence[int]) -> None:
+        """Tell clients that their replies did not count, so that they forget the round."""
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A federated algorithm.
+
+    Args:
+        client: what a client does.
+        aggregator: what becomes of the replies.
+        server: what the server makes of the aggregate, step by step; then it is added to the weights.
+        up: what happens to messages on their way to the server, in this order; undone in reverse.
+        down: the same on their way to the clients.
+
+    Raises:
+        UsageError: two server steps of one class, whose memories would be one.
+    """
+
+    client: ClientUpdate
+    aggregator: Aggregator
+    server: tuple[ServerStep, ...] = ()
+    up: tuple[Stage, ...] = ()
+    down: tuple[Stage, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [type(step).__name__ for step in self.server]
+        if len(set(names)) < len(names):
+            raise UsageError("algorithm.server", names, "steps of different classes")
+
+
+ROLES: dict[str, type[Any]] = {
+    "client": ClientUpdate,
+    "aggregator": Aggregator,
+    "server": ServerStep,
+    "up": Stage,
+    "down": Stage,
+}

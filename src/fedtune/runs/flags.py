@@ -1,0 +1,129 @@
+"""The flags of a run: every flag is a constructor argument; from them come a data module, a module and a loop."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jsonargparse import Namespace
+
+from fedtune.algorithms import ALGORITHMS
+from fedtune.algorithms.specification import algorithm_of, specification_of
+from fedtune.data.classification import FederatedDataModule
+from fedtune.errors import UsageError
+from fedtune.models import TextClassifier, build_classifier
+from fedtune.runs.loop import FederatedLoop
+from fedtune.runs.options import RunOptions
+from fedtune.runs.parser import ConfigFile, Parser
+from fedtune.runs.wandb import LOGGERS
+from fedtune.storage.config import KEPT, fingerprint, without
+
+SECTIONS = ("data", "model", "loop")
+_WHOLE = ("iid", "by_label", "by_author", "dirichlet")  # splits that give a single client all texts, in one order
+_FLAGS = {"data.model": "model.name", "model.model": "model.name", "loop.run_dir": "run_dir", "loop.logger": "logger"}
+
+
+def add_run_arguments(run: Parser) -> None:
+    """Give a parser the arguments of `fedtune run`."""
+    run.add_argument("--config", action=ConfigFile, help="YAML or JSON file with any of the values below")
+    run.add_class_arguments(FederatedDataModule, "data", skip={"model"})
+    run.add_class_arguments(TextClassifier, "model", skip={"num_labels"})
+    run.add_class_arguments(FederatedLoop, "loop", skip={"run_dir", "logger", "callbacks", "algorithm"})
+    run.add_argument(
+        "--loop.algorithm",
+        type=dict[str, Any] | str,
+        default="fedavg",
+        help=f"one of {', '.join(ALGORITHMS)}; its parameters and parts are flags, too: --loop.algorithm.beta 0.5, "
+        "--loop.algorithm.aggregator.weighting uniform, --loop.algorithm.up+=Quantise",
+    )
+    run.deep = "loop.algorithm"
+    run.add_argument("--seed", type=int | None, default=None, help="sets data.seed, model.seed and loop.seed")
+    run.add_argument("--run_dir", type=str | None, default=None, help="directory of the run; nothing is written without it")
+    run.add_argument(
+        "--runs_dir",
+        type=str | None,
+        default=None,
+        help="directory of many runs: without --run_dir, the run's own is in it, named by the hash of its configuration",
+    )
+    run.add_argument("--logger", type=str, default="none", help=f"one of {', '.join(LOGGERS)}")
+    for name in ("versions", "content"):
+        run.add_argument(f"--{name}", type=dict | None, default=None, help="ignored: a run's config.yaml has it")
+
+
+def resolve(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The arguments of a run from nested values, as in a configuration file.
+
+    Raises:
+        SystemExit: a value that a run does not have, or of a wrong type; said in one line.
+    """
+    return resolved(_run_parser().parse_object(dict(values)))
+
+
+@functools.cache
+def _run_parser() -> Parser:
+    parser = Parser(prog="fedtune run")
+    add_run_arguments(parser)
+    return parser
+
+
+def resolved(options: Namespace) -> dict[str, dict[str, Any]]:
+    """The arguments of data module, module and loop, complete; `seed` handed on to each.
+
+    A single client holds the same texts whatever the split, so its split is always "iid": such runs are one run.
+    """
+    found = {part: dict(options[part].as_dict()) for part in SECTIONS}
+    if options.seed is not None:
+        for part in SECTIONS:
+            found[part]["seed"] = options.seed
+    with flags("loop"):
+        found["loop"]["algorithm"] = specification_of(algorithm_of(found["loop"]["algorithm"]))
+    if found["data"]["num_clients"] == 1 and found["data"]["split"] in _WHOLE:
+        found["data"] |= {"split": "iid", "skew": 1.0, "alpha": 0.5}
+    return found
+
+
+def name_of(arguments: Mapping[str, Mapping[str, Any]]) -> str:
+    """The name of a run in a directory of runs: eight hexadecimal digits of its complete configuration."""
+    return fingerprint(without(arguments, KEPT))
+
+
+@contextlib.contextmanager
+def flags(part: str) -> Iterator[None]:
+    """Name the flag, and not only the argument, in errors about the values of one part of the configuration."""
+    try:
+        yield
+    except UsageError as error:
+        name = f"{part}.{error.argument}"
+        raise UsageError(f"--{_FLAGS.get(name, name)}", error.came, error.allowed) from error
+
+
+def fit(arguments: Mapping[str, Mapping[str, Any]], **where: Any) -> FederatedLoop:
+    """Build data module, module and loop, and run.
+
+    Args:
+        arguments: as from `resolved`.
+        where: `run_dir`, `logger` and `callbacks` of the loop.
+
+    Raises:
+        UsageError: a value that cannot be used, under the name of its flag.
+        RunError: the run had to stop.
+    """
+    model = dict(arguments["model"])
+    with flags("loop"):
+        options = RunOptions(**arguments["loop"]["options"])
+        loop = FederatedLoop(**{**arguments["loop"], "options": options}, **where)
+    with flags("data"):
+        data = FederatedDataModule(**arguments["data"], model=model["name"])
+        data.setup()
+    with flags("model"):
+        if model["init"] == "random" and arguments["data"]["tokenizer"] is not None:
+            model["vocab_size"] = model["vocab_size"] or len(data.tokenizer)
+        module = build_classifier(model.pop("name"), data.num_labels, **model)
+    if len(data.tokenizer) > module.network.config.vocab_size:
+        allowed = f"one of at most {module.network.config.vocab_size} tokens, which {module.hparams['name']} knows"
+        raise UsageError("--data.tokenizer", arguments["data"]["tokenizer"], allowed)
+    with flags("loop"):
+        loop.fit(module, data)
+    return loop

@@ -1,0 +1,1 @@
+"""Where clients run. A round is the same everywhere, and so are its bits."""

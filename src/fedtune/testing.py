@@ -1,0 +1,170 @@
+"""What every algorithm holds, to be tested on one's own.
+
+def test_my_algorithm(tmp_path):
+    check_algorithm(mine(mu=0.1), tmp_path, neutral=mine(mu=0.0), like="fedavg")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, final
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from fedtune.algorithms.specification import algorithm_of, specification_of
+from fedtune.federated.client import Worker
+from fedtune.federated.evaluation import attached
+from fedtune.federated.memory import MemoryOnDisk
+from fedtune.federated.messages import Context, Failure, Reply, Request
+from fedtune.federated.parts import Algorithm, Runtime
+from fedtune.federated.round import RoundOptions, run_round
+from fedtune.federated.state import RoundResult, ServerState
+from fedtune.federated.sums import Value
+from fedtune.federated.training import Training
+from fedtune.runtimes.serial import Serial
+from fedtune.storage import checkpoint
+from fedtune.tensors import buffers, snapshot, travelling
+
+SIZES = (9, 5, 14, 6)  # examples of the clients, none left over alone
+
+
+@final
+class TinyModule(pl.LightningModule):
+    """A classifier with dropout and a batch norm, trained by plain SGD."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.network = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 3))
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Cross-entropy."""
+        return nn.functional.cross_entropy(self.network(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Plain SGD, which every algorithm allows."""
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@final
+class TinyData:
+    """Four uneven clients with different classes, batches of three."""
+
+    num_clients = len(SIZES)
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(1)
+        inputs = [torch.randn(size, 5, generator=generator) for size in SIZES]
+        labels = [(torch.randint(2, (size,), generator=generator) + client) % 3 for client, size in enumerate(SIZES)]
+        self._clients = [list(zip(x.split(3), y.split(3), strict=True)) for x, y in zip(inputs, labels, strict=True)]
+
+    def client_dataloader(self, client: int) -> list[tuple[Tensor, Tensor]]:
+        """The client's batches, always the same."""
+        return self._clients[client]
+
+
+@final
+class Unreliable(Runtime):
+    """A runtime whose clients answer in reverse, or whose replies are lost in some rounds."""
+
+    def __init__(self, inner: Runtime, lost: Collection[tuple[int, int]] = (), reverse: bool = False) -> None:
+        self._inner, self._lost, self._reverse = inner, lost, reverse
+
+    def replies(self, requests: Sequence[Request], context: Context) -> Iterator[Reply | Failure]:
+        """Those of the inner runtime."""
+        for reply in self._inner.replies(requests[::-1] if self._reverse else requests, context):
+            yield Failure(reply.client, "dropped") if (context.round, reply.client) in self._lost else reply
+
+    def add_up_(self, tensors: list[Tensor]) -> None:
+        """As the inner runtime."""
+        self._inner.add_up_(tensors)
+
+    def gather(self, values: list[Value]) -> list[Value]:
+        """As the inner runtime."""
+        return self._inner.gather(values)
+
+    def discard(self, round: int, clients: Sequence[int]) -> None:
+        """As the inner runtime."""
+        self._inner.discard(round, clients)
+
+
+def play(
+    algorithm: Algorithm, folder: Path, until: int, lost: Collection[tuple[int, int]] = (), reverse: bool = False
+) -> list[RoundResult]:
+    """Rounds of a tiny federation, three of its four clients in each, from the last checkpoint in the folder.
+
+    Args:
+        until: the last round.
+        lost: (round, client) whose reply does not arrive.
+        reverse: clients train in reverse order.
+    """
+    module = TinyModule()
+    fabric = Fabric(accelerator="cpu", devices=1)
+    memory, results = MemoryOnDisk(folder / "clients", TinyData.num_clients), []
+    with attached(fabric, module):
+        worker = Worker(Training(fabric, module, 3), TinyData(), algorithm.client, memory, 2, algorithm.up, algorithm.down)
+        runtime = Unreliable(Serial(worker), lost, reverse)
+        options = RoundOptions(local_epochs=2, buffers=frozenset(buffers(module)), min_clients=1)
+        state = checkpoint.latest(folder / "checkpoints") or ServerState(0, snapshot(travelling(module)))
+        memory.rewind(state.round)
+        while state.round < until:
+            number = state.round + 1
+            cohort = tuple(client for client in range(TinyData.num_clients) if client != number % TinyData.num_clients)
+            context = Context(3, number, TinyData.num_clients, cohort, 2 * sum(SIZES))
+            results.append(run_round(state, algorithm, context, runtime, options))
+            state = results[-1].state
+            checkpoint.save(folder / "checkpoints", state, keep=2)
+    return results
+
+
+def check_algorithm(algorithm: Algorithm, folder: Path, neutral: Algorithm | None = None, like: Any = "fedavg") -> None:
+    """Check what every algorithm holds.
+
+    Its plain values give it back. The order of clients changes no bit. Four rounds are two, a third that is lost, and two more,
+    bit for bit, what clients remember included. A round goes on without a client whose reply is lost, and that client is not
+    changed by it. At its neutral setting it is FedAvg, bit for bit.
+
+    Args:
+        algorithm: at a setting that is not neutral.
+        folder: an empty folder.
+        neutral: the algorithm at the setting at which it does nothing, or None where there is no such setting.
+        like: the algorithm that it then is.
+
+    Raises:
+        AssertionError: it does not hold.
+    """
+    if algorithm_of(specification_of(algorithm)) != algorithm:
+        raise AssertionError("its plain values do not give it back: are all its parts in fedtune.ALGORITHM_PARTS?")
+    whole = play(algorithm, folder / "whole", 4)
+    _same(whole[-1].state, play(algorithm, folder / "reversed", 4, reverse=True)[-1].state, "clients in reverse order")
+    play(algorithm, folder / "resumed", 3)
+    for lost in (folder / "resumed" / "checkpoints").glob("round-0003/*"):
+        lost.unlink()
+    (folder / "resumed" / "checkpoints" / "round-0003").rmdir()
+    _same(whole[-1].state, play(algorithm, folder / "resumed", 4)[-1].state, "after a lost round")
+    dropped = play(algorithm, folder / "dropped", 3, lost=[(2, 1)])
+    if [failure.client for failure in dropped[1].failures] != [1]:
+        raise AssertionError("a lost reply is not among the failures of its round")
+    if not all(bool(tensor.isfinite().all()) for tensor in dropped[-1].state.weights.values()):
+        raise AssertionError("after a lost reply the weights are not finite")
+    if (folder / "dropped" / "clients" / "000001" / "0002.safetensors").exists():
+        raise AssertionError("a client remembers a round in which its reply was lost")
+    if neutral is not None:
+        expected = play(algorithm_of(like), folder / "like", 3)[-1].state
+        _same(expected, play(neutral, folder / "neutral", 3)[-1].state, "at the neutral setting", memory=False)
+
+
+def _same(one: ServerState, other: ServerState, what: str, memory: bool = True) -> None:
+    for name, tensor in one.weights.items():
+        if not torch.equal(tensor, other.weights[name]):
+            raise AssertionError(f"{what}: {name} is not the same")
+    for step, groups in one.memory.items() if memory else ():
+        for group, tensors in groups.items():
+            for name, tensor in tensors.items():
+                if not torch.equal(tensor, other.memory[step][group][name]):
+                    raise AssertionError(f"{what}: {group} of {step} is not the same in {name}")
