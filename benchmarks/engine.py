@@ -33,9 +33,10 @@ from fedtune.federated.dropout import FastDropout
 from fedtune.federated.evaluation import attached, evaluate
 from fedtune.federated.memory import MemoryInRam
 from fedtune.federated.messages import Context, Position
+from fedtune.federated.pieces import Pieces
 from fedtune.federated.round import run_round
 from fedtune.federated.state import ServerState
-from fedtune.federated.sums import ExactSum, Pieces
+from fedtune.federated.sums import ExactSum
 from fedtune.federated.training import Optimisation, Training, run_steps
 from fedtune.randomness import seeded
 from fedtune.runs.hardware import freed_memory_kept, resolve_precision

@@ -282,11 +282,32 @@ def test_what_is_no_algorithm_is_refused_in_one_line(given_: Any, said: str) -> 
     assert "\n" not in str(caught.value)
 
 
-def test_a_part_that_is_no_plain_dataclass_is_refused() -> None:
+def test_a_part_that_nobody_could_know_again_is_refused_with_a_run_directory(
+    make_data: Make, make_module: Make, tmp_path: Path
+) -> None:
     class Free(ClientUpdate):
         def __call__(self, client: Client) -> Groups:
-            return {}
+            client.train()
+            return {"update": client.update()}
 
-    for part in (Free(), Counting(growth=object())):  # type: ignore[arg-type]
-        with pytest.raises(fedtune.UsageError, match="allowed: a dataclass of plain values"):
-            specification_of(Algorithm(part, Mean()))
+    @dataclass(frozen=True)
+    class Local(ClientUpdate):
+        def __call__(self, client: Client) -> Groups:
+            client.train()
+            return {"update": client.update()}
+
+    for part in (Free(), Local(), Replaced(seen=([object()],))):
+        algorithm = Algorithm(part, Mean())
+        assert make_loop(max_rounds=1, algorithm=algorithm).fit(make_module(), make_data())  # without a directory anything goes
+        with pytest.raises(fedtune.UsageError, match=r"algorithm.client.*allowed: a dataclass of plain values") as caught:
+            make_loop(max_rounds=1, algorithm=algorithm, run_dir=str(tmp_path / "r")).fit(make_module(), make_data())
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "r").exists()
+
+
+def test_parts_that_are_not_registered_go_by_their_module() -> None:
+    assert specification_of(Algorithm(Counting(0.5), Mean()))["client"] == {
+        "name": "test_algorithms.Counting",
+        "growth": 0.5,
+        "forgetful": False,
+    }

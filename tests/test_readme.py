@@ -42,6 +42,15 @@ def test_the_ten_lines_run_as_written(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (tmp_path / "runs" / "first" / "curves.png").exists()
 
 
+def test_the_algorithm_of_the_readme_is_what_it_says() -> None:
+    (code,) = [block for block in blocks("python") if "Quantise" in block]
+    names: dict = {}
+    exec(code, names)
+    assert names["loop"].algorithm == fedtune.algorithms.specification.algorithm_of(
+        {"name": "fedavgm", "beta": 0.9, "up": ["Quantise"]}
+    )
+
+
 def test_every_make_target_in_the_readme_exists() -> None:
     targets = set(re.findall(r"^(\w+):.*##", (ROOT / "Makefile").read_text(), flags=re.M))
     assert set(re.findall(r"make (\w+)", README)) <= targets

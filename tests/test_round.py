@@ -166,6 +166,17 @@ def test_a_client_that_never_trains_is_refused() -> None:
         fit(Algorithm(Idle(), Mean()))
 
 
+def test_an_error_in_an_algorithm_says_where_and_keeps_its_cause() -> None:
+    @dataclass(frozen=True)
+    class Broken(ClientUpdate):
+        def __call__(self, client: Client) -> Groups:
+            raise KeyError("control")
+
+    with pytest.raises(fedtune.RunError, match="round 1, client 0: KeyError: 'control'") as caught:
+        fit(Algorithm(Broken(), Mean()))
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
 # ---------------------------------------------------------------- the same in a run
 
 
@@ -273,6 +284,16 @@ def test_a_callback_that_stops_the_rounds_does_not_stop_the_baselines(make_data:
     assert len(loop.fit(make_module(), make_data())) == 2
     assert [record.round for record in loop.baseline_runs["centralised"]] == [1, 2]
     assert len(loop.baseline_runs["local"]) == 3
+
+
+def test_a_metric_that_no_round_logs_cannot_be_monitored(make_data: Make, make_module: Make) -> None:
+    loop = make_loop(max_rounds=3, monitor="loss_nats", mode="min")
+    history = loop.fit(make_module(), make_data())
+    least = min(record.loss_nats for record in history)
+    assert (loop.summary["best_loss_nats"], loop.summary["best_validation_loss_nats"]) == (least, least)
+    assert history[loop.summary["best_round"] - 1].loss_nats == least
+    with pytest.raises(fedtune.UsageError, match=r"monitor: got 'los_nats'; allowed: loss_nats \(nearest\), acc"):
+        make_loop(monitor="los_nats").fit(make_module(), make_data())
 
 
 def test_on_client_end_sees_the_weights_that_the_client_has_trained(make_data: Make, make_module: Make) -> None:

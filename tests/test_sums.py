@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from fedtune.algorithms.fedavg import Mean
 from fedtune.errors import RunError, UsageError
 from fedtune.federated.agreement import RunningAgreement
-from fedtune.federated.sums import ExactSum, Pieces, grid_bits, moved
+from fedtune.federated.pieces import Pieces, moved
+from fedtune.federated.sums import ExactSum, grid_bits
 
 MOST = 4_000
 VALUES = st.lists(st.floats(-8, 8, width=32), min_size=3, max_size=3)
@@ -169,8 +170,8 @@ def test_pieces_of_any_size_with_and_without_rows_of_zeros_give_the_same(
         return mean, agreement.result(Pieces(mean)), squares
 
     (plain, agreed, squares) = results()
-    monkeypatch.setattr("fedtune.federated.sums._BLOCK", block)
-    monkeypatch.setattr("fedtune.federated.sums._TALL", tall)
+    monkeypatch.setattr("fedtune.federated.pieces._BLOCK", block)
+    monkeypatch.setattr("fedtune.federated.pieces._TALL", tall)
     (mean, agreed_again, squares_again) = results()
     assert all(torch.equal(mean[name], plain[name]) for name in plain)
     assert agreed_again.update_cosine == pytest.approx(agreed.update_cosine, abs=1e-6)  # lengths are sums in fp32
@@ -179,7 +180,7 @@ def test_pieces_of_any_size_with_and_without_rows_of_zeros_give_the_same(
 
 
 def test_rows_of_zeros_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedtune.federated.sums._TALL", 1)
+    monkeypatch.setattr("fedtune.federated.pieces._TALL", 1)
     for rows, expected in ((3, 15), (30, 200)):
         assert sum(values.numel() for _, _, values in Pieces({"a": embedding(0, rows)})) == expected
 
@@ -199,8 +200,8 @@ def test_who_watches_sees_every_piece_once_whoever_goes_through_them() -> None:
 
 @pytest.mark.parametrize("tall", [1, 2**20])
 def test_a_difference_is_made_in_place_together_with_its_length(monkeypatch: pytest.MonkeyPatch, tall: int) -> None:
-    monkeypatch.setattr("fedtune.federated.sums._TALL", tall)
-    monkeypatch.setattr("fedtune.federated.sums._BLOCK", 7)
+    monkeypatch.setattr("fedtune.federated.pieces._TALL", tall)
+    monkeypatch.setattr("fedtune.federated.pieces._BLOCK", 7)
     weights = {"a": torch.randn(40, 5), "b": torch.randn(3, 4).t(), "c": torch.randn(9), "d": torch.tensor(2.0)}
     server = {name: torch.randn_like(tensor) for name, tensor in weights.items()}
     weights["a"][4:] = server["a"][4:]
@@ -252,7 +253,7 @@ def test_a_limit_that_is_no_power_of_two_is_refused(limit: float) -> None:
 
 
 def test_what_is_moved_is_new_and_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedtune.federated.sums._BLOCK", 2)
+    monkeypatch.setattr("fedtune.federated.pieces._BLOCK", 2)
     weights = {"w": torch.tensor([[1.0, 1.0, 1.0], [2.0, 3.0, 4.0]]).t()}  # not contiguous
     step = {"w": torch.full((3, 2), 2.0**-25 + 2.0**-30, dtype=torch.float64)}
     found = moved(weights, Pieces(step))["w"]

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from fedtune.federated.cohorts import cohort
-from fedtune.federated.sums import Pieces
+from fedtune.federated.pieces import Pieces
 from fedtune.tensors import assign_, distance, num_bytes, snapshot, travelling
 
 

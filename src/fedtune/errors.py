@@ -6,6 +6,8 @@ import difflib
 import numbers
 from collections.abc import Iterable
 
+_LONGEST = 200  # characters of a value in a message
+
 
 class UsageError(ValueError):
     """A value that the user chose cannot be used.
@@ -18,7 +20,17 @@ class UsageError(ValueError):
 
     def __init__(self, argument: str, came: object, allowed: str) -> None:
         self.argument, self.came, self.allowed = argument, came, allowed
-        super().__init__(f"{argument}: got {came!r}; allowed: {allowed}")
+        super().__init__(f"{argument}: got {shown(came)}; allowed: {allowed}")
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: on one line, and cut.
+
+    >>> len(shown(list(range(10**6))))
+    201
+    """
+    text = " ".join(repr(value).split())
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
 
 
 class RunError(RuntimeError):

@@ -46,26 +46,39 @@ def algorithm_of(given: Any) -> Algorithm:
     return found
 
 
-def specification_of(algorithm: Algorithm) -> dict[str, Any]:
+def specification_of(algorithm: Algorithm, strict: bool = True) -> dict[str, Any]:
     """The plain values of an algorithm: all its parts, with all their values.
 
+    A part that is registered goes by its name, another by the name of its module, too.
+
+    Args:
+        strict: refuse what could not be told from something else; else it goes by what it prints.
+
     Raises:
-        UsageError: a part is no dataclass of plain values, so nobody could tell it from another.
+        UsageError: a part is no dataclass of plain values, or its class is defined within a function.
     """
     found = {role: getattr(algorithm, role) for role in ROLES}
-    return {role: [_plain(role, one) for one in part] if role in MANY else _plain(role, part) for role, part in found.items()}
+    return {
+        role: [_plain(role, one, strict) for one in part] if role in MANY else _plain(role, part, strict)
+        for role, part in found.items()
+    }
 
 
-def _plain(role: str, part: Any) -> dict[str, Any]:
-    allowed = "a dataclass of plain values: numbers, text, lists of them"
-    if not dataclasses.is_dataclass(part):
+def _plain(role: str, part: Any, strict: bool) -> dict[str, Any]:
+    allowed = "a dataclass of plain values (numbers, text, lists of them) from the top of a module"
+    if strict and not (dataclasses.is_dataclass(part) and "<locals>" not in type(part).__qualname__):
         raise UsageError(f"algorithm.{role}", part, allowed)
-    values = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
+    fields = dataclasses.fields(part) if dataclasses.is_dataclass(part) else ()
+    values = {field.name: getattr(part, field.name) for field in fields}
     for name, value in values.items():
-        if not _is_plain(value):
+        if strict and not _is_plain(value):
             raise UsageError(f"algorithm.{role}.{name}", value, allowed)
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-    return {"name": type(part).__name__} | plain
+    registered = ALGORITHM_PARTS.get(type(part).__name__) is type(part)
+    name = type(part).__name__ if registered else f"{type(part).__module__}.{type(part).__qualname__}"
+    return {"name": name} | {
+        key: list(value) if isinstance(value, tuple) else value if _is_plain(value) else repr(value)
+        for key, value in values.items()
+    }
 
 
 def _is_plain(value: Any) -> bool:

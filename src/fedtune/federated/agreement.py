@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fedtune.federated.sums import MANTISSA_32, Pieces, add_at_, blocks, on_grid
-from fedtune.tensors import Tensors
+from fedtune.federated.pieces import Pieces
+from fedtune.federated.sums import MANTISSA_32, Total
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class RunningAgreement:
     def __init__(self, most: int, full: bool = True) -> None:
         self._full = full
         self._bits = min(MANTISSA_32, 30 - (most - 1).bit_length())
-        self._units: Tensors = {}
+        self._units: dict[str, Total] = {}
         self._clients: dict[int, tuple[int, dict[str, float]]] = {}
         self._moved = 0
 
@@ -55,9 +55,9 @@ class RunningAgreement:
         self._moved += 1
         for name, tensor in update.tensors.items():
             if name not in self._units:
-                self._units[name] = torch.zeros(tensor.shape, dtype=torch.int32, device=tensor.device)
+                self._units[name] = Total(tensor, MANTISSA_32)
         scale = 2.0**self._bits / update.length
-        update.watched_by(lambda name, place, values: add_at_(self._units[name], place, on_grid(values, scale, MANTISSA_32)))
+        update.watched_by(lambda name, place, values: self._units[name].add(place, values, scale))
 
     def result(self, mean: Pieces) -> Agreement:
         """The agreement of all clients; `mean` is the weighted mean of their updates."""
@@ -76,10 +76,9 @@ class RunningAgreement:
     def _square_of_units(self) -> float:
         """|sum e_k|^2."""
         found = 0.0
-        for units in self._units.values():
-            flat = units.view(-1)
-            for place in blocks(units):
-                exact = flat[place].double()
+        for total in self._units.values():
+            for _, units in total.pieces():
+                exact = units.double().view(-1)
                 found += float(torch.dot(exact, exact))
         return found * 4.0**-self._bits
 

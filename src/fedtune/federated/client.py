@@ -23,7 +23,7 @@ from fedtune.federated.messages import (
     decoded,
     encoded,
 )
-from fedtune.federated.sums import Pieces
+from fedtune.federated.pieces import Pieces
 from fedtune.federated.training import Correction, Optimisation, Training, train_epochs
 from fedtune.randomness import seeded
 from fedtune.tensors import Groups, Tensors, assign_, buffers, distance, mapped, subtract_, trainable
@@ -41,11 +41,11 @@ class Client:
     def __init__(self, worker: Worker, request: Request, memory: Groups) -> None:
         self.request, self.memory, self.reports = request, memory, list[ClientReport]()
         self._worker = worker
-        self._weights = trainable(worker.training.module)
+        self._weights, self.buffers = trainable(worker.training.module), buffers(worker.training.module)
         self._optimisation: Optimisation | None = None
         self._pieces: Pieces | None = None
         assign_(self._weights, self.server)
-        assign_(buffers(worker.training.module), request.groups.get("buffers", {}))
+        assign_(self.buffers, request.groups.get("buffers", {}))
 
     @property
     def server(self) -> Tensors:
@@ -122,24 +122,32 @@ class Worker:
     on_client_end: Callable[[ClientReport], None] | None = None
 
     def answer(self, request: Request, context: Context) -> Reply:
-        """What a client answers.
+        """What a client answers, on the device on which the request lies.
 
         Raises:
             RunError: its training had to stop; round, client and step are named.
         """
-        module, number = self.training.module, request.client
-        request = replace(request, groups=decoded(request.groups, self.down, context))
-        memory = mapped(self.memory.load(number, request.round), lambda _, tensor: tensor.to(module.device))
+        device, number = self.training.module.device, request.client
+        groups = decoded(request.groups, self.down, context)
+        home = next(iter(groups["weights"].values())).device
+        request = replace(request, groups=groups if home == device else mapped(groups, lambda _, tensor: tensor.to(device)))
+        memory = mapped(self.memory.load(number, request.round), lambda _, tensor: tensor.to(device))
         client = Client(self, request, memory)
-        with seeded(context.seed, "client", request.round, number):
-            groups = self.client(client)
+        try:
+            with seeded(context.seed, "client", request.round, number):
+                groups = self.client(client)
+        except RunError:
+            raise
+        except Exception as error:
+            raise RunError(f"round {request.round}, client {number}: {type(error).__name__}: {error}") from error
         if not client.reports:
             raise RunError(f"round {request.round}, client {number}: {type(self.client).__name__} never trained it")
-        changed = buffers(module)
-        if changed:
-            subtract_(changed, request.groups["buffers"])
-            groups = groups | {"buffers": changed}
+        if client.buffers:
+            subtract_(client.buffers, request.groups["buffers"])
+            groups = groups | {"buffers": client.buffers}
         self.memory.save(number, request.round, client.memory)
+        if home != device:
+            groups = mapped(groups, lambda _, tensor: tensor.to(home))
         groups = encoded(groups, self.up, context.of(number))
         report = client.reports[0]
         return Reply(number, report.num_examples, groups, report, bytes_of(groups), {} if self.up else client.pieces(groups))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from fedtune.federated.sums import Pieces
+from fedtune.federated.pieces import Pieces
 from fedtune.randomness import stream
 from fedtune.tensors import Groups, num_bytes
 

@@ -11,8 +11,9 @@ from fedtune.errors import RunError
 from fedtune.federated.agreement import RunningAgreement
 from fedtune.federated.messages import ClientReport, Context, Failure, Position, Reply, Request, bytes_of, decoded, encoded
 from fedtune.federated.parts import Algorithm, Runtime
+from fedtune.federated.pieces import Pieces, moved
 from fedtune.federated.state import RoundResult, ServerState
-from fedtune.federated.sums import ExactSum, Pieces, moved
+from fedtune.federated.sums import ExactSum
 from fedtune.tensors import Groups, Tensors, mapped
 
 BUFFER_LIMIT = 2.0**16  # the running variance of a batch norm may change by much more than a weight does
@@ -50,6 +51,8 @@ def run_round(
     requests = [Request(context.round, client, state.position, context.cohort, sent) for client in context.cohort]
     inbox = _Inbox(state, algorithm, context, runtime, options)
     groups = algorithm.aggregator(inbox.replies(requests), state, context, runtime)
+    if "update" not in groups:
+        raise RunError(f"round {context.round}: {type(algorithm.aggregator).__name__} returned no update, but {sorted(groups)}")
     mean = Pieces(groups["update"])
     agreement = inbox.agreement.result(mean)
     groups, memory = _stepped(groups, state, algorithm, context)

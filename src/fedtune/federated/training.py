@@ -1,8 +1,4 @@
-"""One client: local epochs on the resident module.
-
-There is one module a process. Before a client trains, the server's weights are copied into it; after it has trained,
-what it would send is read from it. No client has a module of its own, so memory does not grow with their number.
-"""
+"""Optimizer steps: of a client's local epochs, and of the baselines."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""One run from its options to its summary: the loop, its baselines, and who is told how it goes."""
+"""One run from its options to its summary: the loop, its baselines, and who follows it."""

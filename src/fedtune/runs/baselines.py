@@ -68,14 +68,14 @@ class Baselines:
         training, data = self.evaluator.training, self.evaluator.data
         examples = [record.num_examples for record in self.run.history]
 
-        def advance(state: ServerState) -> RoundResult:
+        def next_round(state: ServerState) -> RoundResult:
             return centralised(training, state, data.train_dataloader(), examples[state.round], self.local_epochs)
 
         with (
             self._directory("centralised", start, split_matters=not self.everyone) as (directory, run),
             self.progress.phase("centralised", len(examples), 1),
         ):
-            final = Rounds(self.evaluator, self.progress, directory).play(run, lambda: start, advance)
+            final = Rounds(self.evaluator, self.progress, directory).play(run, lambda: start, next_round)
         assign_(travelling(training.module), final.weights)
         self.centralised_test = self.evaluator.evaluate("test").metrics
         return run.history

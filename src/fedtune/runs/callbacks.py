@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, final
 
 import pytorch_lightning as pl
 
+from fedtune.errors import one_of
 from fedtune.federated.messages import ClientReport
 from fedtune.storage.records import RoundRecord
 
@@ -58,6 +59,19 @@ class FederatedCallback:
 
     def on_fit_end(self, run: Run, module: pl.LightningModule) -> None:
         """After the last round and the baselines; `run.summary` is complete, the module holds the averaged weights."""
+
+
+@final
+class MonitorCheck(FederatedCallback):
+    """Ends a run whose rounds don't log the metric to monitor; the accuracy, which is the default, may be missing."""
+
+    def __init__(self, monitor: str) -> None:
+        self._monitor = monitor
+
+    def on_round_end(self, run: Run, module: pl.LightningModule, record: RoundRecord) -> None:
+        """Look at the metrics of the round."""
+        if self._monitor not in ("accuracy", *record.metrics):
+            raise one_of("monitor", self._monitor, record.metrics)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from fedtune.federated.round import RoundOptions, run_round
 from fedtune.federated.state import RoundResult, ServerState
 from fedtune.federated.training import Training
 from fedtune.runs.baselines import BASELINES, Baselines
-from fedtune.runs.callbacks import FederatedCallback, Run, exceptions_reported
+from fedtune.runs.callbacks import FederatedCallback, MonitorCheck, Run, exceptions_reported
 from fedtune.runs.figures import plot_run
 from fedtune.runs.hardware import Resolved, fabric_of, freed_memory_kept, peak_memory_bytes, resolve_precision
 from fedtune.runs.options import RunOptions
@@ -59,7 +59,7 @@ class FederatedLoop:
         baselines: what the result is compared with: "centralised" (pooled data, the same number of examples a round)
             and "local" (each client alone, its own epochs). They run after the rounds; () leaves them out.
         logger: "none", or "wandb" to mirror the run.
-        callbacks: told how it goes.
+        callbacks: hooks into the run, see `FederatedCallback`.
         monitor, mode: the metric of the rounds that says which is the best, and whether it should be "max" or "min".
         options: details, see `RunOptions`.
 
@@ -111,7 +111,7 @@ class FederatedLoop:
                     raise one_of(name, value, allowed)
         resolve_precision(self.precision, self.accelerator)
         self._algorithm = algorithm_of(self.algorithm)
-        self._callbacks = [*self.callbacks, *([WandbMirror()] if self.logger == "wandb" else [])]
+        self._callbacks = [*self.callbacks, MonitorCheck(self.monitor), *([WandbMirror()] if self.logger == "wandb" else [])]
 
     def fit(self, module: pl.LightningModule, data: Any) -> list[RoundRecord]:
         """Run the rounds, then the baselines; afterwards `module` holds the averaged weights.
@@ -166,7 +166,8 @@ class FederatedLoop:
     def _new_run(self, module: pl.LightningModule, data: Any, precision: Resolved, progress: Progress) -> Run:
         """What callbacks see; the loop has the same history and summary."""
         own = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.init}
-        own |= {"algorithm": specification_of(self._algorithm), "options": dataclasses.asdict(self.options)}
+        own["algorithm"] = specification_of(self._algorithm, strict=self.run_dir is not None)
+        own["options"] = dataclasses.asdict(self.options)
         own["precision"] = precision  # a continuation on other hardware must not change it in silence
         self.config = describe(module, data, {name: value for name, value in own.items() if name not in _NOT_CONFIG})
         if self.run_dir is not None:
@@ -203,14 +204,14 @@ class FederatedLoop:
             rounds.progress.client,
         )
 
-        def advance(state: ServerState) -> RoundResult:
+        def next_round(state: ServerState) -> RoundResult:
             number = state.round + 1
             drawn = cohort(self.seed, number, data.num_clients, self.clients_per_round)
             context = Context(self.seed, number, data.num_clients, tuple(drawn), most)
             return run_round(state, algorithm, context, runtime, options)
 
         with rounds.progress.phase("federated", self.max_rounds, self.clients_per_round or data.num_clients):
-            return rounds.play(run, rounds.directory.start, advance, self._callbacks)
+            return rounds.play(run, rounds.directory.start, next_round, self._callbacks)
 
     def _baselines(self, evaluator: Evaluator, progress: Progress, run: Run) -> Baselines:
         folder = self.options.baseline_dir or (self.run_dir and str(Path(self.run_dir) / "baselines"))

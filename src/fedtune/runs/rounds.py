@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from fedtune.errors import UsageError
 from fedtune.federated.evaluation import Evaluator
 from fedtune.federated.state import RoundResult, ServerState
@@ -14,7 +16,7 @@ from fedtune.runs.callbacks import FederatedCallback, Run
 from fedtune.runs.progress import Progress
 from fedtune.storage.directory import RunDirectory
 from fedtune.storage.records import RoundRecord
-from fedtune.tensors import assign_, mapped, snapshot, travelling
+from fedtune.tensors import assign_, mapped, travelling
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,14 @@ class Rounds:
         self,
         run: Run,
         start: Callable[[], ServerState],
-        advance: Callable[[ServerState], RoundResult],
+        next_round: Callable[[ServerState], RoundResult],
         callbacks: Sequence[FederatedCallback] = (),
     ) -> ServerState:
         """Do the rounds that are left of a run; `run.history` then has all of them.
 
         Args:
             start: the state before the first round; called where no round was done before.
-            advance: one round.
+            next_round: one round.
 
         Raises:
             UsageError: the directory has more rounds than the run wants.
@@ -61,7 +63,7 @@ class Rounds:
             for callback in callbacks:
                 callback.on_round_start(run, module, state.round + 1)
             began = time.perf_counter()
-            result = advance(state)
+            result = next_round(state)
             state = result.state
             assign_(travelling(module), state.weights)
             record = self._measured(result, time.perf_counter() - began)
@@ -73,11 +75,13 @@ class Rounds:
         return state
 
     def _loaded(self, state: ServerState) -> ServerState:
-        """The state on the module's device, its weights in the module, too."""
+        """The state on the module's device (on the CPU where that has no fp64), its weights in the module, too."""
         module = self.evaluator.training.module
+        device = torch.device("cpu") if module.device.type == "mps" else module.device
         assign_(travelling(module), state.weights)
-        memory = {step: mapped(groups, lambda _, tensor: tensor.to(module.device)) for step, groups in state.memory.items()}
-        return dataclasses.replace(state, weights=snapshot(travelling(module)), memory=memory)
+        weights = {name: tensor.to(device, copy=True) for name, tensor in travelling(module).items()}
+        memory = {step: mapped(groups, lambda _, tensor: tensor.to(device)) for step, groups in state.memory.items()}
+        return dataclasses.replace(state, weights=weights, memory=memory)
 
     def _measured(self, result: RoundResult, seconds: float) -> RoundRecord:
         """The record of a round that took so long, the module holding its result."""
