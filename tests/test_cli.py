@@ -100,6 +100,26 @@ def test_an_algorithm_its_parameters_and_its_parts_are_flags(run: Run, tiny: lis
     assert sent[0] < 0.3 * sent[1]
 
 
+@pytest.mark.filterwarnings("default::FutureWarning")
+def test_old_names_work_for_a_while_with_a_line_that_says_so(run: Run, tiny: list[str], tmp_path: Path) -> None:
+    old, new = ["--loop.keep", "1", "--loop.weighting=uniform"], ["--loop.options.keep=1", "--loop.algorithm.weighting=uniform"]
+    for folder, flags in (("old", old), ("new", new)):
+        code, _, err = run("run", *tiny, *flags, "--loop.baselines=[]", f"--run_dir={tmp_path / folder}")
+        assert code == 0, err
+        said = "the command: --loop.keep is now --loop.options.keep; the old name works until version 0.3"
+        assert (said in err) == (folder == "old")
+    configs = [yaml.safe_load((tmp_path / folder / "config.yaml").read_text())["loop"] for folder in ("old", "new")]
+    assert configs[0] == configs[1]
+    assert len(list((tmp_path / "old" / "checkpoints").iterdir())) == 1
+    (tmp_path / "old.yaml").write_text("loop: {evaluation: clients, evaluate_on: test, fast_dropout: false}")
+    code, out, err = run("run", f"--config={tmp_path / 'old.yaml'}", "--print_config")
+    assert code == 0, err
+    options = yaml.safe_load(out)["loop"]["options"]
+    assert (options["evaluation"], options["fast_dropout"]) == ("clients", False)
+    assert "loop.evaluation is now loop.options.evaluation" in err
+    assert err.count("\n") == 1
+
+
 def test_dotted_names_in_a_configuration_are_nested_ones(run: Run, tiny: list[str], tmp_path: Path) -> None:
     file = tmp_path / "args.json"  # as an agent of W&B writes it
     file.write_text(json.dumps({"loop.algorithm.beta": 0.25, "loop.algorithm": "fedavgm", "loop.max_rounds": 4}))
@@ -141,7 +161,6 @@ BAD = [
     (["--run_dir=/proc/nowhere"], "--run_dir: got '/proc/nowhere'; allowed: a directory that can be written"),
     (["--logger=tensorboard"], "--logger: got 'tensorboard'; allowed: none, wandb"),
     (["--config=/no/such.yaml"], "--config: got '/no/such.yaml'; allowed: a YAML or JSON file that can be read"),
-    (["--loop.keep=3"], "--loop.keep: no such flag; nearest: --loop.seed, --loop.options.keep"),
     (["--loop.options.keep=0"], "--loop.options.keep: got 0; allowed: 1 or more"),
     (["--loop.options.evaluation=pool"], "--loop.options.evaluation: got 'pool'; allowed: pooled (nearest), clients"),
     (["--loop.mode=maximum"], "--loop.mode: got 'maximum'; allowed: max (nearest), min"),

@@ -141,3 +141,36 @@ def test_what_a_step_frees_serves_the_next_one(monkeypatch: pytest.MonkeyPatch) 
     with freed_memory_kept():
         faults_of(65)
         assert faults_of(64) * 4 > fresh
+
+
+THREADS = """
+import os, sys
+loadavg = sys.argv[1]
+import pathlib
+real, said = pathlib.Path.read_text, f"0.1 0.1 0.1 {loadavg}/99 7"
+pathlib.Path.read_text = lambda self, *a, **k: said if str(self) == "/proc/loadavg" else real(self, *a, **k)
+if sys.argv[2] == "torch":
+    import torch
+import fedtune
+print(os.environ.get("GOMP_SPINCOUNT"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("running", "first", "variables", "expected"),
+    [
+        ("2", "", {}, "1000"),
+        ("1", "", {}, "None"),
+        ("2", "torch", {}, "None"),  # too late
+        ("2", "", {"GOMP_SPINCOUNT": "7"}, "7"),
+        ("2", "", {"OMP_WAIT_POLICY": "active"}, "None"),
+        ("many", "", {}, "None"),
+    ],
+)
+def test_threads_wait_less_actively_on_a_busy_machine_unless_the_user_has_chosen(
+    running: str, first: str, variables: dict[str, str], expected: str
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    command = [sys.executable, "-c", THREADS, running, first]
+    done = subprocess.run(command, env=environment | variables, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == expected

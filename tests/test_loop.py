@@ -478,6 +478,19 @@ def test_a_bad_value_of_the_loop_is_refused(make_data: Make, make_module: Make, 
     assert said in str(caught.value)
 
 
+def test_old_names_of_arguments_work_for_a_while_with_a_line_that_says_so() -> None:
+    with pytest.warns(
+        FutureWarning, match="FederatedLoop: keep is now options.keep, weighting is now algorithm.weighting; the old"
+    ):
+        loop = fedtune.FederatedLoop(keep=5, weighting="uniform", algorithm="fedavgm")  # type: ignore[call-arg]
+    assert loop.options == fedtune.RunOptions(keep=5)
+    with pytest.warns(FutureWarning, match="progress is now options.progress"):
+        loop = fedtune.FederatedLoop(progress=False, options=fedtune.RunOptions(keep=5))  # type: ignore[call-arg]
+    assert loop.options == fedtune.RunOptions(keep=5, progress=False)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'progres'"):
+        fedtune.FederatedLoop(progres=False)  # type: ignore[call-arg]
+
+
 def test_data_without_clients_are_refused(make_module: Make, make_data: Make) -> None:
     with pytest.raises(fedtune.UsageError, match="a data module that has client_dataloader, num_clients"):
         make_loop().fit(make_module(), pl.LightningDataModule())

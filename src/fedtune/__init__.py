@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fedtune.threads import spin_less_when_busy
 from fedtune.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from fedtune.runs.loop import FederatedLoop
     from fedtune.runs.options import RunOptions
     from fedtune.storage.records import RoundRecord
+
+spin_less_when_busy()  # before torch is imported
 
 _HOME = {
     "ALGORITHMS": "algorithms",

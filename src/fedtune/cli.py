@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from fedtune.errors import RunError, UsageError, at_least
+from fedtune.errors import RenamedWarning, RunError, UsageError, at_least
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -61,7 +61,7 @@ def _choose(given: Sequence[str]) -> NoReturn:
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     """One line for a warning of ours; other libraries' warnings are not for the user of a command."""
-    if category is UserWarning and "fedtune" in (_[0] if _ else ""):
+    if issubclass(category, RenamedWarning) or (category is UserWarning and "fedtune" in (_[0] if _ else "")):
         print(f"fedtune: {message}", file=sys.stderr)
 
 

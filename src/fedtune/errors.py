@@ -37,6 +37,10 @@ class RunError(RuntimeError):
     """A run stopped for a reason outside its configuration (a loss that became NaN, a full disk, damaged files)."""
 
 
+class RenamedWarning(FutureWarning):
+    """A name that still works for a while, and its new one."""
+
+
 def one_of(argument: str, came: object, names: Iterable[str], also: str = "") -> UsageError:
     """The error for a name that is in no registry; the nearest names come first.
 

@@ -17,6 +17,7 @@ from fedtune.models import TextClassifier, build_classifier
 from fedtune.runs.loop import FederatedLoop
 from fedtune.runs.options import RunOptions
 from fedtune.runs.parser import ConfigFile, Parser
+from fedtune.runs.renamed import in_configuration
 from fedtune.runs.wandb import LOGGERS
 from fedtune.storage.config import KEPT, fingerprint, without
 
@@ -58,7 +59,7 @@ def resolve(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     Raises:
         SystemExit: a value that a run does not have, or of a wrong type; said in one line.
     """
-    return resolved(_run_parser().parse_object(dict(values)))
+    return resolved(_run_parser().parse_object(in_configuration(values, "the configuration")))
 
 
 @functools.cache

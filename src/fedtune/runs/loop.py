@@ -26,6 +26,7 @@ from fedtune.runs.figures import plot_run
 from fedtune.runs.hardware import Resolved, fabric_of, freed_memory_kept, peak_memory_bytes, resolve_precision
 from fedtune.runs.options import RunOptions
 from fedtune.runs.progress import Progress
+from fedtune.runs.renamed import taken
 from fedtune.runs.rounds import Rounds
 from fedtune.runs.wandb import LOGGERS, WandbMirror
 from fedtune.runtimes.serial import Serial
@@ -245,3 +246,6 @@ class FederatedLoop:
             raise UsageError("evaluate_on", self.evaluate_on, "test, with evaluation by clients")
         if self.clients_per_round is not None and self.clients_per_round > data.num_clients:
             raise UsageError("clients_per_round", self.clients_per_round, f"at most num_clients, {data.num_clients}")
+
+
+FederatedLoop.__init__ = taken(FederatedLoop.__init__)  # type: ignore[method-assign]  # old names, for one version

@@ -14,6 +14,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from fedtune.errors import UsageError
+from fedtune.runs import renamed
 from fedtune.storage.config import nested
 
 Change = tuple[list[str], bool, Any]  # where in a dictionary, whether to append, the value
@@ -30,7 +31,7 @@ class Parser(ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Namespace:  # type: ignore[override]
         """The values of all flags; those within `deep` change what a configuration file says of it."""
-        given = list(sys.argv[1:] if args is None else args)
+        given = [renamed.flag(word) for word in (sys.argv[1:] if args is None else args)]
         if self.deep is not None:
             given, changes = _parted(given, f"--{self.deep}")
             if changes:
@@ -66,7 +67,7 @@ class ConfigFile(ActionConfigFile):
             content = yaml.safe_load(Path(values).read_text(encoding="utf-8"))
             if not isinstance(content, dict):
                 raise UsageError("--config", values, "a file with names and values")
-            named = nested({str(key): value for key, value in content.items()})
+            named = renamed.in_configuration(nested({str(key): value for key, value in content.items()}), values)
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             parser.error(f"--config: got {values!r}; allowed: a YAML or JSON file that can be read ({error})")
         except UsageError as error:
