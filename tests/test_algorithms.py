@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,6 +78,45 @@ def test_clients_that_remember_hold_it_too(tmp_path: Path, monkeypatch: pytest.M
     assert not torch.equal(*(state.weights["network.0.weight"] for state in states))
 
 
+def test_memory_of_clients_is_part_of_a_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(fedtune.ALGORITHM_PARTS, "Counting", Counting)
+    options: dict[str, Any] = {"algorithm": {"client": {"name": "Counting", "growth": 0.1}}, "evaluate_on": "test", "keep": 2}
+
+    def fit(folder: str, rounds: int) -> TinyModule:
+        module = TinyModule()
+        make_loop(max_rounds=rounds, clients_per_round=3, run_dir=str(tmp_path / folder), **options).fit(module, TinyLoaders())
+        return module
+
+    def files(folder: str) -> list[str]:
+        return sorted(str(file.relative_to(tmp_path / folder)) for file in (tmp_path / folder / "clients").rglob("*.*"))
+
+    whole = fit("whole", 6)
+    fit("cut", 6)
+    kept = files("cut")
+    assert kept == files("whole")
+    # the newest that the oldest checkpoint, of round 5, can need, and what is newer; a client that was away keeps an old one
+    assert all(1 <= sum(file.startswith(f"clients/00000{client}") for file in kept) <= 2 for client in range(4))
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "round-0006")
+    content = (tmp_path / "cut" / kept[0]).read_bytes()
+    for client in range(4):  # of rounds that the run has lost, or never had
+        for number in (6, 9):
+            (tmp_path / "cut" / "clients" / f"00000{client}" / f"000{number}.safetensors").write_bytes(content)
+    again = fit("cut", 6)
+    assert files("cut") == kept
+    assert_equal(weights_of(whole), weights_of(again))
+
+
+class TinyLoaders(GivenLoaders):
+    """The tiny federation, evaluated on the batches of one client."""
+
+    def __init__(self) -> None:
+        data = TinyData()
+        super().__init__([data.client_dataloader(client) for client in range(4)], data.client_dataloader(0))
+
+    def test_dataloader(self) -> Any:
+        return self.val_dataloader()
+
+
 @dataclass(frozen=True)
 class Moody(ServerStep):
     """Depends on what is in no state: how often it was called in this process."""
@@ -138,7 +178,7 @@ def test_quantised_values_are_within_one_level_and_the_largest_is_kept(values: l
     scale = float(given_.abs().max())
     assert encoded["update"]["w"].dtype == torch.int8
     assert bool(found.isfinite().all())
-    assert float((found - given_).abs().max()) <= scale / 127 * 1.00001
+    assert float((found - given_).abs().max()) <= scale / 127 * 1.00001 + 2e-45  # the least number of fp32
     if scale > 1e-30:
         assert found[int(given_.abs().argmax())].item() == pytest.approx(given_[int(given_.abs().argmax())].item(), rel=1e-6)
 

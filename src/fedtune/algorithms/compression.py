@@ -41,7 +41,7 @@ class Quantise(Stage):
     def decode(self, groups: Groups, context: Context) -> Groups:
         """The groups in fp32."""
         return {
-            group: {name: tensor.float() * (groups[group + _SCALES][name] / _LEVELS) for name, tensor in tensors.items()}
+            group: {name: tensor.float().div_(_LEVELS).mul_(groups[group + _SCALES][name]) for name, tensor in tensors.items()}
             for group, tensors in groups.items()
             if not group.endswith(_SCALES)
         }

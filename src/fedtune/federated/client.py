@@ -69,7 +69,7 @@ class Client:
         """
         worker, request = self._worker, self.request
         self._optimisation = Optimisation(worker.training.module, request.position)
-        where = f"{worker.training.phase}round {request.round}, client {request.client}"
+        where = f"round {request.round}, client {request.client}"
         loader = worker.data.client_dataloader(request.client)
         report = train_epochs(
             worker.training, self._optimisation, loader, epochs or worker.local_epochs, where, request.client, correct

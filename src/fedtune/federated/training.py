@@ -37,7 +37,6 @@ class Training:
         seed: seed of the run.
         gradient_clip_val: largest norm of a gradient, or None.
         fast_dropout: whether dropout draws the cheap masks of `fedtune.federated.dropout`.
-        phase: what errors name before the round: nothing in the federated rounds, a baseline's name and a comma.
     """
 
     fabric: Fabric
@@ -45,7 +44,6 @@ class Training:
     seed: int
     gradient_clip_val: float | None = None
     fast_dropout: bool = True
-    phase: str = ""
 
 
 class Optimisation:
