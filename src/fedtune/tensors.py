@@ -34,6 +34,24 @@ def buffers(module: nn.Module) -> Tensors:
     return {name: tensor for name, tensor in module.named_buffers() if name in kept and tensor.is_floating_point()}
 
 
+def resting(module: nn.Module) -> Tensors:
+    """What belongs to the state of `module` and does not travel: frozen parameters, counters. Live, tied ones once."""
+    known = {id(parameter) for parameter in module.parameters() if parameter.requires_grad}
+    known |= {id(buffer) for buffer in buffers(module).values()}
+    found: Tensors = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and id(tensor) not in known:
+            known.add(id(tensor))
+            found[name] = tensor.detach()
+    return found
+
+
+def counters(module: nn.Module) -> Tensors:
+    """The buffers of the state of `module` that are whole numbers or flags, which training may change: live references."""
+    kept = module.state_dict(keep_vars=True).keys()
+    return {name: tensor for name, tensor in module.named_buffers() if name in kept and not tensor.is_floating_point()}
+
+
 def snapshot(tensors: Mapping[str, Tensor]) -> Tensors:
     """An independent copy."""
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
@@ -69,9 +87,20 @@ def digest(tensors: Tensors) -> str:
     """Sixteen hexadecimal digits that name these tensors."""
     found = hashlib.sha256()
     for name, tensor in tensors.items():
-        found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()[:16]
+
+
+def misfit(found: Tensors, expected: Tensors) -> str | None:
+    """How tensors differ from others in names, shapes or types; None where they don't."""
+    for name in {**expected, **found}:
+        one, other = found.get(name), expected.get(name)
+        if one is None or other is None:
+            return f"{name} is {'missing' if one is None else 'not expected'}"
+        if one.shape != other.shape or one.dtype != other.dtype:
+            return f"{name} is {tuple(one.shape)} {one.dtype}, where {tuple(other.shape)} {other.dtype} belongs"
+    return None
 
 
 def mapped(groups: Groups, change: Callable[[str, Tensor], Tensor]) -> Groups:

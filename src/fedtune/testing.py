@@ -7,6 +7,7 @@ def test_my_algorithm(tmp_path):
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, final
 
@@ -27,7 +28,7 @@ from fedtune.federated.sums import Value
 from fedtune.federated.training import Training
 from fedtune.runtimes.serial import Serial
 from fedtune.storage import checkpoint
-from fedtune.tensors import buffers, snapshot, travelling
+from fedtune.tensors import buffers, counters, snapshot, travelling
 
 SIZES = (9, 5, 14, 6)  # examples of the clients, none left over alone
 
@@ -107,7 +108,8 @@ def play(
     fabric = Fabric(accelerator="cpu", devices=1)
     memory, results = MemoryOnDisk(folder / "clients", TinyData.num_clients), []
     with attached(fabric, module):
-        worker = Worker(Training(fabric, module, 3), TinyData(), algorithm.client, memory, 2, algorithm.up, algorithm.down)
+        worker = Worker(Training(fabric, module, 3), TinyData(), algorithm.client, memory, 2, snapshot(counters(module)))
+        worker = replace(worker, up=algorithm.up, down=algorithm.down)
         runtime = Unreliable(Serial(worker), lost, reverse)
         options = RoundOptions(local_epochs=2, buffers=frozenset(buffers(module)), min_clients=1)
         state = checkpoint.latest(folder / "checkpoints") or ServerState(0, snapshot(travelling(module)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import math
 import zlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -183,21 +184,48 @@ def _task_of_tables(
             parts[part], parts["train"] = parts["train"][held_out], parts["train"][~held_out]
     if any(value is None for value in joined["label"]):
         raise UsageError("label", None, f"a column without empty values, in {source}")
-    labels, label_names = _numbered(joined["label"], (names or {}).get("label"))
-    authors, author_names = _numbered(joined["author"], (names or {}).get("author")) if "author" in joined else (None, ())
+    labels, label_names = _numbered(joined["label"], (names or {}).get("label"), "label")
+    authors: IntArray | None = None
+    author_names: tuple[str, ...] = ()
+    if "author" in joined:
+        authors, author_names = _numbered(joined["author"], (names or {}).get("author"), "author")
     return TextTask(name, joined["text"], labels, label_names, parts, authors, author_names, source=source)
 
 
-def _numbered(values: Sequence[Any], names: Sequence[str] | None) -> tuple[IntArray, tuple[str, ...]]:
-    """Numbers 0 .. C-1 for the values, in the order of `names`, or sorted (as numbers where all are)."""
+def _numbered(values: Sequence[Any], names: Sequence[str] | None, column: str) -> tuple[IntArray, tuple[str, ...]]:
+    """Numbers 0 .. C-1 for the values, in the order of `names`, or sorted (as numbers where all are).
+
+    Raises:
+        UsageError: NaN, or values that a reader would take for one: "1" and "1.0", "spam" and "spam ".
+    """
     if names is not None:
         return np.asarray(values, dtype=np.int64), tuple(names)
+    spelt: dict[str, str] = {}
+    for name in sorted({str(value) for value in values}):
+        one = spelt.setdefault(_same_as(name), name)
+        if one != name:
+            raise UsageError(column, f"{one} and {name}", "one spelling for each value")
     try:
-        order = sorted(set(values), key=float)
-    except (TypeError, ValueError):
-        order = sorted(set(values), key=str)
-    number = {value: index for index, value in enumerate(order)}
-    return np.asarray([number[value] for value in values], dtype=np.int64), tuple(str(value) for value in order)
+        order = sorted(spelt.values(), key=lambda name: (float(name), name))
+        if any(math.isnan(float(name)) for name in order):
+            raise UsageError(column, "nan", "a column without missing values; NaN is no value")
+    except ValueError as error:
+        if isinstance(error, UsageError):
+            raise
+        order = sorted(spelt.values())
+    number = {name: index for index, name in enumerate(order)}
+    return np.asarray([number[str(value)] for value in values], dtype=np.int64), tuple(order)
+
+
+def _same_as(name: str) -> str:
+    """What a reader takes a value for: without blanks around it, and a whole number without its .0.
+
+    >>> _same_as(" 1.0 ") == _same_as("1"), _same_as("1.5")
+    (True, '1.5')
+    """
+    text = " ".join(name.split())
+    whole, point, rest = text.partition(".")
+    return whole if point and whole.lstrip("+-").isdigit() and not rest.strip("0") else text
 
 
 def hold_out(documents: Sequence[Hashable], share: float, rng: np.random.Generator) -> NDArray[np.bool_]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedtune.errors import RunError
@@ -26,7 +26,7 @@ from fedtune.federated.messages import (
 from fedtune.federated.pieces import Pieces
 from fedtune.federated.training import Correction, Optimisation, Training, train_epochs
 from fedtune.randomness import seeded
-from fedtune.tensors import Groups, Tensors, assign_, buffers, distance, mapped, subtract_, trainable
+from fedtune.tensors import Groups, Tensors, assign_, buffers, counters, distance, mapped, subtract_, trainable
 
 
 class Client:
@@ -46,6 +46,7 @@ class Client:
         self._pieces: Pieces | None = None
         assign_(self._weights, self.server)
         assign_(self.buffers, request.groups.get("buffers", {}))
+        assign_(counters(worker.training.module), worker.counters)
 
     @property
     def server(self) -> Tensors:
@@ -108,6 +109,7 @@ class Worker:
         client: what a client does.
         memory: what clients remember.
         local_epochs: epochs of a client in a round.
+        counters: what counters of the module every client starts with.
         up, down: what happens to messages to the server, and to clients.
         on_client_end: called when a client has trained, while the module holds its weights.
     """
@@ -117,6 +119,7 @@ class Worker:
     client: ClientUpdate
     memory: ClientMemory
     local_epochs: int = 1
+    counters: Tensors = field(default_factory=dict)
     up: tuple[Stage, ...] = ()
     down: tuple[Stage, ...] = ()
     on_client_end: Callable[[ClientReport], None] | None = None

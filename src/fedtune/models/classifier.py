@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -20,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from fedtune.errors import RunError, UsageError, at_least, one_of
 from fedtune.models.packed import PackedBatch
 from fedtune.models.padding_free import FORWARD
-from fedtune.models.pretrained import converted_weights, load_config, locate
+from fedtune.models.pretrained import content_of, converted_weights, load_config, locate
 from fedtune.randomness import seeded
 
 OPTIMIZERS = ("adamw", "sgd")
@@ -102,6 +103,16 @@ class TextClassifier(pl.LightningModule, abc.ABC):
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, as the command line takes them (the number of labels follows from the task)."""
         return {name: value for name, value in self.hparams.items() if name != "num_labels"}
+
+    @functools.cached_property
+    def content(self) -> dict[str, str]:
+        """What names the content of the files that the weights come from, by file; nothing for random weights."""
+        return content_of(self.hparams["name"]) if self.hparams["init"] == "pretrained" else {}
+
+    @property
+    def from_files(self) -> frozenset[str]:
+        """The tensors of the state that are as those files have them, as long as they are frozen."""
+        return frozenset(f"network.{name}" for name in self.network.state_dict() if name not in self._fresh)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits (B, C) of token ids (B, L) with their mask (B, L), 1 where there is text."""
@@ -199,13 +210,16 @@ class TextClassifier(pl.LightningModule, abc.ABC):
         attention = "sdpa" if torch.cuda.is_available() else "eager"  # 12 % faster in bf16 on a CPU: docs/performance.md
         if options["init"] == "random":
             config.vocab_size = options["vocab_size"] or config.vocab_size
-            return self.model_class._from_config(config, attn_implementation=attention).train()
+            network = self.model_class._from_config(config, attn_implementation=attention)
+            self._fresh = set(network.state_dict())
+            return network.train()
         weights = converted_weights(options["name"])
         if weights is not None:
             network = self.model_class._from_config(config, attn_implementation=attention)
             fresh, unknown = network.load_state_dict(weights, strict=False)
             if unknown or {name.split(".")[0] for name in fresh} & {name.split(".")[0] for name in weights}:
                 raise RunError(f"the weights of {options['name']} do not fit: {[*unknown, *fresh][:3]}")
+            self._fresh = set(fresh)
             return network.train()
         with _quiet():
             network = self._read(config, attention)
@@ -225,6 +239,7 @@ class TextClassifier(pl.LightningModule, abc.ABC):
         encoder = [key for key in absent if key.startswith(f"{network.base_model_prefix}.") and ".pooler." not in key]
         if encoder:
             raise UsageError("name", name, f"weights that fit the configuration (these lack {', '.join(encoder[:3])})")
+        self._fresh = set(absent)
         return network
 
     def _freeze(self) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+_CONTENT = (".safetensors", "config.json", "safetensors.index.json")  # of a model's files: weights and how they are read
 _BASE = {"max_position_embeddings": 512, "pad_token_id": 0}
 
 
@@ -125,6 +126,30 @@ def locate(name: str) -> str:
     if Path(name).is_dir() or name.count("/") == 1 or "-" in name:
         return name
     raise one_of("model", name, MODELS, also=", a local folder, or a hub id")
+
+
+def content_of(name: str) -> dict[str, str]:
+    """What names the content of a pretrained model: for each of its files the first sixteen digits of its sha256.
+
+    Raises:
+        UsageError: the model cannot be found.
+    """
+    found = {}
+    for file in sorted(_folder_of(name).iterdir()):
+        if file.is_file() and file.name.endswith(_CONTENT) and not file.name.startswith("."):
+            with open(file, "rb") as stream:
+                found[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+    return found
+
+
+def _folder_of(name: str) -> Path:
+    """The folder of a model's files; for a hub id, of the snapshot that `from_pretrained` has read."""
+    place = locate(name)
+    if Path(place).is_dir():
+        return Path(place)
+    from transformers.utils import cached_file
+
+    return Path(str(_read(name, lambda source: cached_file(source, "config.json")))).parent
 
 
 def load_config(name: str) -> PretrainedConfig:

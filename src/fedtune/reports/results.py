@@ -11,7 +11,7 @@ import yaml
 
 from fedtune.errors import UsageError
 from fedtune.files import read_lines
-from fedtune.storage.config import KEPT, dotted
+from fedtune.storage.config import KEPT, dotted, fingerprint
 from fedtune.storage.summary import SHARES, spread
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 CELL = ["task", "model", "split", "clients"]  # what a run is called by, but for its seed
 _NAMED = {"data.task", "model.name", "data.split", "data.skew", "data.alpha", "data.num_clients"}
 _NAMED |= {"data.seed", "model.seed", "loop.seed"}
+CONTENT = "content.digest"  # a column where contents differ
+_CONTENT_BY = ["data.task", "data.task_options", "data.folder", "data.tokenizer", "data.max_length", "model.name", "model.init"]
 _SUMS = ["accuracy", "accuracy_min", "accuracy_max", "loss_nats", "baseline", *(f"rounds_to_{share}pct" for share in SHARES)]
 _SUMS += ["client_min", "client_max", "megabytes", "seconds"]
 _ASIDE = ("versions.", "content.", "baseline.", "loop.baselines", *sorted(KEPT))
@@ -43,7 +45,8 @@ def read_runs(folder: str | Path) -> DataFrame:
     found = dict(_runs(Path(folder)))
     if not found:
         raise UsageError("runs_dir", str(folder), "a directory with runs in it (rounds.jsonl and config.yaml)")
-    other = _differing({name: config for name, (config, _) in found.items()})
+    configs = {name: config for name, (config, _) in found.items()}
+    other = [*_differing(configs), *_changed_contents(configs)]
     rows = []
     for name, (config, rounds) in found.items():
         of_run = (
@@ -51,7 +54,7 @@ def read_runs(folder: str | Path) -> DataFrame:
             | _named(name, config)
             | {"complete": _complete(Path(folder) / name, config, rounds)}
         )
-        of_run |= {key: _plain(config.get(key)) for key in other}
+        of_run |= {key: _plain(_content_of(config) if key == CONTENT else config.get(key)) for key in other}
         rows += [of_run | _numbers(one) for one in rounds]
     table = DataFrame(rows).sort_values(["run", "round"], ignore_index=True)
     for name in ("accuracy", "loss_nats"):  # a module of another kind may log neither
@@ -197,6 +200,21 @@ def _differing(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
             if key not in _NAMED and not key.startswith(_ASIDE) and "baseline.name" not in config:
                 values.setdefault(key, set()).add(json.dumps(value, default=str))
     return [key for key, found in values.items() if len(found) > 1]
+
+
+def _changed_contents(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A column for the content where runs of the same task and model have different ones, so that no mean mixes them."""
+    contents: dict[str, set[str]] = {}
+    for config in configs.values():
+        if "baseline.name" not in config:
+            named = [config.get(key) for key in _CONTENT_BY]
+            contents.setdefault(json.dumps(named, default=str), set()).add(_content_of(config))
+    return [CONTENT] if any(len(found) > 1 for found in contents.values()) else []
+
+
+def _content_of(config: Mapping[str, Any]) -> str:
+    """Eight digits that name the content of a run's texts and model."""
+    return fingerprint({key: value for key, value in config.items() if key.startswith("content.")})
 
 
 def _plain(value: Any) -> Any:

@@ -25,7 +25,7 @@ from fedtune.storage.config import baseline_config, fingerprint
 from fedtune.storage.directory import RunDirectory
 from fedtune.storage.locks import locked
 from fedtune.storage.records import RoundRecord
-from fedtune.tensors import Tensors, assign_, digest, distance, snapshot, travelling
+from fedtune.tensors import Tensors, assign_, counters, digest, distance, snapshot, travelling
 
 BASELINES = ("centralised", "local")
 
@@ -57,11 +57,14 @@ class Baselines:
     centralised_test: dict[str, float] = field(default_factory=dict)
 
     def play(self, names: Sequence[str], start: ServerState) -> None:
-        """Do the named ones, from the state that the federation began with."""
+        """Do the named ones, from the state that the federation began with, which the module's counters have now."""
+        module = self.evaluator.training.module
+        first = snapshot(counters(module))
         if "centralised" in names:
             self.records["centralised"] = self._centralised(start)
         if "local" in names:
-            self.records["local"] = self._local(start)
+            self.records["local"] = self._local(start, first)
+        assign_(counters(module), first)
 
     def _centralised(self, start: ServerState) -> list[RoundRecord]:
         """As many rounds on the pooled data, each with as many examples as the federated one."""
@@ -80,7 +83,7 @@ class Baselines:
         self.centralised_test = self.evaluator.evaluate("test").metrics
         return run.history
 
-    def _local(self, start: ServerState) -> list[dict[str, Any]]:
+    def _local(self, start: ServerState, first: Tensors) -> list[dict[str, Any]]:
         """Each client alone, with the epochs that it had in the federation, at least a round's; those done before are read."""
         taken = Counter(client for record in self.run.history for client in record.cohort)
         clients, loaders = self.evaluator.data.num_clients, self.evaluator.loaders()
@@ -88,9 +91,10 @@ class Baselines:
             self._directory("local", start, split_matters=True) as (directory, _),
             self.progress.phase("local", 1, clients),
         ):
-            done = directory.read("local.jsonl")
+            done = directory.read("local.jsonl", "client", first=0)
             for client in range(len(done), clients):
                 epochs, loader = self.local_epochs * max(1, taken[client]), self.evaluator.data.client_dataloader(client)
+                assign_(counters(self.evaluator.training.module), first)
                 record = local(self.evaluator.training, start.weights, client, loader, epochs, loaders)
                 directory.append("local.jsonl", record)
                 done.append(record)
@@ -121,6 +125,8 @@ def centralised(training: Training, state: ServerState, loader: Any, examples: i
     assign_(here, state.weights)
     optimisation = Optimisation(training.module, state.position)
     restore(optimisation.optimizer, state.memory.get("optimizer", {}).get("state", {}))
+    if "module" in state.memory:
+        assign_(counters(training.module), state.memory["module"]["counters"])
     with seeded(training.seed, "centralised", number):
         report = run_steps(training, optimisation, exactly(loader, examples), f"centralised, round {number}")
     after = ServerState(
@@ -128,7 +134,10 @@ def centralised(training: Training, state: ServerState, loader: Any, examples: i
         weights=snapshot(here),
         position=Position(state.position.steps + report.num_steps, state.position.epochs + epochs),
         examples=state.examples + report.num_examples,
-        memory={"optimizer": {"state": flatten(optimisation.optimizer)}},
+        memory={
+            "optimizer": {"state": flatten(optimisation.optimizer)},
+            "module": {"counters": snapshot(counters(training.module))},
+        },
     )
     return RoundResult(after, [report], Agreement(distance(after.weights, state.weights)))
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import pytorch_lightning as pl
 
-from fedtune.errors import one_of
+from fedtune.errors import UsageError, one_of
 from fedtune.federated.messages import ClientReport
 from fedtune.storage.records import RoundRecord
 
@@ -40,7 +42,21 @@ class Run:
 
 
 class FederatedCallback:
-    """Override what you need; each hook gets the run and the module. Setting `run.should_stop` ends after the round."""
+    """Override what you need; each hook gets the run and the module. Setting `run.should_stop` ends after the round.
+
+    What a callback must not forget when the run is interrupted it returns in `state_dict`, in plain values; a run that goes on
+    hands it to `load_state_dict` before `on_fit_start`. Where a crash came between a round and what its callbacks did about it,
+    `on_round_end` is called again for that round; `replayed = False` says that this callback sees to that itself.
+    """
+
+    replayed: ClassVar[bool] = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the callback knows after a round: numbers, text, lists and dictionaries."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Know again what `state_dict` returned."""
 
     def on_fit_start(self, run: Run, module: pl.LightningModule) -> None:
         """Before the first round, or the first after a resume; `run.history` holds the rounds already done."""
@@ -83,3 +99,39 @@ def exceptions_reported(callbacks: Sequence[FederatedCallback], run: Run, module
         for callback in callbacks:
             callback.on_exception(run, module, error)
         raise
+
+
+def states_of(callbacks: Sequence[FederatedCallback]) -> dict[str, dict[str, Any]]:
+    """What callbacks know, by the names of their classes.
+
+    Raises:
+        UsageError: a state that JSON does not keep.
+    """
+    found = {}
+    for key, callback in _keyed(callbacks):
+        state = callback.state_dict()
+        try:
+            same = json.loads(json.dumps(state)) == state
+        except (TypeError, ValueError):
+            same = False
+        if not same:
+            raise UsageError(f"callbacks, state of {key}", state, "numbers, text, lists and dictionaries with text as keys")
+        if state:
+            found[key] = state
+    return found
+
+
+def restore_states(callbacks: Sequence[FederatedCallback], states: Mapping[str, dict[str, Any]]) -> None:
+    """Let callbacks know again what they knew."""
+    for key, callback in _keyed(callbacks):
+        if key in states:
+            callback.load_state_dict(states[key])
+
+
+def _keyed(callbacks: Sequence[FederatedCallback]) -> Iterator[tuple[str, FederatedCallback]]:
+    """Callbacks by class, and by number where there are several of one."""
+    seen: Counter[str] = Counter()
+    for callback in callbacks:
+        name = f"{type(callback).__module__}.{type(callback).__qualname__}"
+        seen[name] += 1
+        yield name if seen[name] == 1 else f"{name} {seen[name]}", callback

@@ -14,6 +14,7 @@ from fedtune.algorithms.specification import algorithm_of, specification_of
 from fedtune.data.classification import FederatedDataModule
 from fedtune.errors import UsageError
 from fedtune.models import TextClassifier, build_classifier
+from fedtune.models.pretrained import content_of
 from fedtune.runs.loop import FederatedLoop
 from fedtune.runs.options import RunOptions
 from fedtune.runs.parser import ConfigFile, Parser
@@ -98,6 +99,20 @@ def flags(part: str) -> Iterator[None]:
     except UsageError as error:
         name = f"{part}.{error.argument}"
         raise UsageError(f"--{_FLAGS.get(name, name)}", error.came, error.allowed) from error
+
+
+def content_of_run(arguments: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What names the content that a run depends on, as `config.yaml` has it: of its texts, and of its pretrained model.
+
+    Raises:
+        UsageError: they cannot be read.
+    """
+    model = arguments["model"]
+    with flags("data"):
+        data = FederatedDataModule(**arguments["data"], model=model["name"])
+        task = data.digest
+    with flags("model"):
+        return {"task": task, "model": content_of(model["name"]) if model["init"] == "pretrained" else {}}
 
 
 def fit(arguments: Mapping[str, Mapping[str, Any]], **where: Any) -> FederatedLoop:

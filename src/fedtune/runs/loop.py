@@ -34,8 +34,8 @@ from fedtune.storage.config import describe, identified
 from fedtune.storage.directory import RunDirectory, writing
 from fedtune.storage.locks import locked
 from fedtune.storage.records import RoundRecord
-from fedtune.storage.summary import MODES, summarise
-from fedtune.tensors import assign_, buffers, snapshot, travelling
+from fedtune.storage.summary import MODES, summarise, with_known_baselines
+from fedtune.tensors import assign_, buffers, counters, resting, snapshot, travelling
 
 EVALUATED_ON = ("validation", "test")
 _NOT_CONFIG = ("callbacks", "run_dir", "logger")  # not a plain value, or no part of what makes the numbers
@@ -151,7 +151,8 @@ class FederatedLoop:
             directory = RunDirectory(path, run.config, self.options.keep, data.num_clients)
             if evaluator.loader(self.evaluate_on) is None:
                 raise UsageError("evaluate_on", self.evaluate_on, "a part that the data have")
-            directory.begin(ServerState(0, snapshot(travelling(module))), again=bool(self.baselines))
+            first = ServerState(0, snapshot(travelling(module)))
+            directory.begin(first, bool(self.baselines), resting(module), getattr(module, "from_files", ()))
             final = self._federated(Rounds(evaluator, progress, directory), run)
             test = evaluator.evaluate("test").metrics
             baselines = self._baselines(evaluator, progress, run)
@@ -192,6 +193,7 @@ class FederatedLoop:
             algorithm.client,
             rounds.directory.memory,
             self.local_epochs,
+            snapshot(counters(training.module)),
             algorithm.up,
             algorithm.down,
             client_ended if hooks else None,
@@ -212,7 +214,9 @@ class FederatedLoop:
             return run_round(state, algorithm, context, runtime, options)
 
         with rounds.progress.phase("federated", self.max_rounds, self.clients_per_round or data.num_clients):
-            return rounds.play(run, rounds.directory.start, next_round, self._callbacks)
+            final = rounds.play(run, rounds.directory.start, next_round, self._callbacks)
+        assign_(counters(training.module), worker.counters)
+        return final
 
     def _baselines(self, evaluator: Evaluator, progress: Progress, run: Run) -> Baselines:
         folder = self.options.baseline_dir or (self.run_dir and str(Path(self.run_dir) / "baselines"))
@@ -228,7 +232,8 @@ class FederatedLoop:
         found: dict[str, Any] = {**baselines.records, "majority_accuracy": majority("test") if majority else None}
         if "centralised" in found:
             found["centralised_test"] = baselines.centralised_test
-        run.summary.update(summarise(run.history, self.evaluate_on, test, found, self.monitor, self.mode))
+        known = summarise(run.history, self.evaluate_on, test, found, self.monitor, self.mode)
+        run.summary.update(with_known_baselines(known, directory.read_json("summary.json")))
         run.summary["peak_memory_bytes"] = peak_memory_bytes(baselines.evaluator.training.fabric.device)
         if directory.path is not None:
             with writing(directory.path / "curves.png"):

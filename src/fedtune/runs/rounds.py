@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 import torch
 
-from fedtune.errors import UsageError
+from fedtune.errors import RunError, UsageError
 from fedtune.federated.evaluation import Evaluator
 from fedtune.federated.state import RoundResult, ServerState
-from fedtune.runs.callbacks import FederatedCallback, Run
+from fedtune.runs.callbacks import FederatedCallback, Run, restore_states, states_of
 from fedtune.runs.progress import Progress
 from fedtune.storage.directory import RunDirectory
 from fedtune.storage.records import RoundRecord
-from fedtune.tensors import assign_, mapped, travelling
+from fedtune.tensors import assign_, mapped, misfit, travelling
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,7 @@ class Rounds:
             allowed = f"{state.round} or more, the rounds that {self.directory.path} has"
             raise UsageError("max_rounds", run.max_rounds, allowed)
         self.progress.resumed(state.round)
-        for callback in callbacks:
-            callback.on_fit_start(run, module)
+        self._restore(run, callbacks)
         while state.round < run.max_rounds and not run.should_stop:
             for callback in callbacks:
                 callback.on_round_start(run, module, state.round + 1)
@@ -72,12 +71,41 @@ class Rounds:
             self.progress.round(record)
             for callback in callbacks:
                 callback.on_round_end(run, module, record)
+            self._keep(run, callbacks)
         return state
+
+    def _restore(self, run: Run, callbacks: Sequence[FederatedCallback]) -> None:
+        """Begin, or go on, with callbacks that know what they knew after the last round."""
+        module, done = self.evaluator.training.module, len(run.history)
+        known = [one for one in self.directory.read("callbacks.jsonl", "round", first=1) if one["round"] <= done]
+        self.directory.rewrite("callbacks.jsonl", known)
+        restore_states(callbacks, known[-1]["states"] if known else {})
+        for callback in callbacks:
+            callback.on_fit_start(run, module)
+        if callbacks and len(known) < done:  # a crash came after the last round's checkpoint
+            for callback in (one for one in callbacks if one.replayed):
+                callback.on_round_end(run, module, run.history[-1])
+            for number in range(len(known) + 1, done):
+                self.directory.append("callbacks.jsonl", {"round": number, "stopped_at": None, "states": {}})
+            self._keep(run, callbacks)
+        elif known and known[-1]["stopped_at"] == run.max_rounds:
+            run.should_stop = True
+            run.print(f"stopped by a callback after round {done}; a larger max_rounds goes on")
+
+    def _keep(self, run: Run, callbacks: Sequence[FederatedCallback]) -> None:
+        """Keep what callbacks know after a round, and whether one has stopped the run."""
+        if callbacks:
+            stopped_at = run.max_rounds if run.should_stop else None
+            line = {"round": len(run.history), "stopped_at": stopped_at, "states": states_of(callbacks)}
+            self.directory.append("callbacks.jsonl", line)
 
     def _loaded(self, state: ServerState) -> ServerState:
         """The state on the module's device (on the CPU where that has no fp64), its weights in the module, too."""
         module = self.evaluator.training.module
         device = torch.device("cpu") if module.device.type == "mps" else module.device
+        wrong = misfit(state.weights, travelling(module))
+        if wrong:
+            raise RunError(f"the weights of round {state.round} in {self.directory.path} do not fit the module: {wrong}")
         assign_(travelling(module), state.weights)
         weights = {name: tensor.to(device, copy=True) for name, tensor in travelling(module).items()}
         memory = {step: mapped(groups, lambda _, tensor: tensor.to(device)) for step, groups in state.memory.items()}

@@ -30,6 +30,8 @@ class WandbMirror(FederatedCallback):
         UsageError: wandb is not installed.
     """
 
+    replayed = False  # it mirrors the last round again whenever it starts
+
     def __init__(self) -> None:
         self._wandb = import_wandb("logger")
         self._mirror: Any = None

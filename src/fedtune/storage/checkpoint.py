@@ -2,7 +2,7 @@
 
     checkpoints/round-0003/weights.safetensors     the server's weights
                            memory.safetensors      only where something outlives its round: momentum, an optimizer
-                           state.json              counters, and the sha256 of each file
+                           state.json              counters, the sha256 of each file, and its own
 
 A checkpoint is written under another name, synchronised to the disk and then renamed.
 """
@@ -16,6 +16,7 @@ import os
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -33,7 +34,7 @@ def save(folder: Path, state: ServerState, keep: int) -> Path:
     Raises:
         RunError: the disk is full or the folder cannot be written; earlier checkpoints are as they were.
     """
-    path = folder / f"round-{state.round:04d}"
+    path = folder / _name(state.round)
     temporary = folder / f".{path.name}.{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -73,9 +74,17 @@ def latest(folder: Path) -> ServerState | None:
 
 
 def load(path: Path) -> ServerState:
-    """Read one checkpoint. Raises `RunError` when a file is missing, unreadable or not the one that was written."""
+    """Read one checkpoint.
+
+    Raises:
+        RunError: a file is missing, unreadable or not the one that was written, or it is a checkpoint of another round.
+    """
     try:
         notes = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if not isinstance(notes, dict) or notes.pop("check", None) != _check(notes):
+            raise RunError(f"{path / 'state.json'} is not the one that was written")
+        if path.name != _name(notes["round"]):
+            raise RunError(f"{path} holds the checkpoint of round {notes['round']}")
         tensors: dict[str, Tensors] = {"memory": {}}
         for name, expected in notes["sha256"].items():
             file = path / f"{name}.safetensors"
@@ -86,8 +95,8 @@ def load(path: Path) -> ServerState:
         memory = {step: parted(groups) for step, groups in parted(tensors["memory"]).items()}
         position = Position(notes["steps"], notes["epochs"])
         return ServerState(notes["round"], tensors["weights"], position, notes["examples"], memory)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise RunError(f"{path} cannot be read: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise RunError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def rounds(folder: Path) -> list[int]:
@@ -104,9 +113,18 @@ def _write(folder: Path, state: ServerState) -> None:
             save_file({key: value.contiguous().cpu() for key, value in tensors.items()}, file)
             hashes[name] = _sha256(file)
             synchronise(file)
-    counters = {"round": state.round, "examples": state.examples, **dataclasses.asdict(state.position)}
-    write_text(folder / "state.json", json.dumps(counters | {"sha256": hashes}, indent=1) + "\n")
+    notes = {"round": state.round, "examples": state.examples, **dataclasses.asdict(state.position), "sha256": hashes}
+    write_text(folder / "state.json", json.dumps(notes | {"check": _check(notes)}, indent=1) + "\n")
     synchronise(folder)
+
+
+def _name(round: int) -> str:
+    return f"round-{round:04d}"
+
+
+def _check(notes: dict[str, Any]) -> str:
+    """What names the content of state.json."""
+    return hashlib.sha256(json.dumps(notes, sort_keys=True).encode()).hexdigest()
 
 
 def _numbered(folder: Path) -> list[Path]:

@@ -30,7 +30,8 @@ def describe(module: Any, data: Any, loop: Mapping[str, Any]) -> dict[str, Any]:
     other = text.pop("model", None)
     if other is not None and other != model.get("name"):
         text["tokenizer"] = text["tokenizer"] or other
-    return {"model": model, "data": text, "loop": plain(loop), "content": {"task": getattr(data, "digest", None)}}
+    content = {"task": getattr(data, "digest", None), "model": dict(getattr(module, "content", {}))}
+    return {"model": model, "data": text, "loop": plain(loop), "content": content}
 
 
 def identified(config: Mapping[str, Any]) -> None:

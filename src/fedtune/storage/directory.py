@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from fedtune.errors import RunError, UsageError
 from fedtune.federated.memory import ClientMemory, MemoryInRam, MemoryOnDisk
 from fedtune.federated.state import ServerState
 from fedtune.files import append_line, read_lines, write_lines, write_text
-from fedtune.storage import checkpoint
+from fedtune.storage import checkpoint, start
 from fedtune.storage.config import differences, versions
 from fedtune.storage.records import RoundRecord, read_rounds
+from fedtune.tensors import Tensors
 
 
 class RunDirectory:
@@ -44,16 +46,17 @@ class RunDirectory:
         except OSError as error:
             raise UsageError("run_dir", str(path), f"a directory that can be written ({error.strerror})") from error
 
-    def begin(self, state: ServerState, again: bool) -> None:
-        """Keep the state that the run begins with, on the disk where there is a directory, unless an earlier start did so.
+    def begin(self, state: ServerState, again: bool, resting: Tensors, from_files: Collection[str] = ()) -> None:
+        """Keep what the run begins with, on the disk where there is a directory; an earlier start's stays, and is taken up.
 
         Args:
             again: whether `start` will be asked more than once. In memory this costs a copy of the weights.
+            resting, from_files: as in `storage.start`.
         """
         if self.path is None:
             self._start = [state] * (1 + again)
-        elif checkpoint.latest(self.path / "start") is None:
-            checkpoint.save(self.path / "start", state, keep=1)
+        else:
+            start.begin(self.path / "start", state, resting, from_files)
 
     def start(self) -> ServerState:
         """The state that the run began with."""
@@ -68,9 +71,7 @@ class RunDirectory:
             return None, []
         state = checkpoint.latest(self.path / "checkpoints")
         self.memory.rewind(state.round if state else 0)
-        done = [record for record in read_rounds(self.path / "rounds.jsonl") if state and record.round <= state.round]
-        if state and len(done) < state.round:
-            raise RunError(f"{self.path / 'rounds.jsonl'} lacks rounds up to {state.round}; it has {len(done)}")
+        done = read_rounds(self.path / "rounds.jsonl", state.round if state else 0)
         if (self.path / "rounds.jsonl").exists():
             with writing(self.path / "rounds.jsonl"):
                 write_lines(self.path / "rounds.jsonl", [record.to_dict() for record in done])
@@ -91,14 +92,38 @@ class RunDirectory:
             with writing(self.path / name):
                 write_text(self.path / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
-    def read(self, name: str) -> list[dict[str, Any]]:
-        """The records of a JSON-lines file of the run; a line that a crash left unfinished is removed from it."""
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the run; nothing where it is not there, or damaged, as the run makes it anew."""
+        try:
+            found = json.loads((self.path / name).read_text(encoding="utf-8")) if self.path is not None else {}
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def read(self, name: str, key: str, first: int) -> list[dict[str, Any]]:
+        """The records of a JSON-lines file of the run, in which `key` counts up from `first`.
+
+        A line that a crash left unfinished, and all from the first on that is no such record, are removed from the file; what
+        they said is found again. Where that is more than an unfinished line, a warning says so.
+        """
         if self.path is None or not (self.path / name).exists():
             return []
         found = read_lines(self.path / name)
-        with writing(self.path / name):
-            write_lines(self.path / name, found)
-        return found
+        good = []
+        for place, one in enumerate(found):
+            if not isinstance(one, dict) or one.get(key) != first + place:
+                break
+            good.append(one)
+        if len(good) < len(found):
+            warnings.warn(f"{self.path / name}, line {len(good) + 1} is damaged; from there on it is made anew", stacklevel=2)
+        self.rewrite(name, good)
+        return good
+
+    def rewrite(self, name: str, records: list[dict[str, Any]]) -> None:
+        """Replace a JSON-lines file of the run."""
+        if self.path is not None and (records or (self.path / name).exists()):
+            with writing(self.path / name):
+                write_lines(self.path / name, records)
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Add a record to a JSON-lines file of the run."""

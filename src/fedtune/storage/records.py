@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedtune.errors import RunError, shown
 from fedtune.federated.messages import ClientReport, Failure
 from fedtune.federated.state import RoundResult
 from fedtune.files import read_lines
@@ -110,7 +111,24 @@ class RoundRecord:
         return cls(metrics={name: value for name, value in flat.items() if name not in names}, **own)
 
 
-def read_rounds(file: Path) -> list[RoundRecord]:
-    """The round records of a file, one a round, in order; of a round that is there twice the later one."""
-    by_round = {flat["round"]: RoundRecord.from_dict(flat) for flat in read_lines(file)}
-    return [by_round[number] for number in sorted(by_round)]
+def read_rounds(file: Path, until: int | None = None) -> list[RoundRecord]:
+    """The records of rounds 1, 2 and so on, each in its line.
+
+    Args:
+        until: the last round that is wanted, and must be there; later ones, of which a crash may have left some, don't count.
+
+    Raises:
+        RunError: a line is no record, or is of another round.
+    """
+    found = []
+    for number, flat in enumerate(read_lines(file)[:until], start=1):
+        try:
+            record = RoundRecord.from_dict(flat)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise RunError(f"{file}, line {number}: no record of a round ({type(error).__name__}: {error})") from error
+        if record.round != number:
+            raise RunError(f"{file}, line {number}: the record of round {shown(record.round)}, where round {number} belongs")
+        found.append(record)
+    if until is not None and len(found) < until:
+        raise RunError(f"{file} lacks rounds up to {until}; it has {len(found)}")
+    return found

@@ -76,3 +76,19 @@ def summarise(
         "bytes_up": sum(record.bytes_up for record in history),
         "bytes_down": sum(record.bytes_down for record in history),
     }
+
+
+def with_known_baselines(summary: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """A summary that has what an earlier one knew of baselines that were not done this time.
+
+    `baseline_rounds` says of how many rounds they are; it differs from `rounds` where the run has gone on since.
+    """
+    known = [name for name, value in summary.items() if _is_of_baseline(name) and value is not None]
+    if known:
+        return summary | {"baseline_rounds": summary["rounds"]}
+    kept = {name: before[name] for name in summary if _is_of_baseline(name) and before.get(name) is not None}
+    return summary | kept | {"baseline_rounds": before.get("baseline_rounds") if kept else None}
+
+
+def _is_of_baseline(name: str) -> bool:
+    return name.startswith(("centralised_", "local_", "rounds_to_"))

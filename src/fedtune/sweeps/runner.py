@@ -24,6 +24,7 @@ from rich.text import Text
 from fedtune.files import write_text
 from fedtune.storage.locks import is_locked, locked
 from fedtune.sweeps.grid import Cell, Sweep
+from fedtune.sweeps.stale import put_aside, stale
 from fedtune.sweeps.worker import status, work
 
 if TYPE_CHECKING:
@@ -119,13 +120,13 @@ def plan(sweep: Sweep, folder: Path, workers: int) -> None:
     """Print the grid, what is done of it, and an estimate of the time for the rest."""
     console = Console(highlight=False, markup=False)
     board = _Board(sweep, folder, workers)
-    done = board.ended()
+    done, outdated = board.ended(), stale(sweep.cells, folder)
     table = Table(title=f"{sweep.name}: {len(sweep.cells)} runs in {folder}", title_justify="left")
     for column in ("directory", *(sweep.cells[0].varied), "state", "estimate"):
         table.add_column(column.rpartition(".")[2])
     for cell in sweep.cells:
         seconds = None if cell.name in done else estimate([cell], sweep.cells, done)
-        state = status(folder / cell.name).get("state", "to do")
+        state = "stale" if cell.name in outdated else status(folder / cell.name).get("state", "to do")
         table.add_row(
             cell.name, *map(Text, map(str, cell.varied.values())), state, "" if seconds is None else _duration(seconds)
         )
@@ -152,6 +153,10 @@ def run(sweep: Sweep, folder: Path, workers: int = 1, logger: str = "none") -> i
     with locked(folder / _SHARED, wait=True):  # nothing but a look whether the folder can be written
         pass
     console.print(f"{sweep.name}: {len(sweep.cells)} runs in {folder.resolve()}, {workers} at a time", soft_wrap=True)
+    for name, differs in stale(sweep.cells, folder).items():
+        place = put_aside(folder, name)
+        kept = "somebody works in it, and it stays" if place is None else f"done again; what it was is kept in {place.name}"
+        console.print(f"stale: {name}: {differs}: {kept}", soft_wrap=True)
     _start_server()
     live = console.is_terminal and not console.is_jupyter
     with Live(board, console=console, transient=True, refresh_per_second=2) if live else contextlib.nullcontext():
