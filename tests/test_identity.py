@@ -124,10 +124,10 @@ def test_a_module_with_other_frozen_parts_is_refused_by_name(tmp_path: Path) -> 
             self.more = nn.Linear(2, 2).requires_grad_(False)
 
     fit(tmp_path)
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    config["model"]["class"] = "Deeper"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(fedtune.UsageError, match=r"run_dir: .*'more.bias', 'more.weight'"):
-        config = yaml.safe_load((tmp_path / "config.yaml").read_text())
-        config["model"]["class"] = "Deeper"
-        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
         fit(tmp_path, module=Deeper())
 
 
@@ -225,7 +225,7 @@ class Patient(fedtune.FederatedCallback):
     def on_round_end(self, run: Any, module: Any, record: Any) -> None:
         self.count += 1
         self.seen.append(record.round)
-        run.should_stop = self.count >= self.patience
+        run.should_stop |= self.count >= self.patience
 
     def state_dict(self) -> dict[str, Any]:
         return {"count": self.count}
@@ -315,7 +315,7 @@ def test_records_are_checked_and_not_counted(tmp_path: Path, change: Any, said: 
     change(lines)
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     before = file.read_bytes()
-    with pytest.raises(fedtune.RunError, match="rounds.jsonl") as caught:
+    with pytest.raises(fedtune.RunError, match=r"rounds\.jsonl") as caught:
         fit(tmp_path, rounds=4)
     assert said in str(caught.value)
     assert file.read_bytes() == before

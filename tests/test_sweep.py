@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import yaml
 
+import fedtune
 from fedtune.errors import UsageError
+from fedtune.reports import results
 from fedtune.storage.locks import is_locked, locked
 from fedtune.sweeps import grid, runner, worker
 from fedtune.sweeps import wandb_agents as wandb_sweep
@@ -111,6 +113,34 @@ def test_killed_in_the_middle_a_sweep_repeats_nothing_and_ends_alike(write: Writ
     assert {path: path.stat().st_mtime_ns for path in done} == done
     assert len(finals(folder)) == 3
     assert finals(folder) == finals(calm)
+
+
+def test_a_finished_run_whose_texts_changed_is_stale_and_done_again(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, folder = write(data__num_clients={"values": [1, 2]}), tmp_path / "runs"
+    start(file, folder, tmp_path / "log-1").join()
+    before = finals(folder)
+    assert len(before) == 2
+    with open(tmp_path / "data.csv", "a") as data:
+        data.write("word1 word2 and one more,a\n")
+    runner.plan(grid.read(file), folder, 1)
+    assert capsys.readouterr().out.count(" stale ") == 2
+    again = start(file, folder, tmp_path / "log-2")
+    again.join()
+    said = (tmp_path / "log-2").read_text()
+    assert again.exitcode == 0
+    for name in before:
+        assert f"stale: {name}: content.task: " in said
+        assert f"what it was is kept in {name}.stale-1" in said
+        assert (folder / f"{name}.stale-1" / "checkpoints" / "round-0002" / "weights.safetensors").read_bytes() == before[name]
+    assert "2 of 2 done, 0 running, 0 failed" in said
+    assert all(weights != before[name] for name, weights in finals(folder).items() if name in before)
+    runner.plan(grid.read(file), folder, 1)
+    assert " stale " not in capsys.readouterr().out
+    table = fedtune.compare(fedtune.read_runs(folder))
+    assert table["seeds"].tolist() == [1, 1, 1, 1]  # old and new content are rows of their own
+    assert table[results.CONTENT].nunique() == 2
 
 
 def test_two_sweeps_on_one_folder_share_the_work(write: Write, tmp_path: Path) -> None:
