@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
 import fedtune
-from fedtune.federated.evaluation import evaluate
+from fedtune.federated.evaluation import attached
 from fedtune.federated.state import ServerState
 from fedtune.federated.training import Training, exactly
 from fedtune.randomness import seeded
@@ -126,19 +126,20 @@ def test_a_round_leaves_the_global_generator_alone(make_data: Make, make_module:
 def test_metrics_do_not_depend_on_how_examples_are_batched(make_data: Make, make_module: Make) -> None:
     module, results = make_module(), []
     for size in (1, 7, 1000):
-        results.append(
-            evaluate(Fabric(accelerator="cpu", devices=1), module, make_data(eval_batch_size=size).val_dataloader()).metrics
-        )
+        results += make_loop().validate(module, make_data(eval_batch_size=size))
     for other in results[1:]:
         assert other == pytest.approx(results[0], rel=1e-5)
     assert set(results[0]) == {"loss_nats", "accuracy", "macro_f1"}
 
 
 def test_pooled_loss_is_the_example_weighted_mean_of_the_clients(make_data: Make, make_module: Make) -> None:
-    fabric, module, data = Fabric(accelerator="cpu", devices=1), make_module(), make_data(split="by_author")
+    module, data = make_module(), make_data(split="by_author")
     sizes = [len(part) for part in data.client_indices]
-    losses = [evaluate(fabric, module, data.client_dataloader(k)).metrics["loss_nats"] for k in range(3)]
-    pooled = evaluate(fabric, module, data.train_dataloader()).metrics["loss_nats"]
+
+    def loss(loader: Any) -> float:
+        return make_loop().validate(module, GivenLoaders([loader], loader))[0]["loss_nats"]
+
+    losses, pooled = [loss(data.client_dataloader(k)) for k in range(3)], loss(data.train_dataloader())
     assert pooled == pytest.approx(sum(n * loss for n, loss in zip(sizes, losses, strict=True)) / sum(sizes), rel=1e-6)
 
 
@@ -389,7 +390,7 @@ def test_the_batches_of_a_faithful_preset_are_fixed_unmasked_and_whole(make_data
 
 def test_exactly_cuts_the_last_batch_and_goes_round_again() -> None:
     loader = DataLoader(torch.arange(10), batch_size=4)
-    assert [len(batch) for batch in exactly(loader, 13)] == [4, 4, 2, 3]
+    assert [[len(batch) for batch in one] for one in exactly(loader, 13)] == [[4, 4, 2], [3]]
 
 
 def test_the_centralised_baseline_is_ordinary_training_with_one_optimizer(make_data: Make, make_module: Make) -> None:
@@ -399,8 +400,9 @@ def test_the_centralised_baseline_is_ordinary_training_with_one_optimizer(make_d
     training = Training(Fabric(accelerator="cpu", devices=1), module, seed=4)
     module.log = lambda *_, **__: None
     state = ServerState(0, snapshot(travelling(module)))
-    for _ in range(3):
-        state = centralised(training, state, data.train_dataloader(), len(data.client_indices[0]), 1).state
+    with attached(training):
+        for _ in range(3):
+            state = centralised(training, state, data.train_dataloader(), len(data.client_indices[0]), 1).state
     optimizer = plain.configure_optimizers()["optimizer"]
     plain.log = lambda *_, **__: None
     for number in (1, 2, 3):
@@ -469,7 +471,7 @@ def test_an_error_in_a_module_says_where_and_keeps_its_cause(make_data: Make, ma
         ({"logger": "wandbb"}, "wandb (nearest)"),
         ({"baselines": ["centralized"]}, "centralised (nearest)"),
         ({"clients_per_round": 4}, "clients_per_round: got 4; allowed: at most num_clients, 3"),
-        ({"gradient_clip_val": 0.0}, "gradient_clip_val: got 0.0; allowed: a number above 0"),
+        ({"gradient_clip_val": -1.0}, "gradient_clip_val: got -1.0; allowed: 0 or more"),
     ],
 )
 def test_a_bad_value_of_the_loop_is_refused(make_data: Make, make_module: Make, options: dict, said: str) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,29 @@ def append_line(file: Path, record: dict[str, Any]) -> None:
     """Add a record to a JSON-lines file and wait until it is on the disk."""
     new = not file.exists()
     with open(file, "a", encoding="utf-8") as stream:
-        stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+        stream.write(json_line(record))
         stream.flush()
         os.fsync(stream.fileno())
     if new:
         synchronise(file.parent)
+
+
+def json_line(record: Mapping[str, Any]) -> str:
+    """A record as a line of JSON."""
+    return json.dumps(finite(record), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """A value as JSON can say it: null for numbers that are not finite.
+
+    >>> finite({"loss": [0.5, float("nan")]})
+    {'loss': [0.5, None]}
+    """
+    if isinstance(value, Mapping):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
@@ -70,4 +89,4 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 def write_lines(file: Path, records: list[dict[str, Any]]) -> None:
     """Replace a JSON-lines file at once."""
-    write_text(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    write_text(file, "".join(map(json_line, records)))

@@ -107,8 +107,9 @@ def play(
     module = TinyModule()
     fabric = Fabric(accelerator="cpu", devices=1)
     memory, results = MemoryOnDisk(folder / "clients", TinyData.num_clients), []
-    with attached(fabric, module):
-        worker = Worker(Training(fabric, module, 3), TinyData(), algorithm.client, memory, 2, snapshot(counters(module)))
+    training = Training(fabric, module, 3)
+    with attached(training):
+        worker = Worker(training, TinyData(), algorithm.client, memory, 2, snapshot(counters(module)))
         worker = replace(worker, up=algorithm.up, down=algorithm.down)
         runtime = Unreliable(Serial(worker), lost, reverse)
         options = RoundOptions(local_epochs=2, buffers=frozenset(buffers(module)), min_clients=1)

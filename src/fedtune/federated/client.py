@@ -23,8 +23,9 @@ from fedtune.federated.messages import (
     decoded,
     encoded,
 )
+from fedtune.federated.optimisation import Optimisation
 from fedtune.federated.pieces import Pieces
-from fedtune.federated.training import Correction, Optimisation, Training, train_epochs
+from fedtune.federated.training import Correction, Training, train_epochs
 from fedtune.randomness import seeded
 from fedtune.tensors import Groups, Tensors, assign_, buffers, counters, distance, mapped, subtract_, trainable
 
@@ -44,6 +45,7 @@ class Client:
         self._weights, self.buffers = trainable(worker.training.module), buffers(worker.training.module)
         self._optimisation: Optimisation | None = None
         self._pieces: Pieces | None = None
+        self._same_as(self._weights)
         assign_(self._weights, self.server)
         assign_(self.buffers, request.groups.get("buffers", {}))
         assign_(counters(worker.training.module), worker.counters)
@@ -69,7 +71,7 @@ class Client:
                 gradients (to be changed in place) and the weights.
         """
         worker, request = self._worker, self.request
-        self._optimisation = Optimisation(worker.training.module, request.position)
+        self._optimisation = Optimisation(worker.training.trainer, request.position)
         where = f"round {request.round}, client {request.client}"
         loader = worker.data.client_dataloader(request.client)
         report = train_epochs(
@@ -78,8 +80,20 @@ class Client:
         self.reports.append(report)
         return report
 
+    def _same_as(self, weights: Tensors) -> None:
+        """Raise `RunError` where other tensors are trained than those that the server sent."""
+        moved = sorted(weights.keys() ^ self.server.keys())
+        if moved:
+            names = ", ".join(moved[:3]) + (", …" if len(moved) > 3 else "")
+            what = "unfrozen" if moved[0] in weights else "frozen"
+            raise RunError(
+                f"round {self.request.round}, client {self.request.client}: during the run there was {what}: {names}; "
+                "allowed: what is trained stays the same, from the first round on"
+            )
+
     def update(self) -> Tensors:
         """What the client has changed, w_k - w by name, in place: its last act, as the module holds the update from then on."""
+        self._same_as(trainable(self._worker.training.module))
         if self._worker.on_client_end is not None:
             update_norm = distance(self._weights, self.server)
             self._worker.on_client_end(replace(self.reports[0], update_norm=update_norm))

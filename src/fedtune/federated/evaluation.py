@@ -3,123 +3,178 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
-from lightning_fabric import Fabric
+from lightning_fabric.utilities.data import _set_sampler_epoch
 from pytorch_lightning.utilities.data import extract_batch_size
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
-from torchmetrics import Metric
 
-from fedtune.federated.training import Training, call_step
+from fedtune.federated.batches import call_step, is_whole, limited, loaders_of, num_batches
+from fedtune.federated.logs import LogRecorder, Silence, logging_to
+from fedtune.federated.training import Training
 from fedtune.randomness import seeded
 
 
 class Evaluation(NamedTuple):
     """What the module logged, by name, and (N,) whether each example was answered rightly, in the order of the loader; None
-    where the module does not say: its `validation_step` may return {"correct": (B,) bool}."""
+    where the module does not say (its `validation_step` may return {"correct": (B,) bool}), or there are several loaders."""
 
     metrics: dict[str, float]
     correct_N: Tensor | None = None
 
 
-class LogRecorder:
-    """Stands in for `LightningModule.log`: a sum and a weight for every scalar, the metric object for every `Metric`.
-
-    Nothing is read from the device before `results`.
-    """
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._weights: dict[str, float] = {}
-        self._metrics: dict[str, Metric] = {}
-        self.batch_size = 1
-
-    def log(self, name: str, value: Any, *_: Any, batch_size: int | None = None, **__: Any) -> None:
-        """As `LightningModule.log`; the other arguments have no meaning here and are taken silently."""
-        if isinstance(value, Metric):
-            self._metrics[name] = value
-            return
-        weight = batch_size or self.batch_size
-        found = torch.as_tensor(value).detach()
-        summand = found.to(torch.float32 if found.device.type == "mps" else torch.float64) * weight  # mps has no float64
-        self._sums[name] = self._sums[name] + summand if name in self._sums else summand
-        self._weights[name] = self._weights.get(name, 0.0) + weight
-
-    def log_dict(self, dictionary: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
-        """As `LightningModule.log_dict`."""
-        for name, value in dictionary.items():
-            self.log(name, value, *args, **kwargs)
-
-    def results(self) -> dict[str, float]:
-        """Scalars averaged over examples, metrics computed over all of them (and reset for the next time)."""
-        values = {name: float(total) / self._weights[name] for name, total in self._sums.items()}
-        values |= {name: float(metric.compute()) for name, metric in self._metrics.items()}
-        for metric in self._metrics.values():
-            metric.reset()
-        return values
-
-
-class Silence(LogRecorder):
-    """Takes what is logged in training, and keeps nothing of it."""
-
-    def log(self, name: str, value: Any, *_: Any, batch_size: int | None = None, **__: Any) -> None:
-        """Nothing."""
-
-
 @contextlib.contextmanager
-def attached(fabric: Fabric, module: pl.LightningModule) -> Iterator[None]:
-    """Inside the block the module is on the device and what it logs in training goes nowhere; afterwards it is free for
-    a `Trainer` again."""
-    fabric.to_device(module)
-    module.fabric = fabric
+def attached(training: Training) -> Iterator[None]:
+    """Inside the block the module is on the device, `self.trainer` answers, and what it logs in training goes nowhere;
+    afterwards it is free for a `Trainer` again."""
+    module = training.module
+    training.fabric.to_device(module)
+    parts: list[Any] = [module, *([training.data] if isinstance(training.data, pl.LightningDataModule) else [])]
+    before = [module._trainer, *(part.trainer for part in parts[1:])]
+    for part in parts:
+        part.trainer = training.trainer  # it stands in for one
     try:
         with logging_to(module, Silence()):
             yield
     finally:
-        module.fabric = None
+        for part, trainer in zip(parts, before, strict=True):
+            part.trainer = trainer
 
 
-@contextlib.contextmanager
-def logging_to(module: pl.LightningModule, recorder: LogRecorder) -> Iterator[None]:
-    """Inside the block `module.log` and `module.log_dict` speak to the recorder."""
-    before = {name: module.__dict__.get(name) for name in ("log", "log_dict")}
-    for name in before:
-        object.__setattr__(module, name, getattr(recorder, name))
-    try:
-        yield
-    finally:
-        for name, function in before.items():
-            object.__delattr__(module, name) if function is None else object.__setattr__(module, name, function)
+def evaluate(training: Training, loader: Any, part: str = "validation", reserved: Collection[str] = ()) -> Evaluation:
+    """Run `validation_step` over a loader, on the test part `test_step` where there is one, without gradients or dropout.
 
+    The hooks of the stage are called in a `Trainer`'s order.
 
-def evaluate(fabric: Fabric, module: pl.LightningModule, loader: Any) -> Evaluation:
-    """Run `validation_step` over a loader, without gradients or dropout.
+    Args:
+        training: of the module, which is attached.
+        loader: one, or several in a list.
+        reserved: names that the module must not log.
 
     Returns:
         what the module logs: numbers averaged over examples, torchmetrics computed over all examples; and what was right.
     """
-    recorder, correct = LogRecorder(), []
-    training = {part: part.training for part in module.modules()}
-    module.eval()
+    module, trainer, loaders = training.module, training.trainer, loaders_of(loader)
+    stage = step_of(module, part) or "validation"
+    pass_ = _Pass(training, stage, LogRecorder(reserved))
+    trainer.validating, trainer.testing = stage == "validation", stage == "test"
     try:
-        with logging_to(module, recorder), torch.inference_mode(), fabric.autocast():
-            module.on_validation_epoch_start()
-            for index, batch in enumerate(loader):
-                recorder.batch_size = extract_batch_size(batch)
-                output = call_step(module.validation_step, fabric.to_device(batch), index)
-                if isinstance(output, dict) and "correct" in output:
-                    correct.append(output["correct"])
-            recorder.batch_size = 1
-            module.on_validation_epoch_end()
-            return Evaluation(recorder.results(), torch.cat(correct).cpu() if correct else None)
+        with logging_to(module, pass_.recorder), torch.no_grad(), training.fabric.autocast(), pass_.mode():
+            pass_.hook("start")()
+            pass_.hook("epoch_start")()
+            for number, one in enumerate(loaders):
+                pass_.over(one, training.limit(part), () if len(loaders) == 1 else (number,))
+            pass_.hook("epoch_end")()
+            metrics = pass_.recorder.results()
+            trainer.callback_metrics = {name: torch.tensor(value) for name, value in metrics.items()}
+            pass_.hook("end")()
     finally:
-        for part, mode in training.items():
-            part.training = mode
+        trainer.validating = trainer.testing = False
+    return Evaluation(metrics, torch.cat(pass_.correct).cpu() if pass_.correct and len(loaders) == 1 else None)
+
+
+def step_of(module: pl.LightningModule, part: str) -> str | None:
+    """ "test" or "validation", whose step evaluates a part: `validation_step` stands in for a `test_step` that is not there."""
+    steps = ("test", "validation") if part == "test" else ("validation",)
+    return next((step for step in steps if is_overridden(f"{step}_step", module)), None)
+
+
+def by_loader(metrics: Mapping[str, float]) -> list[dict[str, float]]:
+    """Metrics of several loaders, a dictionary for each, as a `Trainer` returns them; what has no loader's number is in all.
+
+    >>> by_loader({"a/dataloader_idx_0": 1.0, "a/dataloader_idx_1": 2.0, "b": 3.0})
+    [{'a/dataloader_idx_0': 1.0, 'b': 3.0}, {'a/dataloader_idx_1': 2.0, 'b': 3.0}]
+    """
+    number_of = {name: name.rpartition("/dataloader_idx_")[2] if "/dataloader_idx_" in name else "" for name in metrics}
+    numbers = sorted(set(number_of.values()) - {""}, key=int) or [""]
+    return [{name: metrics[name] for name in metrics if number_of[name] in ("", number)} for number in numbers]
+
+
+class _Pass:
+    """One evaluation of a module.
+
+    Args:
+        stage: "validation" or "test": the step and the hooks.
+    """
+
+    def __init__(self, training: Training, stage: str, recorder: LogRecorder) -> None:
+        self._training, self._stage, self.recorder = training, stage, recorder
+        self.correct: list[Tensor] = []
+
+    def hook(self, name: str) -> Callable[..., Any]:
+        """The hook of the stage."""
+        found: Callable[..., Any] = getattr(self._training.module, f"on_{self._stage}_{name}")
+        return found
+
+    @contextlib.contextmanager
+    def mode(self) -> Iterator[None]:
+        """Inside the block the module is in evaluation mode."""
+        module = self._training.module
+        before = {part: part.training for part in module.modules()}
+        self.hook("model_eval")()
+        try:
+            yield
+        finally:
+            if is_overridden(f"on_{self._stage}_model_train", module):
+                self.hook("model_train")()
+            else:
+                for part, training in before.items():
+                    part.training = training
+
+    def over(self, loader: Any, limit: int | float, number: tuple[int, ...]) -> None:
+        """Go through a loader; its number, where there are several, is part of names, and an argument of steps and hooks."""
+        training, recorder = self._training, self.recorder
+        step: Callable[..., Any] = getattr(training.module, f"{self._stage}_step")
+        recorder.suffix = f"/dataloader_idx_{number[0]}" if number else ""
+        _set_sampler_epoch(loader, training.trainer.current_epoch)
+        for index, batch in enumerate(limited(loader, None if is_whole(limit) else num_batches(loader, limit))):
+            batch = training.transfer(batch, *number)
+            recorder.batch_size = extract_batch_size(batch)
+            self.hook("batch_start")(batch, index, *number)
+            output = call_step(step, batch, index, *number)
+            self.hook("batch_end")(output, batch, index, *number)
+            if isinstance(output, dict) and "correct" in output:
+                self.correct.append(output["correct"])
+        recorder.batch_size, recorder.suffix = 1, ""
+
+
+class Stages:
+    """Calls `setup` of data and module once a stage, and `teardown` for each in the end.
+
+    Args:
+        parts: data and module, those that have such hooks.
+    """
+
+    def __init__(self, *parts: Any) -> None:
+        self._parts = [part for part in parts if isinstance(part, (pl.LightningModule, pl.LightningDataModule))]
+        self._begun: list[str] = []
+
+    def begin(self, stage: str) -> None:
+        """`setup` of a stage that has not begun."""
+        if stage not in self._begun:
+            self._begun.append(stage)
+            for part in self._parts:
+                part.setup(stage)
+
+    @contextlib.contextmanager
+    def reported(self) -> Iterator[None]:
+        """Inside the block an error is reported to the data; at its end comes `teardown` of all stages that have begun."""
+        try:
+            yield
+        except BaseException as error:
+            for part in self._parts:
+                if isinstance(part, pl.LightningDataModule):
+                    part.on_exception(error)
+            raise
+        finally:
+            for stage in self._begun:
+                for part in self._parts:
+                    part.teardown(stage)
 
 
 @dataclass(frozen=True)
@@ -127,25 +182,32 @@ class Evaluator:
     """Evaluates a module, as it stands, on the parts of the data.
 
     Args:
-        training: the module, its device and precision, the seed of the run.
-        data: a data module.
+        training: the module, its device and precision, the seed of the run, the data.
         part: the part that rounds are evaluated on, "validation" or "test".
         evaluation: "pooled" (metrics over all examples), or "clients" (means over clients of means over batches).
     """
 
     training: Training
-    data: Any
     part: str
     evaluation: str = "pooled"
+    reserved: frozenset[str] = frozenset()
+    stages: Stages = field(default_factory=Stages)
+
+    @property
+    def data(self) -> Any:
+        """The data module."""
+        return self.training.data
 
     def loader(self, part: str) -> Any:
         """The batches of a part, or None where the data have no such part."""
-        name, stage = ("test_dataloader", "test") if part == "test" else ("val_dataloader", "validate")
-        if isinstance(self.data, pl.LightningDataModule):
-            if not is_overridden(name, self.data):
-                return None
-            self.data.setup(stage)
-        return getattr(self.data, name)() if hasattr(self.data, name) else None
+        name = "test_dataloader" if part == "test" else "val_dataloader"
+        if not hasattr(self.data, name) or (
+            isinstance(self.data, pl.LightningDataModule) and not is_overridden(name, self.data)
+        ):
+            return None
+        if part == "test":
+            self.stages.begin("test")
+        return getattr(self.data, name)()
 
     def loaders(self) -> dict[str, Any]:
         """Part -> its batches: the part that rounds are evaluated on, and the test part where there is one."""
@@ -153,29 +215,33 @@ class Evaluator:
         return {part: batches for part, batches in found.items() if batches is not None}
 
     def evaluate(self, part: str) -> Evaluation:
-        """The metrics on a part; none where the data have no such part."""
-        loader = self.loader(part)
+        """The metrics on a part; none where the data have no such part, or the module no step for it."""
+        loader = self.loader(part) if step_of(self.training.module, part) else None
         if loader is None:
             return Evaluation({})
         with seeded(self.training.seed, "evaluate"):  # a loader draws a seed, even when nothing is random
-            return evaluate(self.training.fabric, self.training.module, loader)
+            return evaluate(self.training, loader, part, self.reserved)
 
     def measure(self) -> tuple[dict[str, float], list[float | None]]:
         """The metrics of a round, and the accuracy for each client where it is known."""
         if self.evaluation == "pooled":
             metrics, correct_N = self.evaluate(self.part)
             of_client = getattr(self.data, "client_accuracy", None)
-            return metrics, of_client(self.part, correct_N) if of_client and correct_N is not None else []
+            if of_client is None or correct_N is None or not is_whole(self.training.limit(self.part)):
+                return metrics, []
+            return metrics, of_client(self.part, correct_N)
         of_clients = self._evaluate_clients()
         return _mean(of_clients), [one.get("accuracy") for one in of_clients]
 
     def _evaluate_clients(self) -> list[dict[str, float]]:
         """For each client the mean of batches, on its share of the test part."""
-        fabric, module, of_clients = self.training.fabric, self.training.module, []
+        of_clients: list[dict[str, float]] = []
         with seeded(self.training.seed, "evaluate"):
             for client in range(self.data.num_clients):
                 loader = self.data.client_test_dataloader(client)
-                of_clients.append(_mean([evaluate(fabric, module, [batch]).metrics for batch in loader]))
+                of_clients.append(
+                    _mean([evaluate(self.training, [batch], self.part, self.reserved).metrics for batch in loader])
+                )
         return of_clients
 
 

@@ -1,30 +1,34 @@
-"""Optimizer steps: of a client's local epochs, and of the baselines."""
+"""Optimizer steps: of a client's local epochs, and of the baselines; with the hooks of a module in a `Trainer`'s order."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator, Sized
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.utilities.data import _set_sampler_epoch
 from lightning_utilities.core.apply_func import apply_to_collection
-from pytorch_lightning.core.optimizer import _configure_optimizers, _configure_schedulers_automatic_opt
 from pytorch_lightning.utilities.data import extract_batch_size
-from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
+from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 
 from fedtune.errors import RunError
+from fedtune.federated.batches import Transfer, call_step, limited, num_batches, one_loader, with_last
 from fedtune.federated.dropout import FastDropout
-from fedtune.federated.messages import ClientReport, Position
+from fedtune.federated.messages import ClientReport
+from fedtune.federated.optimisation import Optimisation
+from fedtune.federated.trainer import ModuleTrainer
 
 Correction = Callable[[list[str], list[Tensor], list[Tensor]], None]  # names, gradients (in place), weights
+Limit = int | float  # so many batches, or that share of them
+_SEE_GRADIENTS = ("on_train_batch_end", "on_train_epoch_end", "on_train_end", "on_before_zero_grad", "optimizer_zero_grad")
 
 
 @dataclass(frozen=True)
@@ -35,68 +39,139 @@ class Training:
         fabric: precision and device.
         module: the module, on the device.
         seed: seed of the run.
-        gradient_clip_val: largest norm of a gradient, or None.
+        data: the data module, whose hooks of batches are called.
+        gradient_clip_val, gradient_clip_algorithm: largest "norm" of a gradient, or largest "value" in it; None or 0: any.
+        accumulate_grad_batches: batches whose gradients are added up for a step.
+        limit_train_batches, limit_val_batches, limit_test_batches: at most so many batches of a loader, or that share.
         fast_dropout: whether dropout draws the cheap masks of `fedtune.federated.dropout`.
     """
 
     fabric: Fabric
     module: pl.LightningModule
     seed: int
+    data: Any = None
     gradient_clip_val: float | None = None
+    gradient_clip_algorithm: str = "norm"
+    accumulate_grad_batches: int = 1
+    limit_train_batches: Limit = 1.0
+    limit_val_batches: Limit = 1.0
+    limit_test_batches: Limit = 1.0
     fast_dropout: bool = True
+    trainer: ModuleTrainer = field(init=False, repr=False)
+    transfer: Transfer = field(init=False, repr=False)
+    frees_gradients: bool = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        clip = self.gradient_clip_val, self.gradient_clip_algorithm
+        trainer = ModuleTrainer(self.module, self.fabric, self.data, self.accumulate_grad_batches, *clip)
+        object.__setattr__(self, "trainer", trainer)
+        object.__setattr__(self, "transfer", Transfer(self.fabric, self.module, self.data))
+        object.__setattr__(self, "frees_gradients", not any(is_overridden(hook, self.module) for hook in _SEE_GRADIENTS))
+
+    def limit(self, part: str) -> Limit:
+        """How much of a loader of the "validation" or the "test" part counts."""
+        return self.limit_test_batches if part == "test" else self.limit_val_batches
 
 
-class Optimisation:
-    """The optimizer of a module and its schedules, at a position of the federation's schedule.
+class Steps:
+    """Optimizer steps of a client, of one module with one optimizer.
 
     Args:
-        module: the module; its `configure_optimizers` is called, in any of the forms that a `Trainer` takes.
-        position: optimizer steps and epochs already done.
-
-    Raises:
-        RunError: several optimizers, manual optimisation, or a schedule that waits for a metric.
+        correct: what an algorithm does with the gradients of each step.
     """
 
-    def __init__(self, module: pl.LightningModule, position: Position) -> None:
-        if not module.automatic_optimization:
-            raise RunError(f"{type(module).__name__} optimises manually; a federated client needs automatic optimisation")
-        optimizers, schedulers, monitor = _configure_optimizers(cast(Any, module.configure_optimizers()))
-        if len(optimizers) != 1:
-            raise RunError(f"{type(module).__name__} has {len(optimizers)} optimizers; a federated client needs one")
-        self.optimizer = optimizers[0]
-        self._schedules = _configure_schedulers_automatic_opt(schedulers, monitor)
-        if any(schedule.reduce_on_plateau for schedule in self._schedules):
-            raise RunError("a schedule that waits for a metric (ReduceLROnPlateau) has no meaning within a client")
-        self._done = {"step": position.steps, "epoch": position.epochs}
-        for schedule in self._schedules:
-            _forward(schedule.scheduler, self._done[schedule.interval] // schedule.frequency)
-        self._named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-        module.zero_grad()  # whoever trained the module before may have left gradients in it
+    def __init__(self, training: Training, optimisation: Optimisation, correct: Correction | None) -> None:
+        self._training, self._optimisation, self._correct = training, optimisation, correct
+        self._module, self._trainer = training.module, training.trainer
+        self._trainer.strategy.before_step = self._before_step
+        self._first = self._trainer.global_step
+        self._loss: Tensor | None = None
+        self._output: dict[str, Any] = {}
+        self.losses: list[Tensor] = []
+        self.sizes: list[int] = []
+        self.tokens: list[Tensor] = []
 
-    def gradients(self) -> tuple[list[str], list[Tensor], list[Tensor]]:
-        """Names, gradients and weights of what has a gradient now."""
-        named = [(name, parameter) for name, parameter in self._named.items() if parameter.grad is not None]
-        return [name for name, _ in named], [cast(Tensor, one.grad) for _, one in named], [one.detach() for _, one in named]
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps so far."""
+        return self._trainer.global_step - self._first
 
-    def end(self, interval: str) -> None:
-        """Advance the schedules after a "step" or an "epoch"."""
-        self._done[interval] += 1
-        for schedule in self._schedules:
-            if schedule.interval == interval and self._done[interval] % schedule.frequency == 0:
-                schedule.scheduler.step()  # type: ignore[call-arg]  # the one that takes a metric is refused above
+    def epoch(self, batches: Iterable[Any], count: int | None) -> None:
+        """One epoch over some batches; `count` of them, where that is known."""
+        self._module.on_train_epoch_start()
+        for index, (batch, is_last) in enumerate(with_last(batches, count)):
+            if self._batch(batch, index, is_last) == -1:
+                break
+        self._module.on_train_epoch_end()
+        self._trainer.current_epoch += 1
+
+    def _batch(self, batch: Any, index: int, is_last: bool) -> int | None:
+        """One batch; -1 where the module wants no more of this epoch."""
+        module, optimisation = self._module, self._optimisation
+        batch, self._loss, self._output = self._training.transfer(batch), None, {}
+        answer = module.on_train_batch_start(batch, index)
+        if answer != -1:
+            closure = _Closure(self, batch, index)
+            if is_last or (index + 1) % self._training.accumulate_grad_batches == 0:
+                module.optimizer_step(self._trainer.current_epoch, index, optimisation.wrapped, closure)
+                self._trainer.global_step += 1
+                if self._training.frees_gradients:
+                    optimisation.optimizer.zero_grad()  # the next forward pass has their memory
+                optimisation.end("step")
+            else:
+                closure()
+        if is_last or answer == -1:
+            optimisation.end("epoch")
+        if answer == -1:
+            return -1
+        if self._loss is not None:
+            self.losses.append(self._loss)
+            self.sizes.append(extract_batch_size(batch))
+            self.tokens.append(_count_tokens(batch))
+        module.on_train_batch_end(self._output, batch, index)
+        return None
+
+    def forward_backward(self, batch: Any, index: int) -> Tensor | None:
+        """The loss of a batch and its gradients; None where the module skips the batch, as it may in a `Trainer`."""
+        module, share = self._module, self._training.accumulate_grad_batches
+        with self._training.fabric.autocast():
+            output: Any = call_step(module.training_step, batch, index)
+        loss: Tensor | None = output["loss"] if isinstance(output, dict) else output
+        if index % share == 0:
+            module.on_before_zero_grad(self._optimisation.optimizer)
+            module.optimizer_zero_grad(self._trainer.current_epoch, index, self._optimisation.optimizer)
+        if loss is None:
+            return None
+        part = loss if share == 1 else loss / share
+        module.on_before_backward(part)
+        module.backward(part)
+        module.on_after_backward()
+        self._loss = loss.detach()
+        self._output = (output if isinstance(output, dict) else {}) | {"loss": part.detach()}
+        return self._output["loss"]
+
+    def _before_step(self) -> None:
+        """Between gradients and step: the algorithm's correction, the module's hook, clipping."""
+        module, trainer = self._module, self._trainer
+        if self._correct is not None:
+            with torch.no_grad():
+                self._correct(*self._optimisation.gradients())
+        module.on_before_optimizer_step(self._optimisation.optimizer)
+        algorithm = trainer.gradient_clip_algorithm
+        module.configure_gradient_clipping(self._optimisation.optimizer, trainer.gradient_clip_val, algorithm)
 
 
-def _forward(scheduler: Any, count: int) -> None:
-    """Put a schedule where it is after `count` steps."""
-    if not count:
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a schedule that moves before its optimizer, and on purpose
-        if isinstance(scheduler, LambdaLR):  # a function of the position: no need to walk there
-            scheduler.last_epoch = count - 1
-            count = 1
-        for _ in range(count):
-            scheduler.step()
+@dataclass(frozen=True)
+class _Closure:
+    """What an optimizer calls for the loss of a batch and its gradients."""
+
+    steps: Steps
+    batch: Any
+    index: int
+
+    @torch.enable_grad()
+    def __call__(self) -> Tensor | None:
+        return self.steps.forward_backward(self.batch, self.index)
 
 
 def train_epochs(
@@ -108,92 +183,87 @@ def train_epochs(
     client: int,
     correct: Correction | None = None,
 ) -> ClientReport:
-    """Epochs over a client's batches; arguments and errors as in `run_steps`."""
-    batches = _epochs(loader, epochs, training.module, optimisation)
-    return run_steps(training, optimisation, batches, where, client, correct)
+    """Epochs over a client's batches; arguments and errors as in `train`."""
+    loader = one_loader(loader, where)
+    count = num_batches(loader, training.limit_train_batches)
+
+    def passes() -> Iterator[Iterable[Any]]:
+        for epoch in range(epochs):
+            if epoch and isinstance(loader, Iterator):
+                raise RunError(
+                    f"{where}: a {type(loader).__name__} has one epoch; allowed: a loader with {epochs}, as a DataLoader"
+                )
+            _set_sampler_epoch(loader, training.trainer.current_epoch)
+            yield limited(loader, count)
+
+    training.trainer.train_dataloader = loader
+    return train(training, optimisation, passes(), where, client, correct, count)
 
 
-def _epochs(loader: Any, epochs: int, module: pl.LightningModule, optimisation: Optimisation) -> Iterator[Any]:
-    for _ in range(epochs):
-        module.on_train_epoch_start()
-        yield from loader
-        module.on_train_epoch_end()
-        optimisation.end("epoch")
-
-
-def run_steps(
+def train(
     training: Training,
     optimisation: Optimisation,
-    batches: Iterable[Any],
+    passes: Iterable[Iterable[Any]],
     where: str,
     client: int = 0,
     correct: Correction | None = None,
+    count: int | None = None,
 ) -> ClientReport:
-    """Optimizer steps over some batches. Nothing waits for the device before the last one.
+    """Optimizer steps over some passes through batches. Nothing waits for the device before the last one.
 
     Args:
         where: what to name when something goes wrong.
         client: whom the report is about.
         correct: what an algorithm does with the gradients of each step.
+        count: batches of a pass, where that is known.
 
     Raises:
         RunError: the loss became NaN or infinite, the module raised, or there is no batch; `where` and the step are named.
     """
-    start = time.perf_counter()
-    losses: list[Tensor] = []
-    sizes: list[int] = []
-    tokens: list[Tensor] = []
+    start, steps = time.perf_counter(), Steps(training, optimisation, correct)
+    trainer, module = training.trainer, training.module
+    trainer.training, trainer.num_training_batches = True, float("inf") if count is None else count
     try:
         with FastDropout() if training.fast_dropout and training.fabric.device.type == "cpu" else contextlib.nullcontext():
-            for batch in batches:
-                loss = _step(training, optimisation, batch, len(losses), correct)
-                if loss is None:
-                    continue
-                losses.append(loss)
-                sizes.append(extract_batch_size(batch))
-                tokens.append(_count_tokens(batch))
+            module.on_train_start()
+            for batches in passes:
+                steps.epoch(batches, count)
+            module.on_train_end()
+    except RunError:
+        raise
     except Exception as error:
-        raise RunError(f"{where}, training step {len(losses) + 1}: {type(error).__name__}: {error}") from error
-    if not sizes:
+        raise RunError(f"{where}, training step {len(steps.losses) + 1}: {type(error).__name__}: {error}") from error
+    finally:
+        trainer.training = False
+    if not steps.sizes:
         raise RunError(f"{where}: there is no batch to train on")
-    values = torch.stack(losses).cpu().double()
+    values = torch.stack(steps.losses).cpu().double()
     bad = (~torch.isfinite(values)).nonzero()
     if len(bad):
         step = int(bad[0])
         raise RunError(f"{where}, training step {step + 1}: the loss became {values[step].item()}; lower the learning rate")
     return ClientReport(
         client=client,
-        num_examples=sum(sizes),
-        num_steps=len(sizes),
-        num_tokens=int(torch.stack(tokens).sum()),
-        train_loss_nats=float(values @ torch.tensor(sizes, dtype=torch.float64)) / sum(sizes),
+        num_examples=sum(steps.sizes),
+        num_steps=steps.num_steps,
+        num_tokens=int(torch.stack(steps.tokens).sum()),
+        train_loss_nats=float(values @ torch.tensor(steps.sizes, dtype=torch.float64)) / sum(steps.sizes),
         seconds=time.perf_counter() - start,
     )
 
 
-def _step(training: Training, optimisation: Optimisation, batch: Any, index: int, correct: Correction | None) -> Tensor | None:
-    """One optimizer step; None where the module skips the batch, as it may in a `Trainer`."""
-    fabric, module = training.fabric, training.module
-    with fabric.autocast():
-        output: Any = call_step(module.training_step, fabric.to_device(batch), index)
-    if output is None:
-        return None
-    loss: Tensor = output["loss"] if isinstance(output, dict) else output
-    loss.backward()
-    if correct is not None:
-        with torch.no_grad():
-            correct(*optimisation.gradients())
-    if training.gradient_clip_val is not None:
-        torch.nn.utils.clip_grad_norm_(module.parameters(), training.gradient_clip_val)
-    optimisation.optimizer.step()
-    optimisation.optimizer.zero_grad()
-    optimisation.end("step")
-    return loss.detach()
+def steps_in(training: Training, loader: Any, epochs: int) -> float:
+    """Optimizer steps of so many epochs over a client's batches; infinite where the loader has no length."""
+    count = num_batches(loader, training.limit_train_batches)
+    return math.inf if count is None else math.ceil(count / training.accumulate_grad_batches) * epochs
 
 
-def call_step(step: Callable[..., Any], batch: Any, index: int) -> Any:
-    """Call a step of a module as a `Trainer` does: with the number of the batch where the step asks for it."""
-    return step(batch, index) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else step(batch)
+def pooled_steps(training: Training, loader: Any, examples: int) -> float:
+    """Optimizer steps until a loader has given so many examples, to a step or two a round; infinite where it has no length."""
+    count, dataset = num_batches(loader), getattr(loader, "dataset", None)
+    if count is None or not isinstance(dataset, Sized):
+        return math.inf
+    return math.ceil(count * examples / len(dataset) / training.accumulate_grad_batches)
 
 
 def _count_tokens(batch: Any) -> Tensor:
@@ -203,18 +273,23 @@ def _count_tokens(batch: Any) -> Tensor:
     return batch["attention_mask"].sum() if "attention_mask" in batch else torch.tensor(batch["input_ids"].numel())
 
 
-def exactly(loader: Any, examples: int) -> Iterator[Any]:
-    """Batches of as many passes over a loader as it takes to see exactly so many examples; the last one is cut."""
+def exactly(loader: Any, examples: int) -> Iterator[Iterator[Any]]:
+    """As many passes over a loader as it takes to see exactly so many examples; the last batch is cut."""
     left = examples
-    while left > 0:
-        before = left
+
+    def one() -> Iterator[Any]:
+        nonlocal left
         for batch in loader:
             size = extract_batch_size(batch)
             if size > left:
                 batch = apply_to_collection(batch, Tensor, operator.itemgetter(slice(left)))
+            left -= min(size, left)
             yield batch
-            left -= size
             if left <= 0:
                 return
+
+    while left > 0:
+        before = left
+        yield one()
         if left == before:
             raise RunError("the pooled training data have no batch")

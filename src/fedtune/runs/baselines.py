@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import time
+import functools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 from fedtune.federated.agreement import Agreement
-from fedtune.federated.evaluation import Evaluator, evaluate
+from fedtune.federated.cohorts import cohort
+from fedtune.federated.evaluation import Evaluator
 from fedtune.federated.messages import Position
+from fedtune.federated.optimisation import Optimisation
 from fedtune.federated.state import RoundResult, ServerState
-from fedtune.federated.training import Optimisation, Training, exactly, run_steps, train_epochs
+from fedtune.federated.training import Training, exactly, pooled_steps, steps_in, train, train_epochs
 from fedtune.randomness import seeded
 from fedtune.runs.callbacks import Run
 from fedtune.runs.progress import Progress
@@ -42,6 +44,7 @@ class Baselines:
         everyone: whether every client takes part in every round; else the split decides how many examples a round has.
         folder: where the directories are; None keeps everything in memory.
         keep: checkpoints that stay.
+        evaluated_every: pooled training is evaluated after every so many rounds, as the federation is.
 
     After `play`: `records` (name -> records), `centralised_test` (metrics of pooled training on the test part).
     """
@@ -53,6 +56,7 @@ class Baselines:
     everyone: bool
     folder: Path | None
     keep: int
+    evaluated_every: int = 1
     records: dict[str, list[Any]] = field(default_factory=dict)
     centralised_test: dict[str, float] = field(default_factory=dict)
 
@@ -74,37 +78,58 @@ class Baselines:
         def next_round(state: ServerState) -> RoundResult:
             return centralised(training, state, data.train_dataloader(), examples[state.round], self.local_epochs)
 
+        def steps() -> float:
+            return pooled_steps(training, data.train_dataloader(), sum(examples))
+
+        training.trainer.plan(len(examples) * self.local_epochs, steps)
         with (
             self._directory("centralised", start, split_matters=not self.everyone) as (directory, run),
             self.progress.phase("centralised", len(examples), 1),
         ):
-            final = Rounds(self.evaluator, self.progress, directory).play(run, lambda: start, next_round)
+            rounds = Rounds(self.evaluator, self.progress, directory, self.evaluated_every)
+            final = rounds.play(run, lambda: start, next_round)
         assign_(travelling(training.module), final.weights)
         self.centralised_test = self.evaluator.evaluate("test").metrics
         return run.history
 
     def _local(self, start: ServerState, first: Tensors) -> list[dict[str, Any]]:
-        """Each client alone, with the epochs that it had in the federation, at least a round's; those done before are read."""
+        """Some clients, each alone, with the epochs that it had in the federation, or a round's; those done before are read.
+
+        Each is evaluated once, on the test part where there is one.
+        """
         taken = Counter(client for record in self.run.history for client in record.cohort)
-        clients, loaders = self.evaluator.data.num_clients, self.evaluator.loaders()
+        training, clients = self.evaluator.training, self._sample()
+        part = "test" if self.evaluator.loader("test") is not None else self.evaluator.part
         with (
-            self._directory("local", start, split_matters=True) as (directory, _),
-            self.progress.phase("local", 1, clients),
+            self._directory("local", start, split_matters=True, clients=clients, part=part) as (directory, _),
+            self.progress.phase("local", 1, len(clients)),
         ):
-            done = directory.read("local.jsonl", "client", first=0)
-            for client in range(len(done), clients):
+            if len(clients) < self.evaluator.data.num_clients:
+                self.progress.line(
+                    f"local: {len(clients)} of {self.evaluator.data.num_clients} clients, drawn (options.local_clients)"
+                )
+            done = directory.read("local.jsonl", "client", clients)
+            for client in clients[len(done) :]:
                 epochs, loader = self.local_epochs * max(1, taken[client]), self.evaluator.data.client_dataloader(client)
-                assign_(counters(self.evaluator.training.module), first)
-                record = local(self.evaluator.training, start.weights, client, loader, epochs, loaders)
+                assign_(counters(training.module), first)
+                training.trainer.plan(epochs, functools.partial(steps_in, training, loader, epochs))
+                record = local(training, start.weights, client, loader, epochs)
+                record[part] = self.evaluator.evaluate(part).metrics
                 directory.append("local.jsonl", record)
                 done.append(record)
                 self.progress.local(record)
         return done
 
+    def _sample(self) -> list[int]:
+        """The clients that train alone."""
+        clients, most = self.evaluator.data.num_clients, self.run.config["loop"]["options"]["local_clients"]
+        return cohort(self.evaluator.training.seed, 0, clients, most)
+
     @contextlib.contextmanager
-    def _directory(self, name: str, start: ServerState, split_matters: bool) -> Iterator[tuple[RunDirectory, Run]]:
+    def _directory(self, name: str, start: ServerState, split_matters: bool, **more: Any) -> Iterator[tuple[RunDirectory, Run]]:
         """A directory named after all that the baseline's numbers depend on; who shares it waits."""
         about = {"name": name, "examples": [record.num_examples for record in self.run.history], "start": digest(start.weights)}
+        about |= more
         config = baseline_config(self.run.config, about, split_matters)
         path = None if self.folder is None else self.folder / f"{name}-{fingerprint(config)}"
         with locked(path, wait=True):
@@ -123,12 +148,12 @@ def centralised(training: Training, state: ServerState, loader: Any, examples: i
     number = state.round + 1
     here = travelling(training.module)
     assign_(here, state.weights)
-    optimisation = Optimisation(training.module, state.position)
+    optimisation = Optimisation(training.trainer, state.position)
     restore(optimisation.optimizer, state.memory.get("optimizer", {}).get("state", {}))
     if "module" in state.memory:
         assign_(counters(training.module), state.memory["module"]["counters"])
     with seeded(training.seed, "centralised", number):
-        report = run_steps(training, optimisation, exactly(loader, examples), f"centralised, round {number}")
+        report = train(training, optimisation, exactly(loader, examples), f"centralised, round {number}")
     after = ServerState(
         round=number,
         weights=snapshot(here),
@@ -142,33 +167,22 @@ def centralised(training: Training, state: ServerState, loader: Any, examples: i
     return RoundResult(after, [report], Agreement(distance(after.weights, state.weights)))
 
 
-def local(
-    training: Training, initial: Tensors, client: int, loader: Any, epochs: int, evaluations: dict[str, Any]
-) -> dict[str, Any]:
-    """One client alone: all its epochs on its own data with one optimizer, then evaluated.
+def local(training: Training, initial: Tensors, client: int, loader: Any, epochs: int) -> dict[str, Any]:
+    """One client alone: all its epochs on its own data with one optimizer.
 
     Args:
         initial: the weights from which the federation starts, too.
         epochs: as many as the client trains in the whole federation.
-        evaluations: part -> loader.
 
     Returns:
-        a record: `client`, `num_examples`, `num_steps`, `train_loss_nats`, `seconds`, and for each part what is logged.
+        a record: `client`, `num_examples`, `num_steps`, `train_loss_nats`, `seconds`.
     """
-    start = time.perf_counter()
     assign_(travelling(training.module), initial)
-    optimisation = Optimisation(training.module, Position())
+    optimisation = Optimisation(training.trainer, Position())
     with seeded(training.seed, "client", 0, client):
         report = train_epochs(training, optimisation, loader, epochs, f"each client alone, client {client}", client)
-    with seeded(training.seed, "evaluate"):
-        parts = {part: evaluate(training.fabric, training.module, batches).metrics for part, batches in evaluations.items()}
-    return {
-        "client": client,
-        "num_examples": report.num_examples,
-        "num_steps": report.num_steps,
-        "train_loss_nats": report.train_loss_nats,
-        "seconds": time.perf_counter() - start,
-    } | parts
+    names = ("client", "num_examples", "num_steps", "train_loss_nats", "seconds")
+    return {name: getattr(report, name) for name in names}
 
 
 def flatten(optimizer: torch.optim.Optimizer) -> Tensors:

@@ -17,27 +17,52 @@ from fedtune.errors import UsageError, one_of
 
 Resolved = Literal["32-true", "bf16-mixed"]
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
+_ALIASES: dict[str | int, str] = {32: "32-true", "32": "32-true", "bf16": "bf16-mixed"}
+_SCALER = "half precision needs a loss scaler, whose state would pass from client to client"
+_WHOLE = "all weights in 16 bits would lose the small updates that are averaged"
+_REFUSED: dict[str | int, str] = {
+    **dict.fromkeys((16, "16", "16-mixed"), _SCALER),
+    **dict.fromkeys(("16-true", "bf16-true"), _WHOLE),
+    **dict.fromkeys((64, "64", "64-true"), "checkpoints and messages are in fp32"),
+}
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # parameters of mallopt, in malloc.h
 
 
-def resolve_precision(precision: str, accelerator: str = "auto") -> Resolved:
+def resolve_precision(precision: str | int, accelerator: str = "auto") -> Resolved:
     """Turn "auto" into "bf16-mixed" where the hardware multiplies bfloat16 natively, else into "32-true".
 
     Natively means a GPU with bf16, or a CPU with AMX or AVX512-BF16 instructions (docs/performance.md has the ratio).
 
     Raises:
-        UsageError: none of "auto", "32-true", "bf16-mixed". Half precision needs a loss scaler, whose state would pass
-            from client to client.
+        UsageError: none of "auto", "32-true" (or 32), "bf16-mixed".
     """
-    if precision not in PRECISIONS:
+    known = _ALIASES.get(precision, precision) if isinstance(precision, (str, int)) else precision
+    if known in _REFUSED:
+        raise UsageError("precision", precision, f"{', '.join(PRECISIONS)}; {_REFUSED[known]}")
+    if known not in PRECISIONS:
         raise one_of("precision", precision, PRECISIONS)
-    if precision != "auto":
-        return cast(Resolved, precision)
+    if known != "auto":
+        return cast(Resolved, known)
     if accelerator != "cpu" and torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         native = torch.cpu._is_avx512_bf16_supported()  # every CPU with AMX has these instructions, too
     return "bf16-mixed" if native else "32-true"
+
+
+@contextlib.contextmanager
+def deterministic_algorithms(wanted: bool | str | None) -> Iterator[None]:
+    """Inside the block torch uses deterministic algorithms, as a `Trainer` with `deterministic` does; "warn" only warns."""
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=wanted == "warn")
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def fabric_of(accelerator: str, precision: Resolved) -> Fabric:

@@ -2,42 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 
 from fedtune.algorithms.specification import algorithm_of, specification_of
-from fedtune.errors import UsageError, at_least, one_of
+from fedtune.errors import UsageError
 from fedtune.federated.client import Worker
 from fedtune.federated.cohorts import cohort, max_weight
-from fedtune.federated.evaluation import Evaluator, attached
+from fedtune.federated.evaluation import Evaluator, Stages, attached, by_loader, step_of
 from fedtune.federated.messages import ClientReport, Context
 from fedtune.federated.parts import Algorithm
 from fedtune.federated.round import RoundOptions, run_round
 from fedtune.federated.state import RoundResult, ServerState
-from fedtune.federated.training import Training
+from fedtune.federated.trainer import Line, check_module
+from fedtune.federated.training import Training, steps_in
+from fedtune.runs.arguments import check_arguments, check_data
 from fedtune.runs.baselines import BASELINES, Baselines
 from fedtune.runs.callbacks import FederatedCallback, MonitorCheck, Run, exceptions_reported
+from fedtune.runs.counterparts import check_callbacks
 from fedtune.runs.figures import plot_run
-from fedtune.runs.hardware import Resolved, fabric_of, freed_memory_kept, peak_memory_bytes, resolve_precision
+from fedtune.runs.hardware import (
+    deterministic_algorithms,
+    fabric_of,
+    freed_memory_kept,
+    peak_memory_bytes,
+    resolve_precision,
+)
+from fedtune.runs.loggers import mirror_of
 from fedtune.runs.options import RunOptions
 from fedtune.runs.progress import Progress
 from fedtune.runs.renamed import taken
 from fedtune.runs.rounds import Rounds
-from fedtune.runs.wandb import LOGGERS, WandbMirror
 from fedtune.runtimes.serial import Serial
 from fedtune.storage.config import describe, identified
 from fedtune.storage.directory import RunDirectory, writing
 from fedtune.storage.locks import locked
-from fedtune.storage.records import RoundRecord
-from fedtune.storage.summary import MODES, summarise, with_known_baselines
+from fedtune.storage.records import RESERVED, RoundRecord
+from fedtune.storage.summary import summarise, with_known_baselines
 from fedtune.tensors import assign_, buffers, counters, resting, snapshot, travelling
 
-EVALUATED_ON = ("validation", "test")
 _NOT_CONFIG = ("callbacks", "run_dir", "logger")  # not a plain value, or no part of what makes the numbers
 
 
@@ -53,15 +62,20 @@ class FederatedLoop:
         run_dir: directory of the run: configuration, records, checkpoints, picture. Where it holds an interrupted run of
             the same configuration, that run goes on. None writes nothing.
         algorithm: a name of `fedtune.ALGORITHMS`, an `Algorithm`, or a dictionary as in `fedtune.algorithms.specification`.
-        precision: "auto" (bf16 mixed where the hardware has it, else fp32), "32-true" or "bf16-mixed".
+        precision: "auto" (bf16 mixed where the hardware has it, else fp32), "32-true" or 32, "bf16-mixed".
         accelerator: as in Lightning: "auto", "cpu", "gpu".
-        gradient_clip_val: largest norm of a gradient; no clipping by default.
+        gradient_clip_val, gradient_clip_algorithm, accumulate_grad_batches, deterministic: as in a `Trainer`, for the steps of
+            each client.
         evaluate_on: the part that the rounds are evaluated on: "validation", or "test" as in the paper.
         baselines: what the result is compared with: "centralised" (pooled data, the same number of examples a round)
             and "local" (each client alone, its own epochs). They run after the rounds; () leaves them out.
-        logger: "none", or "wandb" to mirror the run.
+        logger: "none", "wandb" to mirror the run, or a logger of Lightning.
         callbacks: hooks into the run, see `FederatedCallback`.
         monitor, mode: the metric of the rounds that says which is the best, and whether it should be "max" or "min".
+        limit_train_batches, limit_val_batches, limit_test_batches: at most so many batches of each loader (of a client's, in an
+            epoch), or that share of them.
+        check_val_every_n_rounds: the averaged model is evaluated after every so many rounds.
+        fast_dev_run: one round with so many batches (True: one) of every loader, and nothing written, to see that all works.
         options: details, see `RunOptions`.
 
     Raises:
@@ -79,9 +93,17 @@ class FederatedLoop:
     precision: str = "auto"
     accelerator: str = "auto"
     gradient_clip_val: float | None = None
+    gradient_clip_algorithm: str = "norm"
+    accumulate_grad_batches: int = 1
+    limit_train_batches: int | float = 1.0
+    limit_val_batches: int | float = 1.0
+    limit_test_batches: int | float = 1.0
+    check_val_every_n_rounds: int = 1
+    fast_dev_run: bool | int = False
+    deterministic: bool | Literal["warn"] = False
     evaluate_on: str = "validation"
     baselines: Sequence[str] = BASELINES
-    logger: str = "none"
+    logger: Any = "none"
     callbacks: Sequence[FederatedCallback] = ()
     monitor: str = "accuracy"
     mode: str = "max"
@@ -94,83 +116,126 @@ class FederatedLoop:
     summary: dict[str, Any] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        for name in ("max_rounds", "local_epochs"):
-            at_least(name, getattr(self, name), 1)
-        at_least("seed", self.seed, 0)
-        if self.clients_per_round is not None:
-            at_least("clients_per_round", self.clients_per_round, 1)
-        if self.gradient_clip_val is not None and not self.gradient_clip_val > 0:
-            raise UsageError("gradient_clip_val", self.gradient_clip_val, "a number above 0")
-        for name, values, allowed in (
-            ("evaluate_on", [self.evaluate_on], EVALUATED_ON),
-            ("mode", [self.mode], MODES),
-            ("logger", [self.logger], LOGGERS),
-            ("baselines", self.baselines, BASELINES),
-        ):
-            for value in values:
-                if value not in allowed:
-                    raise one_of(name, value, allowed)
+        check_arguments(self)
+        check_callbacks(self.callbacks, FederatedCallback)
         resolve_precision(self.precision, self.accelerator)
         self._algorithm = algorithm_of(self.algorithm)
-        self._callbacks = [*self.callbacks, MonitorCheck(self.monitor), *([WandbMirror()] if self.logger == "wandb" else [])]
+        if self.fast_dev_run:
+            self.max_rounds, self.check_val_every_n_rounds, self.run_dir, self.logger = 1, 1, None, "none"
+            self.limit_train_batches = self.limit_val_batches = self.limit_test_batches = int(self.fast_dev_run)
+        self._callbacks = [*self.callbacks, MonitorCheck(self.monitor), *mirror_of(self.logger)]
 
-    def fit(self, module: pl.LightningModule, data: Any) -> list[RoundRecord]:
+    def fit(self, module: pl.LightningModule, data: Any = None, *, datamodule: Any = None) -> list[RoundRecord]:
         """Run the rounds, then the baselines; afterwards `module` holds the averaged weights.
 
         Args:
             module: any module with `training_step`, `validation_step` and `configure_optimizers`. What it logs in
-                `validation_step` is in the records, averaged over examples.
-            data: a data module with `num_clients`, `client_dataloader(k)` and `val_dataloader()`, and where there is one
+                `validation_step` is in the records, averaged over examples. docs/lightning.md lists the hooks that are called.
+            data, datamodule: a data module with `num_clients`, `client_dataloader(k)`, `val_dataloader()` and, if there is one,
                 `test_dataloader()`; for the centralised baseline also `train_dataloader()`.
 
         Returns:
             one record a round, those before a resume included.
 
         Raises:
-            UsageError: the data lack one of these, the cohort is larger than `num_clients`, `run_dir` cannot be used.
+            UsageError: the data lack one of these, the cohort is larger than `num_clients`, `run_dir` cannot be used, or the
+                module needs what only a `Trainer` does.
             RunError: the run had to stop; every complete round is kept.
         """
-        self._check(data)
-        if isinstance(data, pl.LightningDataModule):
-            data.prepare_data()
-            data.setup("fit")
-        precision, progress = resolve_precision(self.precision, self.accelerator), Progress(self.options.progress)
-        fabric = fabric_of(self.accelerator, precision)
-        if fabric.device.type == "cuda" and hasattr(data, "keep_on"):
-            data.keep_on(fabric.device)
-        training = Training(fabric, module, self.seed, self.gradient_clip_val, self.options.fast_dropout)
-        evaluator = Evaluator(training, data, self.evaluate_on, self.options.evaluation)
-        run = self._new_run(module, data, precision, progress)
+        data, progress = self._given(data, datamodule), Progress(self.options.progress)
+        check_module(module, data)
+        check_data(self, data)
+        run = self._new_run(module, data, progress)
         with (
             locked(self.run_dir),
-            attached(fabric, module),
-            freed_memory_kept(),
+            self._prepared(module, data, "fit", progress) as evaluator,
             exceptions_reported(self._callbacks, run, module),
         ):
-            path = Path(self.run_dir) if self.run_dir else None
-            directory = RunDirectory(path, run.config, self.options.keep, data.num_clients)
-            if evaluator.loader(self.evaluate_on) is None:
-                raise UsageError("evaluate_on", self.evaluate_on, "a part that the data have")
-            first = ServerState(0, snapshot(travelling(module)))
-            directory.begin(first, bool(self.baselines), resting(module), getattr(module, "from_files", ()))
-            final = self._federated(Rounds(evaluator, progress, directory), run)
-            test = evaluator.evaluate("test").metrics
-            baselines = self._baselines(evaluator, progress, run)
-            self._conclude(run, directory, test, baselines)  # a baseline that fails must not take the result with it
-            if self.baselines:
-                baselines.play(self.baselines, directory.start())
-                assign_(travelling(module), final.weights)
-                self._conclude(run, directory, test, baselines)
-            for callback in self._callbacks:
-                callback.on_fit_end(run, module)
+            self._fit(run, evaluator, progress)
         return self.history
 
-    def _new_run(self, module: pl.LightningModule, data: Any, precision: Resolved, progress: Progress) -> Run:
+    def validate(self, module: pl.LightningModule, data: Any = None, *, datamodule: Any = None) -> list[dict[str, float]]:
+        """Evaluate a module, as it stands, on the validation part; a dictionary for each loader, as from a `Trainer`."""
+        return self._evaluated(module, self._given(data, datamodule), "validation")
+
+    def test(self, module: pl.LightningModule, data: Any = None, *, datamodule: Any = None) -> list[dict[str, float]]:
+        """Evaluate a module, as it stands, on the test part; a dictionary for each loader, as from a `Trainer`."""
+        return self._evaluated(module, self._given(data, datamodule), "test")
+
+    @staticmethod
+    def _given(data: Any, datamodule: Any) -> Any:
+        if (data is None) == (datamodule is None):
+            came = "nothing" if data is None else "data and datamodule"
+            raise UsageError("data", came, "one data module, as data or as datamodule")
+        return datamodule if data is None else data
+
+    @contextlib.contextmanager
+    def _prepared(self, module: pl.LightningModule, data: Any, stage: str, progress: Progress) -> Iterator[Evaluator]:
+        """Inside the block module and data are set up for a stage, and the module is attached."""
+        fabric = fabric_of(self.accelerator, resolve_precision(self.precision, self.accelerator))
+        clip = self.gradient_clip_val, self.gradient_clip_algorithm
+        limits = self.limit_train_batches, self.limit_val_batches, self.limit_test_batches
+        options = *clip, self.accumulate_grad_batches, *limits, self.options.fast_dropout
+        training = Training(fabric, module, self.seed, data, *options)
+        training.trainer.default_root_dir = self.run_dir or "."
+        training.trainer.progress_bar_callback = Line(progress.line)
+        stages = Stages(data, module)
+        with attached(training), deterministic_algorithms(self.deterministic), freed_memory_kept(), stages.reported():
+            for part in (data, module):
+                if hasattr(part, "prepare_data"):
+                    part.prepare_data()
+            stages.begin(stage)
+            module.configure_model()
+            fabric.to_device(module)
+            if fabric.device.type == "cuda" and hasattr(data, "keep_on"):
+                data.keep_on(fabric.device)
+            yield Evaluator(training, self.evaluate_on, self.options.evaluation, RESERVED, stages)
+
+    def _fit(self, run: Run, evaluator: Evaluator, progress: Progress) -> None:
+        """Set up, rounds, test, baselines, conclude."""
+        training, module = evaluator.training, evaluator.training.module
+        path = Path(self.run_dir) if self.run_dir else None
+        directory = RunDirectory(path, run.config, self.options.keep, run.data.num_clients)
+        if evaluator.loader(self.evaluate_on) is None:
+            raise UsageError("evaluate_on", self.evaluate_on, "a part that the data have")
+        if step_of(module, self.evaluate_on) is None:
+            run.print(f"{type(module).__name__} has no validation_step: the rounds are not evaluated")
+        module.on_fit_start()
+        first = ServerState(0, snapshot(travelling(module)))
+        directory.begin(first, bool(self.baselines), resting(module), getattr(module, "from_files", ()))
+        final = self._federated(Rounds(evaluator, progress, directory, self.check_val_every_n_rounds), run)
+        test = evaluator.evaluate("test").metrics
+        baselines = self._baselines(evaluator, progress, run)
+        self._conclude(run, directory, test, baselines)  # a baseline that fails must not take the result with it
+        if self.baselines:
+            baselines.play(self.baselines, directory.start())
+            assign_(travelling(module), final.weights)
+            self._conclude(run, directory, test, baselines)
+        training.trainer.at(final.position)
+        module.on_fit_end()
+        for callback in self._callbacks:
+            callback.on_fit_end(run, module)
+
+    def _evaluated(self, module: pl.LightningModule, data: Any, part: str) -> list[dict[str, float]]:
+        progress = Progress(self.options.progress)
+        check_module(module, data)
+        with self._prepared(module, data, "test" if part == "test" else "validate", progress) as evaluator:
+            if evaluator.loader(part) is None:
+                raise UsageError("data", type(data).__name__, f"a data module with a {part} part")
+            if step_of(module, part) is None:
+                raise UsageError("module", type(module).__name__, f"a module with {part}_step")
+            found = evaluator.evaluate(part).metrics
+        progress.line(f"{part}: " + "  ".join(f"{name} {value:.3f}" for name, value in found.items()))
+        return by_loader(found)
+
+    def _new_run(self, module: pl.LightningModule, data: Any, progress: Progress) -> Run:
         """What callbacks see; the loop has the same history and summary."""
         own = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.init}
         own["algorithm"] = specification_of(self._algorithm, strict=self.run_dir is not None)
         own["options"] = dataclasses.asdict(self.options)
-        own["precision"] = precision  # a continuation on other hardware must not change it in silence
+        own["precision"] = resolve_precision(
+            self.precision, self.accelerator
+        )  # a continuation on other hardware must not change it in silence
         self.config = describe(module, data, {name: value for name, value in own.items() if name not in _NOT_CONFIG})
         if self.run_dir is not None:
             identified(self.config)
@@ -213,6 +278,11 @@ class FederatedLoop:
             context = Context(self.seed, number, data.num_clients, tuple(drawn), most)
             return run_round(state, algorithm, context, runtime, options)
 
+        def steps() -> float:
+            loaders = map(data.client_dataloader, range(data.num_clients))
+            return self.max_rounds * max(steps_in(training, loader, self.local_epochs) for loader in loaders)
+
+        training.trainer.plan(self.max_rounds * self.local_epochs, steps)
         with rounds.progress.phase("federated", self.max_rounds, self.clients_per_round or data.num_clients):
             final = rounds.play(run, rounds.directory.start, next_round, self._callbacks)
         assign_(counters(training.module), worker.counters)
@@ -222,7 +292,9 @@ class FederatedLoop:
         folder = self.options.baseline_dir or (self.run_dir and str(Path(self.run_dir) / "baselines"))
         everyone = self.clients_per_round is None or self.clients_per_round >= run.data.num_clients
         path = Path(folder) if folder else None
-        found = Baselines(evaluator, progress, run, self.local_epochs, everyone, path, self.options.keep)
+        found = Baselines(
+            evaluator, progress, run, self.local_epochs, everyone, path, self.options.keep, self.check_val_every_n_rounds
+        )
         self.baseline_runs = found.records
         return found
 
@@ -239,18 +311,6 @@ class FederatedLoop:
             with writing(directory.path / "curves.png"):
                 plot_run(directory.path, run.history, baselines.records, self.evaluate_on)
         directory.write_json("summary.json", run.summary)
-
-    def _check(self, data: Any) -> None:
-        needed = ["client_dataloader", "num_clients", "val_dataloader"]
-        needed += ["client_test_dataloader"] if self.options.evaluation == "clients" else []
-        needed += ["train_dataloader"] if "centralised" in self.baselines else []
-        missing = [name for name in needed if not hasattr(data, name)]
-        if missing:
-            raise UsageError("data", type(data).__name__, f"a data module that has {', '.join(missing)}")
-        if self.options.evaluation == "clients" and self.evaluate_on != "test":
-            raise UsageError("evaluate_on", self.evaluate_on, "test, with evaluation by clients")
-        if self.clients_per_round is not None and self.clients_per_round > data.num_clients:
-            raise UsageError("clients_per_round", self.clients_per_round, f"at most num_clients, {data.num_clients}")
 
 
 FederatedLoop.__init__ = taken(FederatedLoop.__init__)  # type: ignore[method-assign]  # old names, for one version

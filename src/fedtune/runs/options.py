@@ -26,6 +26,7 @@ class RunOptions:
             divided like the training part, mean of batches within a client, then mean over clients.
         min_clients: a round goes on without clients whose replies do not count (an update that is not finite), as long as so
             many do; by default each must.
+        local_clients: how many clients, drawn with the run's seed, train alone for the baseline "local".
 
     Raises:
         UsageError: a value outside of what is allowed.
@@ -38,9 +39,11 @@ class RunOptions:
     fast_dropout: bool = True
     evaluation: str = "pooled"
     min_clients: int | None = None
+    local_clients: int = 16
 
     def __post_init__(self) -> None:
         at_least("options.keep", self.keep, 1)
+        at_least("options.local_clients", self.local_clients, 1)
         if self.evaluation not in EVALUATIONS:
             raise one_of("options.evaluation", self.evaluation, EVALUATIONS)
         if self.min_clients is not None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fedtune.errors import RenamedWarning
+from fedtune.runs.counterparts import from_trainer
 from fedtune.runs.options import RunOptions
 
 MOVED = {
@@ -55,7 +56,7 @@ def taken(init: Callable[..., None]) -> Callable[..., None]:
             given = _moved(given, old)
             if isinstance(given.get("options"), Mapping):
                 given["options"] = RunOptions(**given["options"])
-        init(self, *positional, **given)
+        init(self, *positional, **from_trainer(given))
 
     return __init__
 

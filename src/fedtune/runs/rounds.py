@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ import torch
 
 from fedtune.errors import RunError, UsageError
 from fedtune.federated.evaluation import Evaluator
+from fedtune.federated.logs import unusable
 from fedtune.federated.state import RoundResult, ServerState
 from fedtune.runs.callbacks import FederatedCallback, Run, restore_states, states_of
 from fedtune.runs.progress import Progress
@@ -27,11 +30,13 @@ class Rounds:
         evaluator: evaluates the module after each round.
         progress: what the terminal says.
         directory: where records and checkpoints are kept.
+        evaluated_every: the module is evaluated after every so many rounds.
     """
 
     evaluator: Evaluator
     progress: Progress
     directory: RunDirectory
+    evaluated_every: int = 1
 
     def play(
         self,
@@ -77,16 +82,16 @@ class Rounds:
     def _restore(self, run: Run, callbacks: Sequence[FederatedCallback]) -> None:
         """Begin, or go on, with callbacks that know what they knew after the last round."""
         module, done = self.evaluator.training.module, len(run.history)
-        known = [one for one in self.directory.read("callbacks.jsonl", "round", first=1) if one["round"] <= done]
+        known = [one for one in self.directory.read("callbacks.jsonl", "round", itertools.count(1)) if one["round"] <= done]
         self.directory.rewrite("callbacks.jsonl", known)
-        restore_states(callbacks, known[-1]["states"] if known else {})
+        restore_states(callbacks, json.loads(known[-1]["states"]) if known else {})
         for callback in callbacks:
             callback.on_fit_start(run, module)
         if callbacks and len(known) < done:  # a crash came after the last round's checkpoint
             for callback in (one for one in callbacks if one.replayed):
                 callback.on_round_end(run, module, run.history[-1])
             for number in range(len(known) + 1, done):
-                self.directory.append("callbacks.jsonl", {"round": number, "stopped_at": None, "states": {}})
+                self.directory.append("callbacks.jsonl", {"round": number, "stopped_at": None, "states": "{}"})
             self._keep(run, callbacks)
         elif known and known[-1]["stopped_at"] == run.max_rounds:
             run.should_stop = True
@@ -96,7 +101,7 @@ class Rounds:
         """Keep what callbacks know after a round, and whether one has stopped the run."""
         if callbacks:
             stopped_at = run.max_rounds if run.should_stop else None
-            line = {"round": len(run.history), "stopped_at": stopped_at, "states": states_of(callbacks)}
+            line = {"round": len(run.history), "stopped_at": stopped_at, "states": json.dumps(states_of(callbacks))}
             self.directory.append("callbacks.jsonl", line)
 
     def _loaded(self, state: ServerState) -> ServerState:
@@ -114,6 +119,9 @@ class Rounds:
     def _measured(self, result: RoundResult, seconds: float) -> RoundRecord:
         """The record of a round that took so long, the module holding its result."""
         began = time.perf_counter()
-        metrics, client_accuracy = self.evaluator.measure()
+        self.evaluator.training.trainer.at(result.state.position)
+        metrics, client_accuracy = self.evaluator.measure() if result.state.round % self.evaluated_every == 0 else ({}, [])
+        for name in unusable(metrics):
+            self.progress.line(f"round {result.state.round}: {name} is {metrics[name]}, no finite number; records have null")
         times = {"train": seconds - result.seconds_aggregate, "evaluate": time.perf_counter() - began}
         return RoundRecord.of(result, metrics, client_accuracy, times)

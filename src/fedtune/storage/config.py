@@ -18,7 +18,7 @@ from fedtune.version import __version__
 # how and where a run is kept and shown; no number depends on it
 KEPT = {"loop.options.keep", "loop.options.progress", "loop.options.baseline_dir", "loop.monitor", "loop.mode"}
 # what may differ between the start of a run and its continuation: no number of a finished round depends on it
-_FREE = {"run_dir", "logger", "loop.max_rounds", "loop.baselines"} | KEPT
+_FREE = {"run_dir", "logger", "loop.max_rounds", "loop.baselines", "loop.options.local_clients"} | KEPT
 
 
 def describe(module: Any, data: Any, loop: Mapping[str, Any]) -> dict[str, Any]:

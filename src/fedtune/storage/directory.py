@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import yaml
 from fedtune.errors import RunError, UsageError
 from fedtune.federated.memory import ClientMemory, MemoryInRam, MemoryOnDisk
 from fedtune.federated.state import ServerState
-from fedtune.files import append_line, read_lines, write_lines, write_text
+from fedtune.files import append_line, finite, read_lines, write_lines, write_text
 from fedtune.storage import checkpoint, start
 from fedtune.storage.config import differences, versions
 from fedtune.storage.records import RoundRecord, read_rounds
@@ -90,7 +90,7 @@ class RunDirectory:
         """Write a JSON file of the run, at once."""
         if self.path is not None:
             with writing(self.path / name):
-                write_text(self.path / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+                write_text(self.path / name, json.dumps(finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
     def read_json(self, name: str) -> dict[str, Any]:
         """A JSON file of the run; nothing where it is not there, or damaged, as the run makes it anew."""
@@ -100,8 +100,8 @@ class RunDirectory:
             return {}
         return found if isinstance(found, dict) else {}
 
-    def read(self, name: str, key: str, first: int) -> list[dict[str, Any]]:
-        """The records of a JSON-lines file of the run, in which `key` counts up from `first`.
+    def read(self, name: str, key: str, wanted: Iterable[int]) -> list[dict[str, Any]]:
+        """The records of a JSON-lines file of the run, in which `key` has the wanted numbers, in their order.
 
         A line that a crash left unfinished, and all from the first on that is no such record, are removed from the file; what
         they said is found again. Where that is more than an unfinished line, a warning says so.
@@ -110,8 +110,8 @@ class RunDirectory:
             return []
         found = read_lines(self.path / name)
         good = []
-        for place, one in enumerate(found):
-            if not isinstance(one, dict) or one.get(key) != first + place:
+        for one, number in zip(found, wanted, strict=False):
+            if not isinstance(one, dict) or one.get(key) != number:
                 break
             good.append(one)
         if len(good) < len(found):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,7 +109,11 @@ class RoundRecord:
         own = {name: value for name, value in flat.items() if name in names}
         own["clients"] = [ClientReport(**report) for report in flat["clients"]]
         own["failures"] = [Failure(**failure) for failure in flat["failures"]]
-        return cls(metrics={name: value for name, value in flat.items() if name not in names}, **own)
+        metrics = {name: math.nan if value is None else float(value) for name, value in flat.items() if name not in names}
+        return cls(metrics=metrics, **own)
+
+
+RESERVED = frozenset(item.name for item in dataclasses.fields(RoundRecord))  # names that no metric can have
 
 
 def read_rounds(file: Path, until: int | None = None) -> list[RoundRecord]:

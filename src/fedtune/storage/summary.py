@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -52,14 +53,14 @@ def summarise(
         monitor, mode: the metric of the best round, and whether it is the "max" or the "min".
 
     Returns:
-        accuracies as fractions, `loss_nats`, `seconds` of all rounds, `bytes_up` and `bytes_down` in all; null where not known.
+        the metrics on the test part, each as `test_NAME` and, where no other entry has that name, as NAME; accuracies as
+        fractions, `loss_nats`, `seconds` of all rounds, `bytes_up` and `bytes_down` in all; null where not known.
     """
-    known = [record for record in history if monitor in record.metrics]
+    known = [record for record in history if math.isfinite(record.metrics.get(monitor, math.nan))]
     best = MODES[mode](known, key=lambda record: record.metrics[monitor], default=None)
     reached = None if best is None else best.metrics[monitor]
     pooled = [record.accuracy for record in baselines.get("centralised", ()) if "accuracy" in record.metrics]
-    return {
-        **test,
+    known_of_run: dict[str, Any] = {
         "majority_accuracy": baselines.get("majority_accuracy"),
         **{f"centralised_{name}": baselines.get("centralised_test", {}).get(name) for name in ("accuracy", "macro_f1")},
         **{f"local_{name}": mean_of(baselines.get("local", ()), "test", name) for name in ("accuracy", "macro_f1")},
@@ -76,6 +77,8 @@ def summarise(
         "bytes_up": sum(record.bytes_up for record in history),
         "bytes_down": sum(record.bytes_down for record in history),
     }
+    tested = {name if name.startswith("test_") else f"test_{name}": value for name, value in test.items()}
+    return {**test, **tested, **known_of_run}
 
 
 def with_known_baselines(summary: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,126 @@
+"""Batches on their way from a loader to a module, as a `Trainer` hands them over."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+from lightning_fabric import Fabric
+from pytorch_lightning.utilities.combined_loader import CombinedLoader
+from pytorch_lightning.utilities.model_helpers import is_overridden
+from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
+from torch.utils.data import DataLoader
+
+from fedtune.errors import RunError
+
+_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+
+
+class Transfer:
+    """Brings batches to the device, by the hooks of the data module where it overrides them, else by the module's."""
+
+    def __init__(self, fabric: Fabric, module: pl.LightningModule, data: Any) -> None:
+        self._fabric = fabric
+        self._before, self._move, self._after = (self._hook(name, module, data) for name in _HOOKS)
+
+    @staticmethod
+    def _hook(name: str, module: pl.LightningModule, data: Any) -> Callable[..., Any] | None:
+        parts = [data, module] if isinstance(data, pl.LightningDataModule) else [module]
+        return next((getattr(part, name) for part in parts if is_overridden(name, part)), None)
+
+    def __call__(self, batch: Any, dataloader_idx: int = 0) -> Any:
+        """The batch on the device."""
+        if self._before is not None:
+            batch = self._before(batch, dataloader_idx)
+        device = self._fabric.device
+        batch = self._fabric.to_device(batch) if self._move is None else self._move(batch, device, dataloader_idx)
+        return batch if self._after is None else self._after(batch, dataloader_idx)
+
+
+def call_step(step: Callable[..., Any], batch: Any, index: int, *dataloader_idx: int) -> Any:
+    """Call a step of a module as a `Trainer` does: with the number of the batch where the step asks for it."""
+    return step(batch, index, *dataloader_idx) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else step(batch)
+
+
+def one_loader(loader: Any, where: str) -> Any:
+    """The loader of a client, as it is.
+
+    Raises:
+        RunError: there is none, or it is a collection of loaders.
+    """
+    if isinstance(loader, CombinedLoader):
+        return _Batches(loader)
+    several = loaders_of(loader)
+    if loader is None or len(several) != 1 or several[0] is not loader or not isinstance(loader, Iterable):
+        came = f"{len(several)} loaders" if len(several) != 1 else type(loader).__name__
+        raise RunError(
+            f"{where}: client_dataloader returned {came}; allowed: one loader, or Lightning's CombinedLoader of several"
+        )
+    return loader
+
+
+def loaders_of(loader: Any) -> list[Any]:
+    """The loaders that are evaluated one after the other: those of a list, a dictionary or a `CombinedLoader`, or the one.
+
+    A list that holds something else is a loader itself, its elements are batches.
+    """
+    if isinstance(loader, CombinedLoader):
+        return list(loader.flattened)
+    values = list(loader.values()) if isinstance(loader, Mapping) else loader
+    if isinstance(values, (list, tuple)) and values and all(isinstance(one, DataLoader) for one in values):
+        return list(values)
+    return [loader]
+
+
+class _Batches:
+    """A `CombinedLoader` without the numbers that it gives with a batch."""
+
+    def __init__(self, loader: CombinedLoader) -> None:
+        self._loader = loader
+
+    def __len__(self) -> int:
+        iter(self._loader)  # its length is known once it was begun
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (batch for batch, _, _ in self._loader)
+
+
+def is_whole(limit: int | float) -> bool:
+    """Whether a limit leaves nothing out: 1.0 is all batches, and 1 is one."""
+    return isinstance(limit, float) and limit == 1.0
+
+
+def num_batches(loader: Any, limit: int | float = 1.0) -> int | None:
+    """Batches of a loader within a limit (a number, or a share); None where it has no length and no limit."""
+    try:
+        length = len(loader)
+    except (TypeError, NotImplementedError):
+        length = None
+    if isinstance(limit, float):
+        return None if length is None else length if is_whole(limit) else int(length * limit)
+    return limit if length is None else min(limit, length)
+
+
+def limited(loader: Any, count: int | None) -> Iterable[Any]:
+    """The first batches of a loader."""
+    return loader if count is None else itertools.islice(loader, count)
+
+
+def with_last(batches: Iterable[Any], count: int | None) -> Iterator[tuple[Any, bool]]:
+    """Batches, and whether each is the last; where nobody knows how many there are, the next one is fetched to see."""
+    if count is not None:
+        for number, batch in enumerate(batches, start=1):
+            yield batch, number == count
+        return
+    iterator = iter(batches)
+    batch = next(iterator, _END)
+    while batch is not _END:
+        following = next(iterator, _END)
+        yield batch, following is _END
+        batch = following
+
+
+_END = object()

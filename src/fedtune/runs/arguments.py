@@ -1,0 +1,63 @@
+"""What the arguments of `FederatedLoop` may be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedtune.errors import UsageError, at_least, one_of
+from fedtune.runs.baselines import BASELINES
+from fedtune.storage.summary import MODES
+
+EVALUATED_ON = ("validation", "test")
+CLIPPED = ("norm", "value")
+
+
+def check_arguments(loop: Any) -> None:
+    """Raise `UsageError` for a value outside of what is allowed."""
+    for name in ("max_rounds", "local_epochs", "accumulate_grad_batches", "check_val_every_n_rounds"):
+        _whole(name, getattr(loop, name), 1)
+    _whole("seed", loop.seed, 0)
+    if loop.clients_per_round is not None:
+        _whole("clients_per_round", loop.clients_per_round, 1)
+    if loop.gradient_clip_val is not None:
+        at_least("gradient_clip_val", loop.gradient_clip_val, 0)
+    for part in ("train", "val", "test"):
+        limit = getattr(loop, f"limit_{part}_batches")
+        whole = isinstance(limit, int) and not isinstance(limit, bool)
+        if not (whole and limit >= 1) and not (isinstance(limit, float) and 0 < limit <= 1):
+            raise UsageError(
+                f"limit_{part}_batches", limit, "a number of batches, 1 or more, or a share: above 0.0, at most 1.0"
+            )
+    if not isinstance(loop.fast_dev_run, bool):
+        _whole("fast_dev_run", loop.fast_dev_run, 0)
+    if loop.deterministic not in (True, False, "warn", None):
+        raise UsageError("deterministic", loop.deterministic, "true, false, warn")
+    for name, values, allowed in (
+        ("gradient_clip_algorithm", [loop.gradient_clip_algorithm], CLIPPED),
+        ("evaluate_on", [loop.evaluate_on], EVALUATED_ON),
+        ("mode", [loop.mode], MODES),
+        ("baselines", [loop.baselines] if isinstance(loop.baselines, str) else loop.baselines, BASELINES),
+    ):
+        for value in values:
+            if value not in allowed:
+                raise one_of(name, value, allowed)
+
+
+def check_data(loop: Any, data: Any) -> None:
+    """Raise `UsageError` for data that lack what a run needs."""
+    needed = ["client_dataloader", "num_clients", "val_dataloader"]
+    needed += ["client_test_dataloader"] if loop.options.evaluation == "clients" else []
+    needed += ["train_dataloader"] if "centralised" in loop.baselines else []
+    missing = [name for name in needed if not hasattr(data, name)]
+    if missing:
+        raise UsageError("data", type(data).__name__, f"a data module that has {', '.join(missing)}")
+    if loop.options.evaluation == "clients" and loop.evaluate_on != "test":
+        raise UsageError("evaluate_on", loop.evaluate_on, "test, with evaluation by clients")
+    if loop.clients_per_round is not None and loop.clients_per_round > data.num_clients:
+        raise UsageError("clients_per_round", loop.clients_per_round, f"at most num_clients, {data.num_clients}")
+
+
+def _whole(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UsageError(name, value, f"a whole number, {least} or more")
+    at_least(name, value, least)

@@ -1,0 +1,56 @@
+"""Where a run is mirrored: Weights & Biases, or a logger of Lightning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.loggers import Logger
+
+from fedtune.errors import one_of
+from fedtune.runs.callbacks import FederatedCallback, Run
+from fedtune.runs.wandb import LOGGERS, WandbMirror
+from fedtune.storage.records import RoundRecord
+
+
+class LoggerMirror(FederatedCallback):
+    """Gives every number of a round's record to a logger of Lightning; the step is the round."""
+
+    def __init__(self, logger: Logger) -> None:
+        self._logger = logger
+
+    def on_fit_start(self, run: Run, module: pl.LightningModule) -> None:
+        """Log the configuration; from now on `self.logger` of the module is the logger."""
+        module.trainer.logger = self._logger
+        self._logger.log_hyperparams(run.config)
+
+    def on_round_end(self, run: Run, module: pl.LightningModule, record: RoundRecord) -> None:
+        """Log every number of the record."""
+        flat = record.to_dict()
+        numbers = {f"drift/{layer}": value for layer, value in flat.pop("drift").items()}
+        numbers |= {name: value for name, value in flat.items() if isinstance(value, (int, float))}
+        self._logger.log_metrics(numbers, step=record.round)
+        self._logger.save()
+
+    def on_fit_end(self, run: Run, module: pl.LightningModule) -> None:
+        """Close the log."""
+        self._logger.finalize("success")
+
+    def on_exception(self, run: Run, module: pl.LightningModule, error: BaseException) -> None:
+        """Close the log of a failed run."""
+        self._logger.finalize("failed")
+
+
+def mirror_of(logger: Any) -> list[FederatedCallback]:
+    """The callback that mirrors a run into what the argument `logger` names; none for "none", None and False.
+
+    Raises:
+        UsageError: none of those.
+    """
+    if logger is None or logger is False or logger == "none":
+        return []
+    if logger == "wandb":
+        return [WandbMirror()]
+    if isinstance(logger, Logger):
+        return [LoggerMirror(logger)]
+    raise one_of("logger", logger, LOGGERS, ", or a logger of Lightning")
