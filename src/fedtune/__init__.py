@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fedtune.runs.callbacks import FederatedCallback
     from fedtune.runs.figures import plot_curves, plot_split
     from fedtune.runs.loop import FederatedLoop
+    from fedtune.runs.monitors import BestWeights, EarlyStopping, LearningRateMonitor
     from fedtune.runs.options import RunOptions
     from fedtune.storage.records import RoundRecord
 
@@ -42,6 +43,9 @@ _HOME = {
     "AlbertClassifier": "models.albert",
     "BertClassifier": "models.bert",
     "DistilBertClassifier": "models.distilbert",
+    "BestWeights": "runs.monitors",
+    "EarlyStopping": "runs.monitors",
+    "LearningRateMonitor": "runs.monitors",
     "FAMILIES": "models",
     "FederatedCallback": "runs.callbacks",
     "FederatedDataModule": "data.classification",
@@ -73,10 +77,13 @@ __all__ = [
     "AlbertClassifier",
     "Algorithm",
     "BertClassifier",
+    "BestWeights",
     "DistilBertClassifier",
+    "EarlyStopping",
     "FederatedCallback",
     "FederatedDataModule",
     "FederatedLoop",
+    "LearningRateMonitor",
     "RoundRecord",
     "RunError",
     "RunOptions",

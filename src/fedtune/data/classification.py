@@ -100,7 +100,7 @@ class FederatedDataModule(pl.LightningDataModule):
             raise one_of("padding", padding, PADDING)
         if group_by_length and (padding == "max_length" or not shuffle):
             raise UsageError("group_by_length", True, "False, with padding to max_length or without shuffle")
-        self.save_hyperparameters(ignore=["task", "split"])
+        self.save_hyperparameters(ignore=["task", "split"], logger=False)  # a seed of the module's own would clash
         self._task, self._split = task, split
         self._kept: tuple[TokenStore, Tensor] | None = None
         self.hparams["task"] = task.name if isinstance(task, TextTask) else task

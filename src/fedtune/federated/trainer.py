@@ -27,9 +27,7 @@ _REFUSED_OF_MODULES = {
     "on_load_checkpoint": "buffers, which are part of every checkpoint",
     "on_save_checkpoint": "buffers, which are part of every checkpoint",
 }
-_REFUSED_OF_DATA = dict.fromkeys(
-    ("load_state_dict", "state_dict", "on_load_checkpoint", "on_save_checkpoint"), "data that follow from its arguments"
-)
+_REFUSED_OF_DATA = dict.fromkeys(("load_state_dict", "state_dict"), "data that follow from its arguments")
 
 
 class ModuleTrainer:
@@ -55,12 +53,12 @@ class ModuleTrainer:
         data: Any = None,
         accumulate_grad_batches: int = 1,
         gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str = "norm",
+        gradient_clip_algorithm: str | None = None,
     ) -> None:
         self.model = self.lightning_module = module
         self.datamodule = data if isinstance(data, pl.LightningDataModule) else None
         self.accumulate_grad_batches, self.gradient_clip_val = accumulate_grad_batches, gradient_clip_val
-        self.gradient_clip_algorithm = GradClipAlgorithmType(gradient_clip_algorithm)
+        self.gradient_clip_algorithm = GradClipAlgorithmType(gradient_clip_algorithm) if gradient_clip_algorithm else None
         self.precision, self.precision_plugin = str(fabric._precision.precision), Precision()
         self.strategy = Strategy(self, fabric.device)
         self.optimizers: list[torch.optim.Optimizer] = []

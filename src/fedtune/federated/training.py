@@ -40,7 +40,7 @@ class Training:
         module: the module, on the device.
         seed: seed of the run.
         data: the data module, whose hooks of batches are called.
-        gradient_clip_val, gradient_clip_algorithm: largest "norm" of a gradient, or largest "value" in it; None or 0: any.
+        gradient_clip_val, gradient_clip_algorithm: largest "norm" (by default) of a gradient, or "value" in it; None or 0: any.
         accumulate_grad_batches: batches whose gradients are added up for a step.
         limit_train_batches, limit_val_batches, limit_test_batches: at most so many batches of a loader, or that share.
         fast_dropout: whether dropout draws the cheap masks of `fedtune.federated.dropout`.
@@ -51,7 +51,7 @@ class Training:
     seed: int
     data: Any = None
     gradient_clip_val: float | None = None
-    gradient_clip_algorithm: str = "norm"
+    gradient_clip_algorithm: str | None = None
     accumulate_grad_batches: int = 1
     limit_train_batches: Limit = 1.0
     limit_val_batches: Limit = 1.0
@@ -120,6 +120,8 @@ class Steps:
                 optimisation.end("step")
             else:
                 closure()
+        else:
+            optimisation.end("step")  # a `Trainer` does so
         if is_last or answer == -1:
             optimisation.end("epoch")
         if answer == -1:

@@ -30,6 +30,7 @@ def plot_grid(rounds: DataFrame, path: str | Path, metric: str = "accuracy") -> 
     keys = ["task", "model", *settings(rounds)]
     lines = [row for _, row in curves[keys].drop_duplicates().iterrows()]
     splits = sorted(curves.split.unique(), key=lambda split: (not split.endswith("iid"), split))
+    label = curves.monitor.iloc[0] if metric == "score" and curves.monitor.nunique() == 1 else metric
     colours = dict(zip(sorted(curves.clients.unique()), itertools.cycle(PALETTE[1:6] + PALETTE[:1])))
     figure, panels = new_figure(len(lines), len(splits), (4.2 * len(splits) + 1, 2.9 * len(lines) + 0.8), sharey="row")
     for number, panel in enumerate(panels):
@@ -42,7 +43,7 @@ def plot_grid(rounds: DataFrame, path: str | Path, metric: str = "accuracy") -> 
             panel, baselines_among(alike(rounds, line, keys), split), metric, color=PALETTE[6], linestyle="--", label="baseline"
         )
         panel.set_title(", ".join(str(value) for value in line) + f"\n{split}", fontsize=9)
-        panel.set(xlabel="round", ylabel=metric)
+        panel.set(xlabel="round", ylabel=label)
         panel.grid(alpha=0.3)
     handles = {label: line for panel in panels for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, fontsize=8, frameon=False)
@@ -52,6 +53,7 @@ def plot_grid(rounds: DataFrame, path: str | Path, metric: str = "accuracy") -> 
 def _band(panel: Axes, runs: DataFrame, metric: str, **style: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
+    runs = runs.dropna(subset=[metric])  # not every round need be evaluated
     if not len(runs):
         return
     by_round = runs.groupby("round")[metric]

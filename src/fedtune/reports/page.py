@@ -7,7 +7,7 @@ import json
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-from fedtune.reports.results import settings, unfinished
+from fedtune.reports.results import metric_names, settings, unfinished
 from fedtune.runs.figures import PALETTE
 
 if TYPE_CHECKING:
@@ -68,8 +68,7 @@ def page(rounds: DataFrame, table: DataFrame, failed: dict[str, str], title: str
         failed: directory -> reason.
         title: what the runs are.
     """
-    known = ("accuracy", "macro_f1", "loss_nats", "train_loss_nats")
-    metrics = [name for name in known if name in rounds and rounds[name].notna().any()]
+    metrics = metric_names(rounds)
     figure, about = _figure(rounds, metrics)
     runs, longest = rounds[rounds.kind == "federated"].run.nunique(), int(rounds["round"].max())
     values = {name: sorted(map(str, rounds.loc[rounds.kind == "federated", name].unique()), key=_natural) for name in FILTERS}
@@ -106,7 +105,15 @@ def _figure(rounds: DataFrame, metrics: list[str]) -> tuple[str, list[dict[str, 
             drawn = {"mode": "lines+markers", "marker": {"symbol": "x" if pooled else "circle", "size": 5}, "line": line}
             hover = f"{html.escape(name)}<br>round %{{x}}: %{{y:.4f}}<extra>{html.escape(str(run))}</extra>"
             figure.add_trace(
-                Scatter(x=one["round"], y=one[metric], name=name, visible=metric == metrics[0], hovertemplate=hover, **drawn)
+                Scatter(
+                    x=one["round"],
+                    y=one[metric],
+                    connectgaps=True,
+                    name=name,
+                    visible=metric == metrics[0],
+                    hovertemplate=hover,
+                    **drawn,
+                )
             )
             of_run = {key: str(first[key]) for key in FILTERS}
             about.append(of_run | {"metric": metric, "baseline": bool(baseline)})

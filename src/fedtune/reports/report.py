@@ -9,7 +9,7 @@ from fedtune.errors import UsageError
 from fedtune.files import write_text
 from fedtune.reports.curves import plot_grid
 from fedtune.reports.page import page
-from fedtune.reports.results import CELL, compare, failures, read_runs, settings, unfinished
+from fedtune.reports.results import CELL, compare, failures, metric_names, read_runs, settings, unfinished
 from fedtune.storage.summary import SHARES
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def report(folder: Path, out: Path) -> None:
             raise
         reasons = "; ".join(f"{run}: {reason}" for run, reason in failed.items())
         raise UsageError("runs_dir", str(folder), f"a directory with runs that did not all fail ({reasons})") from error
-    table, metric = compare(rounds), "accuracy" if rounds.accuracy.notna().any() else "train_loss_nats"
+    table, metric = compare(rounds), metric_names(rounds)[0]
     try:
         out.mkdir(parents=True, exist_ok=True)
         table.to_csv(out / "tables.csv", index=False)
@@ -68,8 +68,13 @@ def markdown(table: DataFrame, failed: dict[str, str]) -> str:
 
 def _readable(row: Series[Any], other: list[str]) -> dict[str, str]:
     cell = {name: str(row[name]) for name in [*CELL, *other]}
-    spread = f" ({row.accuracy_min:.3f} to {row.accuracy_max:.3f})" if row.seeds > 1 else ""
-    cell |= {"seeds": str(row.seeds), "rounds": str(row["rounds"]), "accuracy": _number(row.accuracy) + spread}
+    if "monitor" in row:
+        cell |= {"monitor": str(row.monitor), "score": _number(row.score) + _spread(row, "score")}
+    cell |= {
+        "seeds": str(row.seeds),
+        "rounds": str(row["rounds"]),
+        "accuracy": _number(row.accuracy) + _spread(row, "accuracy"),
+    }
     cell |= {"baseline": _number(row.baseline)}
     cell |= {f"rounds to {share} %": _number(row[f"rounds_to_{share}pct"], 1) for share in SHARES}
     known = row.client_min == row.client_min
@@ -79,6 +84,11 @@ def _readable(row: Series[Any], other: list[str]) -> dict[str, str]:
         "MB sent": _number(row.megabytes, 0),
         "seconds": _number(row.seconds, 0),
     }
+
+
+def _spread(row: Series[Any], name: str) -> str:
+    low, high = row[f"{name}_min"], row[f"{name}_max"]
+    return f" ({low:.3f} to {high:.3f})" if row.seeds > 1 and low == low else ""
 
 
 def _number(value: float | None, digits: int = 3) -> str:

@@ -12,12 +12,15 @@ import yaml
 from fedtune.errors import UsageError
 from fedtune.files import read_lines
 from fedtune.storage.config import KEPT, dotted, fingerprint
+from fedtune.storage.records import RESERVED
 from fedtune.storage.summary import SHARES, spread
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
+    from pandas import DataFrame, Series
 
+OTHER = ["monitor", "score", "score_min", "score_max"]  # columns of a table where runs monitor something else than accuracy
 CELL = ["task", "model", "split", "clients"]  # what a run is called by, but for its seed
+_COLUMNS = {"run", "kind", "seed", "complete", "monitor", "mode", "score", *CELL}
 _NAMED = {"data.task", "model.name", "data.split", "data.skew", "data.alpha", "data.num_clients"}
 _NAMED |= {"data.seed", "model.seed", "loop.seed"}
 CONTENT = "content.digest"  # a column where contents differ
@@ -33,14 +36,14 @@ def read_runs(folder: str | Path) -> DataFrame:
     Returns:
         columns `run` (directory), `kind` ("federated", or "centralised" for a baseline), `task`, `model`, `split`, `clients`,
         `seed`, `complete` (whether the run has all its rounds), then the values in which the runs differ otherwise (dotted
-        names), then what `rounds.jsonl` has: `round`, the
+        names), then `monitor` and `mode`, the `score` (the metric that is monitored), and what `rounds.jsonl` has: `round`, the
         metrics, `train_loss_nats`, `num_examples`, `seconds` and so on, and of the accuracy for each client the `client_min`,
         `client_mean` and `client_max`. Sorted by run and round.
 
     Raises:
         UsageError: there is no run below the folder.
     """
-    from pandas import DataFrame
+    from pandas import DataFrame, Series
 
     found = dict(_runs(Path(folder)))
     if not found:
@@ -53,13 +56,24 @@ def read_runs(folder: str | Path) -> DataFrame:
             {"clients": rounds[0]["num_clients"]}
             | _named(name, config)
             | {"complete": _complete(Path(folder) / name, config, rounds)}
+            | {"monitor": config.get("loop.monitor", "accuracy"), "mode": config.get("loop.mode", "max")}
         )
         of_run |= {key: _plain(_content_of(config) if key == CONTENT else config.get(key)) for key in other}
-        rows += [of_run | _numbers(one) for one in rounds]
+        rows += [of_run | {"score": one.get(of_run["monitor"])} | _numbers(one) for one in rounds]
     table = DataFrame(rows).sort_values(["run", "round"], ignore_index=True)
-    for name in ("accuracy", "loss_nats"):  # a module of another kind may log neither
-        table[name] = table.get(name, float("nan"))
+    for name in ("accuracy", "loss_nats", "score"):  # a module of another kind may log neither
+        table[name] = table.get(name, Series(dtype=float)).astype(float)
     return table
+
+
+def metric_names(rounds: DataFrame) -> list[str]:
+    """The columns of `read_runs` with what the modules logged: what is monitored first, then accuracy and its like."""
+    from pandas.api.types import is_numeric_dtype
+
+    ours = {*_COLUMNS, *RESERVED, "client_min", "client_mean", "client_max", *settings(rounds)}
+    logged = [name for name in rounds.columns if name not in ours and is_numeric_dtype(rounds[name])]
+    first = [*rounds.monitor.unique(), "accuracy", "macro_f1", "loss_nats", *sorted(logged), "train_loss_nats"]
+    return [name for name in dict.fromkeys(first) if name in rounds and rounds[name].notna().any()]
 
 
 def settings(rounds: DataFrame) -> list[str]:
@@ -89,34 +103,38 @@ def compare(rounds: DataFrame) -> DataFrame:
     Runs that do not have all their rounds yet are left out.
 
     The baseline of a run is the run with one client and the same seed, as in Hilmkil et al. 2021, or where there is none the
-    centralised baseline. Accuracies are those of the last round, on the part that the rounds were evaluated on.
+    centralised baseline. Accuracies are those of the last evaluated round, on the part that the rounds were evaluated on. Where
+    a run monitors another metric, its baseline and the rounds to a share of that are about this metric, the score.
 
     Args:
         rounds: as from `read_runs`.
 
     Returns:
-        columns `task`, `model`, `split`, `clients`, other settings, `seeds` (their number), `rounds`, `accuracy`,
-        `accuracy_min`, `accuracy_max` (mean and range over seeds), `loss_nats`, `baseline` (its accuracy), `rounds_to_90pct`
-        and so on (mean over seeds; missing unless all seeds get there), `client_min`, `client_max` (least and greatest
-        accuracy for a client, mean over seeds), `megabytes` (sent, both ways) and `seconds`, each a mean over seeds.
+        columns `task`, `model`, `split`, `clients`, other settings; `monitor`, `score`, `score_min`, `score_max` where that is
+        not the accuracy; `seeds` (their number), `rounds`, `accuracy` with `_min` and `_max` (mean and range over seeds),
+        `loss_nats`, `baseline` (its score), `rounds_to_90pct` and so on (mean over seeds; missing unless all seeds get there),
+        `client_min`, `client_max` (least and greatest accuracy for a client), `megabytes` (sent, both ways) and `seconds`,
+        each a mean over seeds.
     """
     from pandas import DataFrame
 
-    keys = [*CELL, *settings(rounds)]
-    rounds = rounds[rounds.complete]
+    other = OTHER if (rounds.monitor != "accuracy").any() else []
+    keys = [*CELL, *settings(rounds), *other[:1]]
+    rounds, columns = rounds[rounds.complete], [*keys, *other[1:], "seeds", "rounds", *_SUMS]
     federated = rounds[rounds.kind == "federated"]
     if not len(federated):
-        return DataFrame(columns=[*keys, "seeds", "rounds", *_SUMS])
+        return DataFrame(columns=columns)
     runs = DataFrame([_run(one, rounds) for _, one in federated.groupby("run", sort=False)])
     rows = []
     for key, group in runs.groupby(keys, sort=False, dropna=False):
         row: dict[str, Any] = dict(zip(keys, _tuple(key), strict=True)) | {"seeds": len(group)}
-        row |= {"rounds": int(group["rounds"].max()), "accuracy": group.accuracy.mean()}
-        row |= {"accuracy_min": group.accuracy.min(), "accuracy_max": group.accuracy.max()}
+        row |= {"rounds": int(group["rounds"].max())}
+        for name in ("accuracy", "score"):
+            row |= {name: group[name].mean(), f"{name}_min": group[name].min(), f"{name}_max": group[name].max()}
         row |= {name: group[name].mean() for name in ("loss_nats", "baseline")}
         row |= {f"rounds_to_{share}pct": group[f"rounds_to_{share}pct"].mean(skipna=False) for share in SHARES}
         rows.append(row | {name: group[name].mean() for name in ("client_min", "client_max", "megabytes", "seconds")})
-    return DataFrame(rows, columns=[*keys, "seeds", "rounds", *_SUMS]).sort_values(keys, ignore_index=True, key=_sortable)
+    return DataFrame(rows, columns=columns).sort_values(keys, ignore_index=True, key=_sortable)
 
 
 def baselines_among(rounds: DataFrame, split: str) -> DataFrame:
@@ -154,13 +172,22 @@ def alike(rounds: DataFrame, row: Any, columns: list[str]) -> DataFrame:
 def _run(run: DataFrame, rounds: DataFrame) -> dict[str, Any]:
     """What is known of one run, from its rounds."""
     first, last, base = run.iloc[0], run.iloc[-1], baseline_of(run, rounds)
-    target = base.accuracy.iloc[-1] if len(base) else float("nan")
-    row = {name: first[name] for name in [*CELL, *settings(rounds)]} | {"rounds": last["round"], "baseline": target}
-    row |= {name: last[name] for name in ("accuracy", "loss_nats", "client_min", "client_max")}
+    monitor, names = first.monitor, ("accuracy", "score", "loss_nats", "client_min", "client_max")
+    target = _last(base[monitor]) if monitor in base else float("nan")
+    row = {name: first[name] for name in [*CELL, *settings(rounds), "monitor"]} | {"rounds": last["round"], "baseline": target}
+    row |= {name: _last(run[name]) for name in names}
     for share in SHARES:
-        there = run["round"][run.accuracy >= share / 100 * target].tolist()
+        wanted = share / 100 * target if first["mode"] == "max" else target * 100 / share
+        reached = run.score >= wanted if first["mode"] == "max" else run.score <= wanted
+        there = run["round"][reached].tolist()
         row[f"rounds_to_{share}pct"] = there[0] if there else float("nan")
     return row | {"megabytes": (run.bytes_up + run.bytes_down).sum() / 1e6, "seconds": run.seconds.sum()}
+
+
+def _last(values: Series[float]) -> float:
+    """The last value that is known: not every round need be evaluated."""
+    known = values.dropna()
+    return float(known.iloc[-1]) if len(known) else float("nan")
 
 
 def _runs(folder: Path) -> Iterator[tuple[str, tuple[dict[str, Any], list[dict[str, Any]]]]]:

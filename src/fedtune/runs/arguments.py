@@ -33,7 +33,7 @@ def check_arguments(loop: Any) -> None:
     if loop.deterministic not in (True, False, "warn", None):
         raise UsageError("deterministic", loop.deterministic, "true, false, warn")
     for name, values, allowed in (
-        ("gradient_clip_algorithm", [loop.gradient_clip_algorithm], CLIPPED),
+        ("gradient_clip_algorithm", [loop.gradient_clip_algorithm or CLIPPED[0]], CLIPPED),
         ("evaluate_on", [loop.evaluate_on], EVALUATED_ON),
         ("mode", [loop.mode], MODES),
         ("baselines", [loop.baselines] if isinstance(loop.baselines, str) else loop.baselines, BASELINES),

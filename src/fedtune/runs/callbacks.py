@@ -29,6 +29,7 @@ class Run:
         history: the rounds so far, those before a resume included.
         summary: as in `summary.json`; complete in `on_fit_end`.
         should_stop: a callback that sets it ends the rounds after this one.
+        logged: numbers that callbacks add to what the loggers get of this round.
     """
 
     config: dict[str, Any]
@@ -39,6 +40,7 @@ class Run:
     history: list[RoundRecord] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     should_stop: bool = False
+    logged: dict[str, float] = field(default_factory=dict)
 
 
 class FederatedCallback:

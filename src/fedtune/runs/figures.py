@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,23 +15,30 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
+_LABELS = {"loss_nats": "loss in nats", "train_loss_nats": "training loss in nats"}
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 
 
 def plot_curves(
-    runs: Mapping[str, Sequence[RoundRecord]], path: str | Path, levels: Mapping[str, float] | None = None, title: str = ""
+    runs: Mapping[str, Sequence[RoundRecord]],
+    path: str | Path,
+    levels: Mapping[str, float] | None = None,
+    title: str = "",
+    monitor: str = "accuracy",
 ) -> None:
-    """Draw accuracy and loss over rounds.
+    """Draw accuracy (or what else is monitored) and loss over rounds.
 
     Args:
         runs: name -> its records; a run named "centralised" is dashed.
         path: the picture; its suffix chooses the format.
-        levels: name -> accuracy, drawn as dotted lines (the majority class, clients alone).
+        levels: name -> value of what is monitored, drawn as dotted lines (the majority class, clients alone).
         title: what the runs have in common.
+        monitor: the metric that comes first.
     """
     from matplotlib.ticker import MaxNLocator
 
-    figure, (left, right) = new_figure(1, 2, (10, 4.2))
+    metrics = drawn_metrics(runs, monitor)
+    figure, panels = new_figure(1, len(metrics), (5 * len(metrics), 4.2))
     for colour, (name, history) in zip(PALETTE, runs.items(), strict=False):
         style: dict[str, Any] = {
             "color": colour,
@@ -38,30 +46,49 @@ def plot_curves(
             "marker": "o",
             "markersize": 3,
         }
-        for axes, metric in ((left, "accuracy"), (right, "loss_nats")):
-            points = [(record.round, record.metrics[metric]) for record in history if metric in record.metrics]
+        for axes, metric in zip(panels, metrics, strict=True):
+            points = [(record.round, value) for record in history if (value := _value(record, metric)) is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), label=name, **style)
     for shade, (name, level) in zip(("0.35", "0.6"), (levels or {}).items(), strict=False):
-        left.axhline(level, color=shade, linestyle=":", label=f"{name} ({level:.2f})")
-    left.set(ylabel="accuracy", ylim=(0, None))
-    right.set(ylabel="loss in nats")
-    for axes in (left, right):
-        axes.set_xlabel("round")
+        panels[0].axhline(level, color=shade, linestyle=":", label=f"{name} ({level:.2f})")
+    for axes, metric in zip(panels, metrics, strict=True):
+        axes.set(xlabel="round", ylabel=_LABELS.get(metric, metric))
+        if metric == "accuracy":
+            axes.set_ylim(0, None)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.suptitle(title)
     save(figure, path)
 
 
-def plot_run(folder: Path, history: Sequence[RoundRecord], baselines: Mapping[str, Sequence[Any]], part: str) -> None:
+def drawn_metrics(runs: Mapping[str, Sequence[RoundRecord]], monitor: str) -> list[str]:
+    """What is drawn of runs: the metric that is monitored and the loss, or other metrics where those are missing; the training
+    loss where nothing is known."""
+    known = {name for history in runs.values() for record in history for name in record.metrics}
+    known = {name for name in known if any(_value(one, name) is not None for history in runs.values() for one in history)}
+    wanted = [name for name in dict.fromkeys((monitor, "accuracy", "loss_nats", *sorted(known))) if name in known]
+    return wanted[:2] if len(wanted) > 1 else [*wanted, "train_loss_nats"]
+
+
+def _value(record: RoundRecord, metric: str) -> float | None:
+    value = record.train_loss_nats if metric == "train_loss_nats" else record.metrics.get(metric)
+    return value if value is not None and math.isfinite(value) else None
+
+
+def plot_run(
+    folder: Path, history: Sequence[RoundRecord], baselines: Mapping[str, Sequence[Any]], part: str, monitor: str
+) -> None:
     """Draw curves.png of a run directory: the rounds, evaluated on a part, beside the baselines that are known."""
     curves = {"federated": history, "centralised": baselines.get("centralised", ())}
-    alone = mean_of(baselines.get("local", ()), part, "accuracy")
-    levels = {} if alone is None else {"each client alone, mean": alone}
+    levels = {}
+    for measured in ("test", part):
+        alone = mean_of(baselines.get("local", ()), measured, monitor)
+        if alone is not None:
+            levels = {"each client alone, mean" + (f", {measured} part" if measured != part else ""): alone}
     drawn = {name: rounds for name, rounds in curves.items() if rounds}
-    plot_curves(drawn, folder / "curves.png", levels, title=f"{folder.name}: {part} part")
+    plot_curves(drawn, folder / "curves.png", levels, f"{folder.name}: {part} part", monitor)
 
 
 def plot_split(table: Sequence[Mapping[str, Any]], path: str | Path, title: str = "") -> None:

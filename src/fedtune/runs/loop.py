@@ -93,7 +93,7 @@ class FederatedLoop:
     precision: str = "auto"
     accelerator: str = "auto"
     gradient_clip_val: float | None = None
-    gradient_clip_algorithm: str = "norm"
+    gradient_clip_algorithm: str | None = None
     accumulate_grad_batches: int = 1
     limit_train_batches: int | float = 1.0
     limit_val_batches: int | float = 1.0
@@ -309,7 +309,7 @@ class FederatedLoop:
         run.summary["peak_memory_bytes"] = peak_memory_bytes(baselines.evaluator.training.fabric.device)
         if directory.path is not None:
             with writing(directory.path / "curves.png"):
-                plot_run(directory.path, run.history, baselines.records, self.evaluate_on)
+                plot_run(directory.path, run.history, baselines.records, self.evaluate_on, self.monitor)
         directory.write_json("summary.json", run.summary)
 
 

@@ -74,6 +74,7 @@ class Rounds:
             self.directory.complete(record, state)
             run.history.append(record)
             self.progress.round(record)
+            run.logged.clear()
             for callback in callbacks:
                 callback.on_round_end(run, module, record)
             self._keep(run, callbacks)

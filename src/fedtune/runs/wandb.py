@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.loggers import WandbLogger
 
 from fedtune.errors import UsageError
 from fedtune.files import write_text
@@ -53,6 +54,7 @@ class WandbMirror(FederatedCallback):
         except self._wandb.Error as error:
             warnings.warn(f"the run is not mirrored, W&B could not be started: {error}", stacklevel=1)
             return
+        module.trainer.logger = WandbLogger(experiment=self._mirror)
         self._mirror.define_metric("round")
         self._mirror.define_metric("*", step_metric="round")
         if hasattr(run.data, "describe") and not run.history:
@@ -73,7 +75,8 @@ class WandbMirror(FederatedCallback):
             drift = {f"drift/{layer}": value for layer, value in flat.pop("drift").items()}
             clients = {f"client_accuracy/{name}": value for name, value in spread(flat.pop("client_accuracy")).items()}
             del flat["clients"]
-            self._mirror.log({name: value for name, value in (flat | clients | drift).items() if value is not None})
+            numbers = flat | clients | drift | run.logged
+            self._mirror.log({name: value for name, value in numbers.items() if value is not None})
 
     def on_fit_end(self, run: Run, module: pl.LightningModule) -> None:
         """Log the last round's clients as a table and the summary, and close the run."""

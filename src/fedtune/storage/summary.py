@@ -59,11 +59,13 @@ def summarise(
     known = [record for record in history if math.isfinite(record.metrics.get(monitor, math.nan))]
     best = MODES[mode](known, key=lambda record: record.metrics[monitor], default=None)
     reached = None if best is None else best.metrics[monitor]
+    compared = dict.fromkeys(("accuracy", "macro_f1", monitor))
     pooled = [record.accuracy for record in baselines.get("centralised", ()) if "accuracy" in record.metrics]
     known_of_run: dict[str, Any] = {
         "majority_accuracy": baselines.get("majority_accuracy"),
-        **{f"centralised_{name}": baselines.get("centralised_test", {}).get(name) for name in ("accuracy", "macro_f1")},
-        **{f"local_{name}": mean_of(baselines.get("local", ()), "test", name) for name in ("accuracy", "macro_f1")},
+        **{f"centralised_{name}": baselines.get("centralised_test", {}).get(name) for name in compared},
+        **{f"local_{name}": mean_of(baselines.get("local", ()), "test", name) for name in compared},
+        "local_clients": len(baselines["local"]) if baselines.get("local") else None,
         **{f"client_accuracy_{name}": value for name, value in spread(history[-1].client_accuracy).items()},
         "rounds": history[-1].round,
         "evaluated_on": evaluated_on,
