@@ -33,11 +33,12 @@ from fedtune.federated.dropout import FastDropout
 from fedtune.federated.evaluation import attached, evaluate
 from fedtune.federated.memory import MemoryInRam
 from fedtune.federated.messages import Context, Position
+from fedtune.federated.optimisation import Optimisation
 from fedtune.federated.pieces import Pieces
 from fedtune.federated.round import run_round
 from fedtune.federated.state import ServerState
 from fedtune.federated.sums import ExactSum
-from fedtune.federated.training import Optimisation, Training, run_steps
+from fedtune.federated.training import Training, train
 from fedtune.randomness import seeded
 from fedtune.runs.hardware import freed_memory_kept, resolve_precision
 from fedtune.runtimes.serial import Serial
@@ -116,11 +117,12 @@ def epoch(data: fedtune.FederatedDataModule, module: Any, variant: dict[str, Any
     texts = loader.dataset if options["slices"] else Lists(loader.dataset)
     order = LengthGroupedBatches(loader.dataset.lengths, 32) if options["grouped"] else loader.batch_sampler
     loader = DataLoader(texts, batch_sampler=order, collate_fn=lambda batch: batch)
-    with attached(fabric, module):
-        training, optimisation = Training(fabric, module, 0, None, options["fast_dropout"]), Optimisation(module, Position())
+    training = Training(fabric, module, 0, fast_dropout=options["fast_dropout"])
+    with attached(training):
+        optimisation = Optimisation(training.trainer, Position())
         if not options["waits"]:
-            return run_steps(training, optimisation, loader, "here").seconds
-        return sum(run_steps(training, optimisation, [batch], "here").seconds for batch in loader)
+            return train(training, optimisation, [loader], "here").seconds
+        return sum(train(training, optimisation, [[batch]], "here").seconds for batch in loader)
 
 
 def evaluation(data: fedtune.FederatedDataModule, module: Any, size: int, ordered: bool = True) -> float:
@@ -131,8 +133,9 @@ def evaluation(data: fedtune.FederatedDataModule, module: Any, size: int, ordere
     loader = data.val_dataloader()
     if not ordered:
         loader = DataLoader(loader.dataset, batch_size=size, shuffle=True, collate_fn=lambda batch: batch)
-    with attached(fabric, module):
-        return seconds(lambda: evaluate(fabric, module, loader))
+    training = Training(fabric, module, 0)
+    with attached(training):
+        return seconds(lambda: evaluate(training, loader))
 
 
 def compiled(data: fedtune.FederatedDataModule) -> list[float]:
@@ -154,6 +157,7 @@ def fixed(module: Any) -> dict[str, float]:
     subtract_(update, server)
     keep_rows(update)
     changed = Pieces(update)
+    trainer = Training(Fabric(accelerator="cpu", devices=1), module, 0).trainer
 
     def both() -> None:
         agreement.add(0, changed, 1)
@@ -163,7 +167,7 @@ def fixed(module: Any) -> dict[str, float]:
         "reset to the server's weights": lambda: assign_(here, server),
         "load_state_dict instead": lambda: module.load_state_dict(state),
         "a deep copy of the module instead": lambda: copy.deepcopy(module),
-        "fresh optimizer": lambda: Optimisation(module, Position()),
+        "fresh optimizer": lambda: Optimisation(trainer, Position()),
         "update and its length": lambda: Pieces(here, minus=server),
         "exact sum": lambda: total.add({"update": changed}, 1),
         "exact sum and agreement": both,
@@ -194,8 +198,9 @@ def seconds(what: Callable[[], Any]) -> float:
 def federated(data: fedtune.FederatedDataModule, module: Any, number: int) -> float:
     """Seconds of a round of one client, all that the server does included."""
     fabric, algorithm = Fabric(accelerator="cpu", devices=1, precision=resolve_precision("auto", "cpu")), fedavg()
-    with attached(fabric, module):
-        worker = Worker(Training(fabric, module, 0), data, algorithm.client, MemoryInRam())
+    training = Training(fabric, module, 0)
+    with attached(training):
+        worker = Worker(training, data, algorithm.client, MemoryInRam())
         state, context = ServerState(number - 1, snapshot(travelling(module))), Context(0, number, 1, (0,), 2 * TEXTS)
         return seconds(lambda: run_round(state, algorithm, context, Serial(worker)))
 

@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import fedtune
 from fedtune.federated.evaluation import attached
 from fedtune.federated.messages import Position
-from fedtune.federated.training import Optimisation, Training, run_steps
+from fedtune.federated.optimisation import Optimisation
+from fedtune.federated.training import Training, train
 from fedtune.runs.hardware import resolve_precision
 
 BATCH, REPEATS = 32, 3
@@ -51,15 +52,16 @@ def measure(fabric: Fabric, name: str, length: int, compiled: bool) -> dict[str,
     module = fedtune.build_classifier(name, 4, init="random")
     ids = torch.randint(5, module.network.config.vocab_size, (BATCH, length))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(BATCH) % 4}
-    with attached(fabric, module):
-        training, optimisation = Training(fabric, module, 0), Optimisation(module, Position())
+    training = Training(fabric, module, 0)
+    with attached(training):
+        optimisation = Optimisation(training.trainer, Position())
         with FlopCounterMode(display=False) as counter:
-            run_steps(training, optimisation, [batch], name)
+            train(training, optimisation, [[batch]], name)
         if compiled:
             module.network.compile(mode="reduce-overhead", dynamic=False)
         steps = 50 if fabric.device.type == "cuda" else 3
-        run_steps(training, optimisation, [batch] * (5 if compiled else 1), name)
-        taken = statistics.median(run_steps(training, optimisation, [batch] * steps, name).seconds for _ in range(REPEATS))
+        train(training, optimisation, [[batch] * (5 if compiled else 1)], name)
+        taken = statistics.median(train(training, optimisation, [[batch] * steps], name).seconds for _ in range(REPEATS))
     rate = steps * BATCH * length / taken
     per_token = counter.get_total_flops() / (BATCH * length)
     possible = matrix_rate(fabric, BATCH * length, module.network.config.hidden_size)
