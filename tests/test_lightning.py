@@ -529,6 +529,33 @@ def test_values_are_reduced_as_by_a_trainer() -> None:
     assert record.metrics == pytest.approx(theirs)
 
 
+def test_what_is_logged_in_training_is_in_the_records_for_every_client_and_round(tmp_path: Path) -> None:
+    class Training(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen = torchmetrics.SumMetric()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.seen.update(len(batch[0]))
+            self.log("first", batch[0][:, 0].mean(), prog_bar=True, on_step=True)
+            self.log("seen", self.seen)
+            return super().training_step(batch, batch_idx)
+
+    class Uneven(Three):
+        def client_dataloader(self, client: int) -> Any:
+            return loader(12 * client, 12 * client + 4 + 3 * client, 4)
+
+    loop = make_loop(max_rounds=2, local_epochs=2, run_dir=str(tmp_path))
+    record = loop.fit(Training(), Uneven())[-1]
+    sizes = [4, 7, 10]
+    assert [report.metrics["seen"] for report in record.clients] == [2 * size for size in sizes]
+    firsts = [float(X[12 * client : 12 * client + size, 0].mean()) for client, size in enumerate(sizes)]
+    assert [report.metrics["first"] for report in record.clients] == pytest.approx(firsts, rel=1e-5)
+    assert record.train_metrics["first"] == pytest.approx(sum(map(lambda a, b: a * b, firsts, sizes)) / 21, rel=1e-5)
+    again = make_loop(max_rounds=3, local_epochs=2, run_dir=str(tmp_path)).fit(Training(), Uneven())
+    assert again[1].train_metrics == record.train_metrics
+
+
 class Several(Data):
     def val_dataloader(self) -> Any:
         return [loader(44, 60), loader(0, 20, 5)]

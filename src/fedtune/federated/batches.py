@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from lightning_fabric import Fabric
 from pytorch_lightning.utilities.combined_loader import CombinedLoader
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fedtune.errors import RunError
@@ -86,6 +88,13 @@ class _Batches:
 
     def __iter__(self) -> Iterator[Any]:
         return (batch for batch, _, _ in self._loader)
+
+
+def num_tokens(batch: Any) -> Tensor:
+    """Tokens of a batch, padding left out; 0 where a batch has no token ids."""
+    if not isinstance(batch, dict) or "input_ids" not in batch:
+        return torch.zeros((), dtype=torch.int64)
+    return batch["attention_mask"].sum() if "attention_mask" in batch else torch.tensor(batch["input_ids"].numel())
 
 
 def is_whole(limit: int | float) -> bool:

@@ -109,8 +109,17 @@ def _reduction(name: str, reduce_fx: Any) -> str:
     return _REDUCTIONS[given]
 
 
+class TrainingLog(LogRecorder):
+    """What a module logs while it is trained for a client: means over the client's examples, or as `reduce_fx` says."""
+
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """As `LightningModule.log`; `on_step` and `on_epoch` have no meaning here. The loss is in every report anyway."""
+        if name != "train_loss_nats":
+            super().log(name, value, *args, **kwargs | {"on_epoch": True})
+
+
 class Silence(LogRecorder):
-    """Takes what is logged in training, and keeps nothing of it."""
+    """Takes what is logged outside of training and evaluation, and keeps nothing of it."""
 
     def log(self, name: str, value: Any, *_: Any, **__: Any) -> None:
         """Nothing."""

@@ -67,7 +67,12 @@ class Request:
 
 @dataclass(frozen=True)
 class ClientReport:
-    """What one client did in one round. `update_norm`: Euclidean length of its update, as it arrived."""
+    """What one client did in one round.
+
+    Args:
+        update_norm: Euclidean length of its update, as it arrived.
+        metrics: what its module logged in training, means over its examples.
+    """
 
     client: int
     num_examples: int
@@ -76,6 +81,7 @@ class ClientReport:
     train_loss_nats: float
     seconds: float
     update_norm: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from fedtune.errors import RunError
-from fedtune.federated.batches import Transfer, call_step, limited, num_batches, one_loader, with_last
+from fedtune.federated.batches import Transfer, call_step, limited, num_batches, num_tokens, one_loader, with_last
 from fedtune.federated.dropout import FastDropout
+from fedtune.federated.logs import TrainingLog, logging_to
 from fedtune.federated.messages import ClientReport
 from fedtune.federated.optimisation import Optimisation
 from fedtune.federated.trainer import ModuleTrainer
@@ -87,6 +88,7 @@ class Steps:
         self._first = self._trainer.global_step
         self._loss: Tensor | None = None
         self._output: dict[str, Any] = {}
+        self.log = TrainingLog()
         self.losses: list[Tensor] = []
         self.sizes: list[int] = []
         self.tokens: list[Tensor] = []
@@ -102,6 +104,7 @@ class Steps:
         for index, (batch, is_last) in enumerate(with_last(batches, count)):
             if self._batch(batch, index, is_last) == -1:
                 break
+        self.log.batch_size = 1
         self._module.on_train_epoch_end()
         self._trainer.current_epoch += 1
 
@@ -109,6 +112,7 @@ class Steps:
         """One batch; -1 where the module wants no more of this epoch."""
         module, optimisation = self._module, self._optimisation
         batch, self._loss, self._output = self._training.transfer(batch), None, {}
+        self.log.batch_size = size = extract_batch_size(batch)
         answer = module.on_train_batch_start(batch, index)
         if answer != -1:
             closure = _Closure(self, batch, index)
@@ -128,8 +132,8 @@ class Steps:
             return -1
         if self._loss is not None:
             self.losses.append(self._loss)
-            self.sizes.append(extract_batch_size(batch))
-            self.tokens.append(_count_tokens(batch))
+            self.sizes.append(size)
+            self.tokens.append(num_tokens(batch))
         module.on_train_batch_end(self._output, batch, index)
         return None
 
@@ -226,11 +230,13 @@ def train(
     trainer, module = training.trainer, training.module
     trainer.training, trainer.num_training_batches = True, float("inf") if count is None else count
     try:
-        with FastDropout() if training.fast_dropout and training.fabric.device.type == "cpu" else contextlib.nullcontext():
+        fast = training.fast_dropout and training.fabric.device.type == "cpu"
+        with FastDropout() if fast else contextlib.nullcontext(), logging_to(module, steps.log):
             module.on_train_start()
             for batches in passes:
                 steps.epoch(batches, count)
             module.on_train_end()
+            metrics = steps.log.results()
     except RunError:
         raise
     except Exception as error:
@@ -251,6 +257,7 @@ def train(
         num_tokens=int(torch.stack(steps.tokens).sum()),
         train_loss_nats=float(values @ torch.tensor(steps.sizes, dtype=torch.float64)) / sum(steps.sizes),
         seconds=time.perf_counter() - start,
+        metrics=metrics,
     )
 
 
@@ -266,13 +273,6 @@ def pooled_steps(training: Training, loader: Any, examples: int) -> float:
     if count is None or not isinstance(dataset, Sized):
         return math.inf
     return math.ceil(count * examples / len(dataset) / training.accumulate_grad_batches)
-
-
-def _count_tokens(batch: Any) -> Tensor:
-    """Tokens of a batch, padding left out; 0 where a batch has no token ids."""
-    if not isinstance(batch, dict) or "input_ids" not in batch:
-        return torch.zeros((), dtype=torch.int64)
-    return batch["attention_mask"].sum() if "attention_mask" in batch else torch.tensor(batch["input_ids"].numel())
 
 
 def exactly(loader: Any, examples: int) -> Iterator[Iterator[Any]]:

@@ -28,6 +28,7 @@ class LoggerMirror(FederatedCallback):
         """Log every number of the record."""
         flat = record.to_dict()
         numbers = {f"drift/{layer}": value for layer, value in flat.pop("drift").items()}
+        numbers |= {f"train/{name}": value for name, value in flat.pop("train_metrics").items()}
         numbers |= {name: value for name, value in (flat | run.logged).items() if isinstance(value, (int, float))}
         self._logger.log_metrics(numbers, step=record.round)
         self._logger.save()

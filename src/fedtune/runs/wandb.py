@@ -74,6 +74,7 @@ class WandbMirror(FederatedCallback):
             flat = record.to_dict()
             drift = {f"drift/{layer}": value for layer, value in flat.pop("drift").items()}
             clients = {f"client_accuracy/{name}": value for name, value in spread(flat.pop("client_accuracy")).items()}
+            clients |= {f"train/{name}": value for name, value in flat.pop("train_metrics").items()}
             del flat["clients"]
             numbers = flat | clients | drift | run.logged
             self._mirror.log({name: value for name, value in numbers.items() if value is not None})

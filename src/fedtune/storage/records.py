@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ class RoundRecord:
     Args:
         metrics: what the module logged when the averaged model was evaluated; `record.accuracy` reads it, too.
         train_loss_nats: mean training loss over the examples of the round.
+        train_metrics: what else the module logged in training, means over the examples of the round.
         num_clients, num_examples, num_steps, num_tokens: trained in this round (tokens without padding).
         bytes_up, bytes_down: sent by the clients, and to them.
         mean_update_norm, update_cosine, drift: how the clients' updates relate, as in `federated.agreement.Agreement`.
@@ -50,6 +51,7 @@ class RoundRecord:
     clients: list[ClientReport] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     client_accuracy: list[float | None] = field(default_factory=list)
+    train_metrics: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -84,6 +86,7 @@ class RoundRecord:
             clients=reports,
             failures=result.failures,
             client_accuracy=client_accuracy,
+            train_metrics=_over_examples(reports),
         )
 
     def __getattr__(self, name: str) -> float:
@@ -111,6 +114,15 @@ class RoundRecord:
         own["failures"] = [Failure(**failure) for failure in flat["failures"]]
         metrics = {name: math.nan if value is None else float(value) for name, value in flat.items() if name not in names}
         return cls(metrics=metrics, **own)
+
+
+def _over_examples(reports: Sequence[ClientReport]) -> dict[str, float]:
+    """What clients logged in training, as means over the examples of those that did."""
+    found = {}
+    for name in dict.fromkeys(name for report in reports for name in report.metrics):
+        known = [(report.metrics[name], report.num_examples) for report in reports if name in report.metrics]
+        found[name] = sum(value * count for value, count in known) / sum(count for _, count in known)
+    return found
 
 
 RESERVED = frozenset(item.name for item in dataclasses.fields(RoundRecord))  # names that no metric can have
