@@ -107,7 +107,7 @@ def test_a_test_file_of_its_own_is_the_test_part(tmp_path: Path) -> None:
         (ROWS, {"author": "writer"}, "text, label, author"),
         (ROWS.replace("text number 7,", " ,"), {}, "row 8 of"),
         ("text,label\n" + "one,a\ntwo,a\nthree,a\n" * 9, {}, "at least two labels (the only one is ['a'])"),
-        ("text,label\n", {}, "two labels"),
+        ("text,label\n", {}, "a file with at least one row of data"),
     ],
 )
 def test_a_bad_csv_is_refused_in_one_line(tmp_path: Path, text: str, options: dict, said: str) -> None:

@@ -30,17 +30,26 @@ def load_task(task: str | TextTask, options: Mapping[str, Any] | None = None) ->
     """
     if isinstance(task, TextTask):
         return task
-    if task not in TASKS:
+    if not isinstance(task, str) or task not in TASKS:
         raise one_of("task", task, TASKS)
+    if options is not None and not (isinstance(options, Mapping) and all(isinstance(name, str) for name in options)):
+        raise UsageError("task_options", options, "a dictionary of names and values")
     parameters = inspect.signature(TASKS[task])
+    known = list(parameters.parameters)
+    takes_all = any(one.kind is one.VAR_KEYWORD for one in parameters.parameters.values())
+    unknown = next((name for name in options or {} if name not in known and not takes_all), None)
     try:
         parameters.bind(**(options or {}))
     except TypeError as error:
-        allowed = f"the arguments of task {task!r}: {', '.join(parameters.parameters) or 'none'} ({error})"
+        names = known if unknown is None else one_of("", unknown, known).allowed.split(", ")
+        allowed = f"the arguments of task {task!r}: {', '.join(names) or 'none'} ({error})"
         raise UsageError("task_options", dict(options or {}), allowed) from error
     try:
-        return TASKS[task](**(options or {}))
+        found = TASKS[task](**(options or {}))
     except UsageError as error:
         if error.argument in parameters.parameters and error.argument != "folder":
             raise UsageError(f"task_options.{error.argument}", error.came, error.allowed) from error
         raise
+    if not isinstance(found, TextTask):
+        raise UsageError("task", task, f"a name whose builder returns a TextTask (this one returned a {type(found).__name__})")
+    return found

@@ -1,0 +1,128 @@
+"""Data sets of the Hugging Face hub, and folders in its format, as tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fedtune.data.formats import Columns, Format, Table, check_columns, check_names
+from fedtune.data.opening import source_of
+from fedtune.data.parts import SplitChoice, with_hints
+from fedtune.data.reading import peek, read
+from fedtune.data.values import check_schema
+from fedtune.errors import UsageError
+
+_SETTINGS = ("header", "names", "column_names", "skiprows", "skipfooter", "nrows", "comment", "escapechar", "dialect")
+
+
+def read_hub(path: str, config: str | None, wanted: Columns, choice: SplitChoice) -> dict[str, Table]:
+    """The parts of a data set. What is known of it beforehand is checked before anything is read in full.
+
+    CSV files of a local folder are read as `TextTask.from_csv` reads them, so that every value is what stands in the file.
+
+    Args:
+        path: hub name or folder.
+        config: the configuration, where there are several.
+        wanted: role -> column.
+        choice: which split is which part.
+
+    Raises:
+        UsageError: no such data set, split or column; a column of a wrong type.
+    """
+    if not isinstance(path, str) or not path.strip():
+        raise UsageError("path", path, "a data set of the hub or a local folder")
+    for role, name in wanted.items():
+        if not isinstance(name, str):
+            raise UsageError(role, name, "the name of a column")
+    check_names(wanted)
+    choice.check()
+    builder = _builder(path, config)
+    files = _local_csv(builder) if builder is not None else None
+    if files is not None:
+        found = choice.of(list(files), path)
+        return with_hints(_read_files(files, found, wanted, builder.config.sep), found, list(files))
+    if builder is not None and builder.info.splits:
+        choice.of(list(builder.info.splits), path)
+    if builder is not None and builder.info.features:
+        check_columns(path, wanted, list(builder.info.features))
+        check_schema(builder.info.features.arrow_schema, wanted, path)
+    loaded = load(path, config)
+    found = choice.of(list(loaded), path)
+    for split in found.values():
+        check_split(path, split, loaded[split], wanted)
+    tables = {part: table_of(path, split, loaded[split], wanted) for part, split in found.items()}
+    return with_hints(tables, found, list(loaded))
+
+
+def load(
+    path: str, config: str | None = None, argument: str = "task", allowed: str = "a data set of the hub or a local folder"
+) -> Any:
+    """The data set, with all its splits.
+
+    Raises:
+        UsageError: it cannot be had: no such data set or configuration, no network, damaged files, no package `datasets`.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise UsageError(argument, path, "after: pip install datasets (the package is not installed)") from error
+    try:
+        return datasets.load_dataset(path, config)
+    except (OSError, ValueError, EOFError, datasets.exceptions.DatasetsError) as error:
+        raise UsageError(argument, path, f"{allowed} ({_first_line(error.__cause__ or error)})") from error
+
+
+def check_split(path: str, split: str, rows: Any, wanted: Columns) -> None:
+    """Raise `UsageError` where a split lacks a column, or one holds what cannot be a text, a label, an author."""
+    check_columns(f"{path}, split {split}", wanted, rows.column_names)
+    check_schema(rows.features.arrow_schema, wanted, f"split {split} of {path}")
+
+
+def table_of(path: str, split: str, rows: Any, wanted: Columns) -> Table:
+    """The columns of one split."""
+    columns = {role: list(rows[name]) for role, name in wanted.items()}
+    names = {role: list(rows.features[name].names) for role, name in wanted.items() if hasattr(rows.features[name], "names")}
+    if not len(rows):
+        raise UsageError("task", path, f"a data set without empty splits (split {split} is)")
+    return Table(columns, wanted, lambda row: f"row {row + 1} of split {split} of {path}", names=names)
+
+
+def _builder(path: str, config: str | None) -> Any:
+    """What is known of the data set before it is read; None where nothing is: `load` then says why."""
+    try:
+        import datasets
+
+        return datasets.load_dataset_builder(path, config)
+    except Exception:  # whatever it is, loading meets it again and says so
+        return None
+
+
+def _local_csv(builder: Any) -> dict[str, list[str]] | None:
+    """Split -> files, where all are CSV files of this machine, with nothing said of them but the delimiter."""
+    default = type(builder.config)()
+    files = {str(split): [str(file) for file in found] for split, found in (builder.config.data_files or {}).items()}
+    plain = builder.name == "csv" and not builder.info.features
+    if not plain or any(getattr(builder.config, name) != getattr(default, name) for name in _SETTINGS):
+        return None
+    return files if files and all(Path(file).is_file() for found in files.values() for file in found) else None
+
+
+def _read_files(files: dict[str, list[str]], found: dict[str, str], wanted: Columns, delimiter: str) -> dict[str, Table]:
+    how = Format(delimiter=delimiter)
+    sources = {part: [source_of("path", file, "csv") for file in files[split]] for part, split in found.items()}
+    for source in (source for several in sources.values() for source in several):
+        peek(source, wanted, how)
+    return {part: _joined([read(source, wanted, how) for source in several]) for part, several in sources.items()}
+
+
+def _joined(tables: list[Table]) -> Table:
+    """Tables of several files, one after the other."""
+    if len(tables) == 1:
+        return tables[0]
+    columns = {role: [value for table in tables for value in table.columns[role]] for role in tables[0].columns}
+    places = [(table, row) for table in tables for row in range(len(table))]
+    return Table(columns, tables[0].named, lambda row: places[row][0].place(places[row][1]))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

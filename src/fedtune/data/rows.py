@@ -1,0 +1,108 @@
+"""Rows of a CSV file, strictly: a file of which a row would be lost or guessed at is refused, by the line."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from fedtune.data.formats import Columns, Format, check_columns, check_names
+from fedtune.data.opening import Lines, Source
+from fedtune.errors import UsageError
+
+
+class Rows:
+    """The rows of a CSV file as lists of fields, each of as many as the first has; blank lines are none."""
+
+    def __init__(self, source: Source, lines: Lines, how: Format, wanted: Columns) -> None:
+        csv.field_size_limit(10**9)  # a document is a field
+        self.source, self.lines = source, lines
+        quote = how.quote
+        self.delimiter = how.delimiter or ("\t" if source.tabs else ",")
+        self._reader = csv.reader(
+            self.lines,
+            delimiter=self.delimiter,
+            quotechar=quote,
+            quoting=csv.QUOTE_NONE if quote is None else csv.QUOTE_MINIMAL,
+            strict=True,
+        )
+        self.start = 1  # line where the last row begins
+        first = self._next()
+        if first is None:
+            raise source.error("a file that is not empty")
+        self.width = len(first)
+        self.waiting = None if how.header else first
+        self.names = [name.strip() for name in first] if how.header else None
+        self.places = {role: self._place(role, name) for role, name in wanted.items()}
+        check_names(self.places)
+
+    def __iter__(self) -> Iterator[list[str]]:
+        row = self.waiting if self.waiting is not None else self._next()
+        while row is not None:
+            if len(row) != self.width:
+                raise self.source.error(f"rows of {self.width} fields like the first (line {self.start} has {len(row)})")
+            yield row
+            row = self._next()
+
+    def _next(self) -> list[str] | None:
+        while True:
+            self.lines.held.clear()
+            self.start = self.lines.number + 1
+            try:
+                row = next(self._reader)
+            except StopIteration:
+                return None
+            except csv.Error as error:
+                at = f"the row that begins in line {self.start} breaks in line {self.lines.number}"
+                raise self.source.error(f"quotes that are closed, and doubled within a field ({at}: {error})") from error
+            if row:
+                return row
+
+    def _place(self, role: str, name: str | int) -> int:
+        if isinstance(name, int):
+            if not 0 <= name < self.width:
+                raise UsageError(role, name, f"a number of a column of {self.source.path}, 0 .. {self.width - 1}")
+            return name
+        if self.names is None:
+            allowed = f"the number of a column, 0 .. {self.width - 1}, as {self.source.path} is read without a header"
+            raise UsageError(role, name, allowed)
+        hint = " (only one column: is the delimiter right?)" if self.width == 1 else ""
+        check_columns(self.source.path, {role: name.strip()}, self.names, hint)
+        return self.names.index(name.strip())
+
+
+def check_header(source: Source, rows: Rows, columns: dict[str, list[Any]], starts: Sequence[int]) -> None:
+    """Raise `UsageError` where the first line is a header and was taken for data, or the other way round, or comes again.
+
+    A first line without a label of its own is known by its label: it occurs in no other row (and the text is one word).
+    """
+    labels, texts = columns["label"], columns["text"]
+    if rows.names is not None:
+        named = rows.names[rows.places["label"]]
+        again = next((row for row, label in enumerate(labels) if label.strip() == named), None)
+        if again is None:
+            return
+        if texts[again].strip() == rows.names[rows.places["text"]]:
+            raise source.error(f"a file with one header (line {starts[again]} repeats it)")
+        raise UsageError("header", True, f"false, as {source.path} has none (the first line has the label {named!r})")
+    if len(labels) > 2 and len(texts[0].split()) == 1 and labels[0] not in labels[1:]:
+        raise UsageError("header", False, f"true, as {source.path} has one (its first line: {texts[0]!r}, {labels[0]!r})")
+
+
+def check_swallowed(source: Source, rows: Rows, folded: list[tuple[int, list[str]]], labels: set[Any], how: Format) -> None:
+    """Raise `UsageError` where a quoted field of several lines has swallowed rows: each of its lines would be one.
+
+    Args:
+        folded: for each row of several lines its first line's number, and the lines.
+        labels: all labels of the file.
+    """
+    delimiter, quote = rows.delimiter, how.quote or ""
+    place = rows.places["label"]
+    for start, lines in folded:
+        first = lines[0].split(delimiter)
+        opening = next((number for number, field in enumerate(first) if field.startswith(quote)), 0)
+        whole = [lines[0], *lines[1:-1]] if place > opening else lines[1:]  # lines that would not hold a label
+        would_be = [line.replace(quote, "").rstrip("\r\n").split(delimiter) for line in whole]
+        if all(len(row) == rows.width and row[place] in labels for row in would_be):
+            allowed = f"quotes that are closed in their row (a quote that opens in line {start} swallows {len(would_be)} "
+            raise source.error(f"{allowed}lines that are rows themselves, with the label {would_be[0][place]!r})")
