@@ -24,6 +24,7 @@ class Format:
         header: whether the first line names the columns; without it they are named by number, from 0.
         encoding: of the text.
         kind: "csv", "jsonl" or "parquet", whatever the file's ending says.
+        width: how many columns the file must have; any number by default.
 
     Raises:
         UsageError: a value that cannot be.
@@ -34,6 +35,7 @@ class Format:
     header: bool = True
     encoding: str = "utf-8"
     kind: str | None = None
+    width: int | None = None
 
     def __post_init__(self) -> None:
         if self.delimiter == "\\t":

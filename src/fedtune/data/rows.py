@@ -31,6 +31,8 @@ class Rows:
         if first is None:
             raise source.error("a file that is not empty")
         self.width = len(first)
+        if how.width not in (None, self.width):
+            raise source.error(f"a file of {how.width} columns (line {self.start} has {self.width})")
         self.waiting = None if how.header else first
         self.names = [name.strip() for name in first] if how.header else None
         self.places = {role: self._place(role, name) for role, name in wanted.items()}
@@ -74,7 +76,7 @@ class Rows:
 def check_header(source: Source, rows: Rows, columns: dict[str, list[Any]], starts: Sequence[int]) -> None:
     """Raise `UsageError` where the first line is a header and was taken for data, or the other way round, or comes again.
 
-    A first line without a label of its own is known by its label: it occurs in no other row (and the text is one word).
+    A header that was taken for data is known by its label, a word that is in no other row, and by its text, one word.
     """
     labels, texts = columns["label"], columns["text"]
     if rows.names is not None:
@@ -85,8 +87,17 @@ def check_header(source: Source, rows: Rows, columns: dict[str, list[Any]], star
         if texts[again].strip() == rows.names[rows.places["text"]]:
             raise source.error(f"a file with one header (line {starts[again]} repeats it)")
         raise UsageError("header", True, f"false, as {source.path} has none (the first line has the label {named!r})")
-    if len(labels) > 2 and len(texts[0].split()) == 1 and labels[0] not in labels[1:]:
+    word = len(texts[0].split()) == 1 and labels[0].strip() and not _is_number(labels[0])
+    if word and len(labels) > 2 and labels[0] not in labels[1:]:
         raise UsageError("header", False, f"true, as {source.path} has one (its first line: {texts[0]!r}, {labels[0]!r})")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def check_swallowed(source: Source, rows: Rows, folded: list[tuple[int, list[str]]], labels: set[Any], how: Format) -> None:

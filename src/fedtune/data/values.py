@@ -12,7 +12,7 @@ from fedtune.data.contract import IntArray, fault_of_text
 from fedtune.data.formats import Columns, Table
 from fedtune.errors import UsageError, shown
 
-_TEXTS = ("text", "second_text")
+_TEXTS = ("text", "second_text", "title")
 _MULTI = "one label for each text; multi-label data are not offered"
 _REGRESSION = "classes: words or whole numbers; regression is not offered"
 
@@ -52,7 +52,7 @@ def missing(value: Any) -> bool:
 
 def check_texts(table: Table) -> None:
     """Raise `UsageError` for the first text that is none, is empty, or is no text but a number, a list, a dictionary."""
-    for role in _TEXTS:
+    for role in _TEXTS[:2]:
         for row, value in enumerate(table.columns.get(role, ())):
             if missing(value):
                 raise UsageError(role, table.named[role], f"a column without empty values ({table.place(row)} is empty)")
