@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtune.errors import UsageError, shown
+from fedtune.errors import UsageError, at_least, shown
 
 IntArray = NDArray[np.int64]
 TASK_PARTS = ("train", "validation", "test")
@@ -48,7 +49,7 @@ def fault_of_text(text: Any) -> str:
     return ""
 
 
-def numbers_of(task: str, field: str, numbers: Any, count: int, limit: int) -> IntArray:
+def numbers_of(task: str, field: str, values: Any, count: int, limit: int) -> IntArray:
     """(N,) whole numbers 0 .. limit - 1, as int64.
 
     Args:
@@ -57,7 +58,7 @@ def numbers_of(task: str, field: str, numbers: Any, count: int, limit: int) -> I
         count: N.
         limit: one more than the largest number that is allowed.
     """
-    found = whole(task, field, numbers)
+    found = whole("task", task, field, values)
     if not limit:
         raise UsageError("task", task, f"a name for each number of {field} (there are no names)")
     if len(found) != count:
@@ -69,24 +70,24 @@ def numbers_of(task: str, field: str, numbers: Any, count: int, limit: int) -> I
     return found
 
 
-def whole(task: str, field: str, numbers: Any) -> IntArray:
+def whole(argument: str, came: object, field: str, values: Any) -> IntArray:
     """One-dimensional whole numbers: neither floats nor truth values nor text are taken for them."""
-    listed = isinstance(numbers, (list, tuple))
+    listed = isinstance(values, (list, tuple))
     try:
-        found = np.asarray(numbers)
+        found = np.asarray(values)
     except ValueError:  # lists of different lengths
         found = np.empty((0, 0), dtype=object)
     if found.ndim != 1:
-        raise UsageError("task", task, f"{field} with one whole number for each text (shape {found.shape} is not that)")
+        raise UsageError(argument, came, f"{field} with one whole number for each text (shape {found.shape} is not that)")
     if not len(found):
         return np.empty(0, dtype=np.int64)
-    values = numbers if listed else found.tolist() if found.dtype.kind == "O" else ()
+    held = values if listed else found.tolist() if found.dtype.kind == "O" else ()
     other = next(
-        (value for value in values if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer))), None
+        (value for value in held if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer))), None
     )
     if other is not None or found.dtype.kind not in "iuO":
         kind = found.dtype.name if other is None else type(other).__name__
-        raise UsageError("task", task, f"{field} that are whole numbers (there is {kind}: {shown(found[:3].tolist())})")
+        raise UsageError(argument, came, f"{field} that are whole numbers (there is {kind}: {shown(found[:3].tolist())})")
     if found.dtype.kind == "i":
         return found.astype(np.int64, copy=False)
     return np.asarray([min(max(int(value), -1), _FAR) for value in found], dtype=np.int64)  # what is beyond is out of any range
@@ -118,7 +119,7 @@ def parts_of(task: str, parts: Any, count: int) -> dict[str, IntArray]:
     if not isinstance(parts, Mapping) or set(parts) - set(TASK_PARTS) or not {"train", "test"} <= set(parts):
         came = list(parts) if isinstance(parts, Mapping) else type(parts).__name__
         raise UsageError("task", task, f"a dictionary with the parts {', '.join(TASK_PARTS)} (there is {shown(came)})")
-    found = {part: whole(task, f"rows of the {part} part", parts.get(part, ())) for part in TASK_PARTS}
+    found = {part: whole("task", task, f"rows of the {part} part", parts.get(part, ())) for part in TASK_PARTS}
     owner = np.full(count, -1)
     for number, (part, rows) in enumerate(found.items()):
         if part != "validation" and not len(rows):
@@ -145,3 +146,10 @@ def check_classes(task: str, labels: IntArray, names: Sequence[str], train: IntA
     if len(unseen):
         missing = sorted(names[label] for label in unseen)
         raise UsageError("task", task, f"classes that occur in the train part (these do not: {shown(missing)})")
+
+
+def whole_at_least(argument: str, came: Any, least: int) -> None:
+    """Raise `UsageError` for what is no whole number, or one below `least`."""
+    at_least(argument, came, least)
+    if isinstance(came, bool) or not isinstance(came, numbers.Integral):
+        raise UsageError(argument, came, f"a whole number, {least} or more")

@@ -28,22 +28,24 @@ def load_task(task: str | TextTask, options: Mapping[str, Any] | None = None) ->
     Raises:
         UsageError: no such task, an option it does not know or lacks, and all that the builder refuses.
     """
+    if options is not None and not (isinstance(options, Mapping) and all(isinstance(name, str) for name in options)):
+        raise UsageError("task_options", options, "a dictionary of names and values")
     if isinstance(task, TextTask):
+        if options:
+            raise UsageError(
+                "task_options", dict(options), f"no options (nor a folder), as the task {task.name} is there already"
+            )
         return task
     if not isinstance(task, str) or task not in TASKS:
         raise one_of("task", task, TASKS)
-    if options is not None and not (isinstance(options, Mapping) and all(isinstance(name, str) for name in options)):
-        raise UsageError("task_options", options, "a dictionary of names and values")
     parameters = inspect.signature(TASKS[task])
     known = list(parameters.parameters)
-    takes_all = any(one.kind is one.VAR_KEYWORD for one in parameters.parameters.values())
-    unknown = next((name for name in options or {} if name not in known and not takes_all), None)
     try:
         parameters.bind(**(options or {}))
     except TypeError as error:
-        names = known if unknown is None else one_of("", unknown, known).allowed.split(", ")
-        allowed = f"the arguments of task {task!r}: {', '.join(names) or 'none'} ({error})"
-        raise UsageError("task_options", dict(options or {}), allowed) from error
+        unknown = next((name for name in options or {} if name not in known), "")
+        names = one_of("", unknown, known).allowed or "none"  # the nearest first
+        raise UsageError("task_options", dict(options or {}), f"the arguments of task {task!r}: {names} ({error})") from error
     try:
         found = TASKS[task](**(options or {}))
     except UsageError as error:
