@@ -14,6 +14,7 @@ from fedtune.errors import UsageError, at_least, shown
 
 IntArray = NDArray[np.int64]
 TASK_PARTS = ("train", "validation", "test")
+_INTEGERS = (int, np.integer)
 _FAR = 2**62
 _HALF = re.compile("[\ud800-\udfff]")
 
@@ -78,16 +79,16 @@ def whole(argument: str, came: object, field: str, values: Any) -> IntArray:
     except ValueError:  # lists of different lengths
         found = np.empty((0, 0), dtype=object)
     if found.ndim != 1:
-        raise UsageError(argument, came, f"{field} with one whole number for each text (shape {found.shape} is not that)")
+        also = "; multi-label data are not offered" if field == "labels" and found.ndim else ""
+        raise UsageError(argument, came, f"{field} with one whole number for each text (shape {found.shape} is not that{also})")
     if not len(found):
         return np.empty(0, dtype=np.int64)
     held = values if listed else found.tolist() if found.dtype.kind == "O" else ()
-    other = next(
-        (value for value in held if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer))), None
-    )
-    if other is not None or found.dtype.kind not in "iuO":
-        kind = found.dtype.name if other is None else type(other).__name__
-        raise UsageError(argument, came, f"{field} that are whole numbers (there is {kind}: {shown(found[:3].tolist())})")
+    kinds = [type(value).__name__ for value in held if isinstance(value, (bool, np.bool_)) or not isinstance(value, _INTEGERS)]
+    if kinds or found.dtype.kind not in "iuO":
+        also = "; regression is not offered" if field == "labels" and found.dtype.kind == "f" else ""
+        kind = kinds[0] if kinds else found.dtype.name
+        raise UsageError(argument, came, f"{field} that are whole numbers (there is {kind}: {shown(found[:3].tolist())}{also})")
     if found.dtype.kind == "i":
         return found.astype(np.int64, copy=False)
     return np.asarray([min(max(int(value), -1), _FAR) for value in found], dtype=np.int64)  # what is beyond is out of any range

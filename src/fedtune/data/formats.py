@@ -46,8 +46,8 @@ class Format:
             value = getattr(self, option)
             if value is not None and (not isinstance(value, str) or len(value) != 1 or value in "\r\n\0"):
                 raise UsageError(option, value, "one character" + (", or null for none" if option == "quote" else ""))
-        if self.quote is not None and self.quote in (self.delimiter, " "):
-            raise UsageError("quote", self.quote, "another character than the delimiter and the blank")
+        if self.quote == " ":
+            raise UsageError("quote", self.quote, "another character than the blank")
         if not isinstance(self.header, bool):
             raise UsageError("header", self.header, "true or false")
         if self.kind is not None and self.kind not in KINDS:

@@ -211,7 +211,7 @@ def _rows(table: Table, numbers: dict[str, int]) -> Rows:
     labels = labels_of(table)
     for row, label in enumerate(labels):
         if str(label) not in numbers:
-            raise UsageError("label", label, f"the labels {', '.join(numbers)} ({table.place(row).rstrip(',')} has {label!r})")
+            raise UsageError("label", label, f"the labels {', '.join(numbers)} ({table.place(row)} has {label!r})")
     return [(text, numbers[str(label)]) for text, label in zip(table.columns["text"], labels, strict=True)]
 
 

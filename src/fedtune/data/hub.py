@@ -66,10 +66,14 @@ def load(
         import datasets
     except ImportError as error:
         raise UsageError(argument, path, "after: pip install datasets (the package is not installed)") from error
+    level = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is in the error
     try:
         return datasets.load_dataset(path, config)
     except (OSError, ValueError, EOFError, datasets.exceptions.DatasetsError) as error:
         raise UsageError(argument, path, f"{allowed} ({_first_line(error.__cause__ or error)})") from error
+    finally:
+        datasets.logging.set_verbosity(level)
 
 
 def check_split(path: str, split: str, rows: Any, wanted: Columns) -> None:

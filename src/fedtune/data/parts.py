@@ -90,10 +90,10 @@ def with_hints(tables: Mapping[str, Table], found: Mapping[str, str], present: S
     """The tables of the parts, with what an error says of the choice of a split without labels."""
     hinted = {}
     for part, table in tables.items():
-        others = [name for name in present if name not in (found[part], found["train"])]
+        free = [f"{part}_split={name}" for name in present if name not in (found[part], found["train"])]
         also = [] if part == "train" else [f"{part}_split={found['train']} to cut it from the training texts"]
-        others = [f"{part}_split={name}" for name in others] + also
-        hinted[part] = replace(table, option=(f"{part}_split", found[part]), others=f"for example {', or '.join(others)}")
+        others = f"for example {', or '.join(free + also)}" if free + also else ""
+        hinted[part] = replace(table, option=(f"{part}_split", found[part]), others=others)
     return hinted
 
 
@@ -110,7 +110,7 @@ def by_column(table: Table, choice: SplitChoice, source: str) -> dict[str, Table
         if part is None:
             allowed = f"a column of the values {', '.join(TASK_PARTS)}, or of names that mean the same: "
             allowed += ", ".join(name for names in SYNONYMS.values() for name in names[1:])
-            raise UsageError("split", table.named["split"], f"{allowed} ({table.place(row).rstrip(',')} has {value!r})")
+            raise UsageError("split", table.named["split"], f"{allowed} ({table.place(row)} has {value!r})")
         parts.setdefault(part, []).append(row)
     train, validation, test = (
         canonical(name) or name if name else name for name in (choice.train, choice.validation, choice.test)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,8 +18,10 @@ class Rows:
     def __init__(self, source: Source, lines: Lines, how: Format, wanted: Columns) -> None:
         csv.field_size_limit(10**9)  # a document is a field
         self.source, self.lines = source, lines
-        quote = how.quote
+        quote = self._quote = how.quote
         self.delimiter = how.delimiter or ("\t" if source.tabs else ",")
+        if quote == self.delimiter:
+            raise UsageError("quote", quote, f"another character than the delimiter {self.delimiter!r}")
         self._reader = csv.reader(
             self.lines,
             delimiter=self.delimiter,
@@ -26,6 +29,10 @@ class Rows:
             quoting=csv.QUOTE_NONE if quote is None else csv.QUOTE_MINIMAL,
             strict=True,
         )
+        field = f"[^{re.escape(self.delimiter + (quote or ''))}\r\n]*+"
+        if quote is not None:
+            field = f"(?:{{0}}[^{{0}}]*+(?:{{0}}{{0}}[^{{0}}]*+)*+{{0}}|{field})".format(re.escape(quote))
+        self._strict = re.compile(f"{field}(?:{re.escape(self.delimiter)}{field})*+")
         self.start = 1  # line where the last row begins
         first = self._next()
         if first is None:
@@ -58,7 +65,17 @@ class Rows:
                 at = f"the row that begins in line {self.start} breaks in line {self.lines.number}"
                 raise self.source.error(f"quotes that are closed, and doubled within a field ({at}: {error})") from error
             if row:
+                self._check_quotes()
                 return row
+
+    def _check_quotes(self) -> None:
+        """Refuse a quote within a field that has none around it: its writer took quotes for letters, perhaps elsewhere, too."""
+        lines = self.lines.held
+        if self._quote is None or (len(lines) == 1 and self._quote not in lines[0]):
+            return
+        if not self._strict.fullmatch("".join(lines).rstrip("\r\n")):
+            allowed = f"quotes around whole fields, doubled within them (line {self.start} has another one)"
+            raise self.source.error(f"{allowed}; or quote: null, if quotes are letters here")
 
     def _place(self, role: str, name: str | int) -> int:
         if isinstance(name, int):

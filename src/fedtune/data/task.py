@@ -12,7 +12,7 @@ import numpy as np
 from fedtune.data.contract import TASK_PARTS as TASK_PARTS
 from fedtune.data.contract import IntArray as IntArray
 from fedtune.data.contract import check_classes, names_of, numbers_of, parts_of, texts_of
-from fedtune.data.formats import Format, Table, check_names
+from fedtune.data.formats import Columns, Format, Table, check_names
 from fedtune.data.hub import read_hub
 from fedtune.data.opening import source_of
 from fedtune.data.parts import SplitChoice, by_column, cut
@@ -121,26 +121,10 @@ class TextTask:
             UsageError: an option that cannot be, before anything is read in full; a row with too many or too few fields, a
                 quote that is not closed, a byte that is not text, an empty value, by its line; and what `TextTask` refuses.
         """
-        wanted = _given(text=text, label=label, author=author, document=document, second_text=second_text, split=split)
-        check_names(wanted)
-        how = Format(delimiter, quote, header, encoding, format)
+        wanted = {"text": text, "label": label} | _given(author=author, document=document, second_text=second_text, split=split)
+        files = {"path": path} | _given(validation_path=validation_path, test_path=test_path)
         choice = SplitChoice(train_split, validation_split, test_split)
-        choice.check()
-        if split is None and choice != SplitChoice():
-            raise UsageError("split", None, "the column that has the names of train_split, validation_split and test_split")
-        files = _given(path=path, validation_path=validation_path, test_path=test_path)
-        if split is not None and len(files) > 1:
-            raise UsageError("split", split, "a column of a single file, without validation_path and test_path")
-        sources = {argument: source_of(argument, file, format) for argument, file in files.items()}
-        for source in sources.values():
-            peek(source, wanted, how)
-        tables = {_PART_OF[argument]: read(source, wanted, how) for argument, source in sources.items()}
-        if split is not None:
-            tables = by_column(tables["train"], choice, str(path))
-        else:
-            for argument in set(files) - {"path"}:
-                part, hint = _PART_OF[argument], f"or leave {argument} out: the part is then cut from the training texts"
-                tables[part] = replace(tables[part], option=(argument, str(files[argument])), others=hint)
+        tables = _read_files(files, wanted, Format(delimiter, quote, header, encoding, format), choice)
         return _task_of_tables(Path(path).name, tables, source=str(path))
 
     @classmethod
@@ -172,7 +156,7 @@ class TextTask:
             UsageError: the data set, a split or a column is missing, or is not what it should be; a split without labels
                 (all are -1); and all that `TextTask` refuses.
         """
-        wanted = _given(text=text, label=label, author=author, document=document, second_text=second_text)
+        wanted = {"text": text, "label": label} | _given(author=author, document=document, second_text=second_text)
         choice = SplitChoice(train_split, validation_split, test_split)
         return _task_of_tables(Path(str(path)).name, read_hub(path, config, wanted, choice), source=str(path))
 
@@ -182,6 +166,26 @@ _PART_OF = {"path": "train", "validation_path": "validation", "test_path": "test
 
 def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _read_files(files: Mapping[str, str | Path], wanted: Columns, how: Format, choice: SplitChoice) -> dict[str, Table]:
+    """The parts of a task from a file for each, or from one file by its column `split`; options are checked first."""
+    check_names(wanted)
+    choice.check()
+    if "split" not in wanted and choice != SplitChoice():
+        raise UsageError("split", None, "the column that has the names of train_split, validation_split and test_split")
+    if "split" in wanted and len(files) > 1:
+        raise UsageError("split", wanted["split"], "a column of a single file, without validation_path and test_path")
+    sources = {argument: source_of(argument, file, how.kind) for argument, file in files.items()}
+    for source in sources.values():
+        peek(source, wanted, how)
+    if "split" in wanted:
+        return by_column(read(sources["path"], wanted, how), choice, str(files["path"]))
+    tables = {_PART_OF[argument]: read(source, wanted, how) for argument, source in sources.items()}
+    for argument in set(files) - {"path"}:
+        part, hint = _PART_OF[argument], f"or leave {argument} out: the part is then cut from the training texts"
+        tables[part] = replace(tables[part], option=(argument, str(files[argument])), others=hint)
+    return tables
 
 
 def _task_of_tables(name: str, tables: Mapping[str, Table], source: str) -> TextTask:

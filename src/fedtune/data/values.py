@@ -13,6 +13,8 @@ from fedtune.data.formats import Columns, Table
 from fedtune.errors import UsageError, shown
 
 _TEXTS = ("text", "second_text", "title")
+_NO_LABEL = frozenset(("nan", "NaN", "<NA>"))  # how pandas writes a missing value as text; no class has such a name
+_NO_ID = _NO_LABEL | {"None", "null", "NULL", "\\N"}  # others write these for a missing author
 _MULTI = "one label for each text; multi-label data are not offered"
 _REGRESSION = "classes: words or whole numbers; regression is not offered"
 
@@ -45,8 +47,10 @@ def _wanted_of(role: str) -> str:
     return "a column of texts" if role in _TEXTS else "a column of words or whole numbers"
 
 
-def missing(value: Any) -> bool:
-    """Whether a value is none: absent, NaN or blank."""
+def missing(value: Any, spelt: frozenset[str] = frozenset()) -> bool:
+    """Whether a value is none: absent, NaN, blank, or a word that stands for none (`spelt`)."""
+    if isinstance(value, str) and value.strip() in spelt:
+        return True
     return value is None or (isinstance(value, float) and math.isnan(value)) or (isinstance(value, str) and not value.strip())
 
 
@@ -58,7 +62,7 @@ def check_texts(table: Table) -> None:
                 raise UsageError(role, table.named[role], f"a column without empty values ({table.place(row)} is empty)")
             fault = fault_of_text(value)
             if fault:
-                held = "" if isinstance(value, str) else f" holds a {type(value).__name__}:"
+                held = "" if isinstance(value, str) else f" holds {type(value).__name__}:"
                 raise UsageError(role, table.named[role], f"a column of {fault} ({table.place(row)}{held} {shown(value)})")
 
 
@@ -69,29 +73,34 @@ def labels_of(table: Table) -> list[Any]:
         UsageError: a part without labels; a row without a label, or with several, or with a number that is not whole.
     """
     values, name = table.columns["label"], table.named["label"]
-    unlabelled = [value for value in values if missing(value) or str(value).strip() in ("-1", "-1.0")]
-    if len(unlabelled) == len(values):
-        held = "are -1" if not missing(values[0]) else "are empty"
-        option, came = table.option or ("label", str(name))
-        allowed = f"data with labels: all {len(values)} labels {held}, from {table.place(0).rstrip(',')} on"
-        raise UsageError(option, came, allowed + (f"; choose another, {table.others}" if table.others else ""))
+    _check_labelled(table, values)
     known = table.names.get("label")
     for row, value in enumerate(values):
         fault = ""
-        if missing(value):
-            raise UsageError("label", name, f"a column without empty values ({table.place(row)} is empty)")
-        if _is_list(value):
+        if missing(value, _NO_LABEL):
+            fault = "a column without empty values"
+        elif _is_list(value):
             fault = _MULTI
         elif isinstance(value, float) and not value.is_integer():
             fault = _REGRESSION
         elif not isinstance(value, (str, int, float)):
             fault = _wanted_of("label")
-        elif known is not None and not (isinstance(value, int) and 0 <= value < len(known)):
+        elif known is not None and value not in range(len(known)):
             fault = f"a label 0 .. {len(known) - 1} for each text (a text without a label is -1)"
         if fault:
-            raise UsageError("label", name, f"{fault} ({table.place(row).rstrip(',')} holds {shown(value)})")
+            has = "is empty" if missing(value) else f"holds {shown(value)}"
+            raise UsageError("label", name, f"{fault} ({table.place(row)} {has})")
     _check_whole(table, values)
     return [int(value) if isinstance(value, float) else value for value in values]
+
+
+def _check_labelled(table: Table, values: Sequence[Any]) -> None:
+    """Raise `UsageError` for a part of which no text has a label."""
+    if all(missing(value, _NO_LABEL) or str(value).strip() in ("-1", "-1.0") for value in values):
+        held = "empty" if missing(values[0], _NO_LABEL) else "-1"
+        option, came = table.option or ("label", str(table.named["label"]))
+        allowed = f"data with labels (all {len(values)} labels from {table.place(0)} on are {held})"
+        raise UsageError(option, came, allowed + (f"; choose another, {table.others}" if table.others else ""))
 
 
 def _is_list(value: Any) -> bool:
@@ -121,7 +130,7 @@ def ids_of(table: Table, role: str) -> list[Any]:
     found: list[Any] = []
     names = table.names.get(role)
     for row, value in enumerate(table.columns[role]):
-        if missing(value) or (names is not None and value == -1):
+        if missing(value, _NO_ID) or (names is not None and value == -1):
             found.append(None)
         elif (
             not isinstance(value, (str, int, float))
