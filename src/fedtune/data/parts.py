@@ -93,7 +93,7 @@ def with_hints(tables: Mapping[str, Table], found: Mapping[str, str], present: S
         free = [f"{part}_split={name}" for name in present if name not in (found[part], found["train"])]
         also = [] if part == "train" else [f"{part}_split={found['train']} to cut it from the training texts"]
         others = f"for example {', or '.join(free + also)}" if free + also else ""
-        hinted[part] = replace(table, option=(f"{part}_split", found[part]), others=others)
+        hinted[part] = replace(table, option=(f"{part}_split", found[part]) if others else None, others=others)
     return hinted
 
 

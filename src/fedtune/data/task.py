@@ -177,7 +177,9 @@ def _read_files(files: Mapping[str, str | Path], wanted: Columns, how: Format, c
     if "split" in wanted and len(files) > 1:
         raise UsageError("split", wanted["split"], "a column of a single file, without validation_path and test_path")
     sources = {argument: source_of(argument, file, how.kind) for argument, file in files.items()}
-    for source in sources.values():
+    for argument, source in sources.items():
+        if argument != "path" and source.path.samefile(sources["path"].path):
+            raise source.error("another file than path")
         peek(source, wanted, how)
     if "split" in wanted:
         return by_column(read(sources["path"], wanted, how), choice, str(files["path"]))
