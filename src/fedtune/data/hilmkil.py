@@ -195,7 +195,8 @@ def _files(
             except UsageError as error:
                 if error.argument == "folder":
                     raise
-                allowed = f"files of the distributor's form; {error.argument}: {error.allowed}"
+                said = f"a file with{'' if how.header else 'out'} a header" if error.argument == "header" else error.allowed
+                allowed = f"files of the distributor's form; {error.argument}: {said}"
                 raise UsageError("folder", str(source.path), allowed) from error
     return found
 

@@ -165,7 +165,7 @@ def divide(split: str | Split, columns: Columns, num_clients: int, seed: int, **
         function, chosen = SPLITS[split], {key: options[key] for key in _OPTIONS.get(split, ())}
     else:
         raise one_of("split", split, SPLITS, also=", or a callable (columns, num_clients, seed) -> row arrays")
-    parts = [whole("split", split, "a split whose rows", part) for part in function(columns, num_clients, seed, **chosen)]
+    parts = [whole("split", split, "a split into rows", part) for part in function(columns, num_clients, seed, **chosen)]
     if len(parts) != num_clients:
         raise UsageError("split", split, f"a split into {num_clients} clients (it made {len(parts)})")
     empty = [client for client, part in enumerate(parts) if not len(part)]
