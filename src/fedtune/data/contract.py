@@ -106,6 +106,10 @@ def names_of(task: str, field: str, names: Any) -> tuple[str, ...]:
         if name in seen:
             raise UsageError("task", task, f"{field} that differ ({shown(name)} is there twice)")
         seen.add(name)
+    if field == "label_names" and len(found) < 2:
+        raise UsageError(
+            "task", task, f"at least two labels (the only one is {list(found)})" if found else "at least two labels"
+        )
     return found
 
 
@@ -140,9 +144,7 @@ def parts_of(task: str, parts: Any, count: int) -> dict[str, IntArray]:
 
 
 def check_classes(task: str, labels: IntArray, names: Sequence[str], train: IntArray) -> None:
-    """Raise `UsageError` where there are fewer than two classes, or one that occurs is not in the train part."""
-    if len(names) < 2:
-        raise UsageError("task", task, f"at least two labels (the only one is {list(names)})")
+    """Raise `UsageError` where a class that occurs is not in the train part."""
     unseen = np.setdiff1d(labels, labels[train])
     if len(unseen):
         missing = sorted(names[label] for label in unseen)
