@@ -155,6 +155,8 @@ def test_quotes_are_letters_where_there_is_no_quote() -> None:
         (BODY.replace("number 9,pos", "number 9,nan"), "row 10 of data.csv, line 11, holds 'nan'"),
         (BODY.replace("number 9,pos", "number 9,"), "row 10 of data.csv, line 11, is empty"),
         (BODY.replace("number 9,pos", "number 9,pos "), "label: got 'pos and pos '; allowed: one spelling"),
+        (BODY.replace(",pos", ",caf\u00e9").replace("9,caf\u00e9", "9,cafe\u0301"), "allowed: one spelling for each value"),
+        (BODY.replace("9,pos", "9,\u200bpos"), "allowed: one spelling for each value"),
     ],
 )
 def test_no_row_is_lost_or_guessed(body: str | bytes, said: str) -> None:
@@ -480,6 +482,18 @@ def test_files_of_a_local_folder_are_read_as_strictly(
         (Path("folder") / name).write_text(text)
     assert said in refused(fedtune.TextTask.from_hub, "folder")
     assert "Failed" not in capfd.readouterr().err
+
+
+def test_a_local_csv_folder_with_types_has_its_class_names_and_is_checked_as_strictly() -> None:
+    Path("folder").mkdir()
+    names = "".join(f"          '{number}': {name}\n" for number, name in enumerate(("bad", "good")))
+    kinds = f"  features:\n  - name: text\n    dtype: string\n  - name: label\n    dtype:\n      class_label:\n        names:\n{names}"
+    (Path("folder") / "README.md").write_text(f"---\ndataset_info:\n{kinds}---\n")
+    body = BODY.replace(",neg", ",0").replace(",pos", ",1")
+    (Path("folder") / "train.csv").write_text(body)
+    assert fedtune.TextTask.from_hub("folder").label_names == ("bad", "good")
+    (Path("folder") / "train.csv").write_text(body.replace("row number 3,", '"row number 3,').replace("r 9,", 'r 9",'))
+    assert "line 5 swallows 6 lines" in refused(fedtune.TextTask.from_hub, "folder")
 
 
 def test_words_of_a_local_csv_folder_stay_words() -> None:

@@ -27,7 +27,7 @@ def texts_of(task: str, field: str, texts: Any) -> Sequence[str]:
     """
     if isinstance(texts, (str, bytes)) or not hasattr(texts, "__iter__") or isinstance(texts, Mapping):
         raise UsageError("task", task, f"{field} that are a list of texts (this is a {type(texts).__name__})")
-    found: Sequence[str] = texts if isinstance(texts, (list, tuple)) else list(texts)
+    found: Sequence[str] = texts if isinstance(texts, (list, tuple)) else getattr(texts, "tolist", lambda: list(texts))()
     for row, text in enumerate(found):
         fault = fault_of_text(text)
         if fault:

@@ -40,7 +40,9 @@ def read_hub(path: str, config: str | None, wanted: Columns, choice: SplitChoice
     files = _local_csv(builder) if builder is not None else None
     if files is not None:
         found = choice.of(list(files), path)
-        return with_hints(_read_files(files, found, wanted, builder.config.sep), found, list(files))
+        tables = _read_files(files, found, wanted, builder.config.sep)
+        if not builder.info.features:  # else its columns have types, which `datasets` gives them
+            return with_hints(tables, found, list(files))
     if builder is not None and builder.info.splits:
         choice.of(list(builder.info.splits), path)
     if builder is not None and builder.info.features:
@@ -85,7 +87,8 @@ def check_split(path: str, split: str, rows: Any, wanted: Columns) -> None:
 def table_of(path: str, split: str, rows: Any, wanted: Columns) -> Table:
     """The columns of one split."""
     columns = {role: list(rows[name]) for role, name in wanted.items()}
-    names = {role: list(rows.features[name].names) for role, name in wanted.items() if hasattr(rows.features[name], "names")}
+    kinds = {role: rows.features[name] for role, name in wanted.items()}
+    names = {role: [str(name) for name in kind.names] for role, kind in kinds.items() if hasattr(kind, "names")}
     if not len(rows):
         raise UsageError("task", path, f"a data set without empty splits (split {split} is)")
     return Table(columns, wanted, lambda row: f"row {row + 1} of split {split} of {path}", names=names)
@@ -105,8 +108,7 @@ def _local_csv(builder: Any) -> dict[str, list[str]] | None:
     """Split -> files, where all are CSV files of this machine, with nothing said of them but the delimiter."""
     default = type(builder.config)()
     files = {str(split): [str(file) for file in found] for split, found in (builder.config.data_files or {}).items()}
-    plain = builder.name == "csv" and not builder.info.features
-    if not plain or any(getattr(builder.config, name) != getattr(default, name) for name in _SETTINGS):
+    if builder.name != "csv" or any(getattr(builder.config, name) != getattr(default, name) for name in _SETTINGS):
         return None
     return files if files and all(Path(file).is_file() for found in files.values() for file in found) else None
 

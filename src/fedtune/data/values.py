@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -170,12 +171,15 @@ def numbered(values: Sequence[Any], names: Sequence[str] | None, column: str) ->
 
 
 def same_as(name: str) -> str:
-    """What a reader takes a value for: without blanks around it, and a whole number without its .0.
+    """What a reader takes a value for: without blanks around it and without what has no width, accents written in one way,
+    and a whole number without its .0.
 
-    >>> same_as(" 1.0 ") == same_as("1"), same_as("1.5")
-    (True, '1.5')
+    >>> same_as(" 1.0 ") == same_as("1"), same_as("1.5"), same_as("cafe\u0301") == same_as("caf\u00e9")
+    (True, '1.5', True)
     """
     text = " ".join(name.split())
+    if not text.isascii():
+        text = "".join(letter for letter in unicodedata.normalize("NFC", text) if unicodedata.category(letter) != "Cf")
     whole, point, rest = text.partition(".")
     return whole if point and whole.lstrip("+-").isdigit() and not rest.strip("0") else text
 
