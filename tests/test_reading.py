@@ -168,6 +168,8 @@ def test_no_row_is_lost_or_guessed(body: str | bytes, said: str) -> None:
 def test_a_label_first_does_not_make_lines_of_a_text_suspicious() -> None:
     body = "label,text\n" + "".join(f'{i % 2},"{i} of them,\nand more"\n' for i in range(30))
     assert len(read(body).texts) == 30
+    quoted = "id,label,text\n" + "".join(f'"{i}","{i % 2}","{i} of them\nand more"\n' for i in range(30))
+    assert len(read(quoted).texts) == 30
     lines = ["label,text", *(f"{i % 2},{i} of them" for i in range(30))]
     lines[6], lines[8] = '1,"5 of them', '1,7 of them"'
     assert "a quote that opens in line 7 swallows 2 lines that are rows themselves, with the label '0'" in refused(
@@ -181,6 +183,7 @@ def test_a_header_that_is_none_and_one_that_was_not_expected_are_found() -> None
     assert "header: got False; allowed: true" in refused(read, BODY, text=0, label=1, header=False)
     numbers = BODY.replace(",pos", ",1").replace(",neg", ",2")
     assert "its first line: 'text', 'label'" in refused(read, numbers, text=0, label=1, header=False)
+    assert read(BODY.replace("label", "pos", 1), label="pos").label_names == ("neg", "pos")  # a name is no label
     assert "the label '2'" in refused(read, numbers.partition("\n")[2], text=0, label=1)
 
 
@@ -487,7 +490,8 @@ def test_files_of_a_local_folder_are_read_as_strictly(
 def test_a_local_csv_folder_with_types_has_its_class_names_and_is_checked_as_strictly() -> None:
     Path("folder").mkdir()
     names = "".join(f"          '{number}': {name}\n" for number, name in enumerate(("bad", "good")))
-    kinds = f"  features:\n  - name: text\n    dtype: string\n  - name: label\n    dtype:\n      class_label:\n        names:\n{names}"
+    label = f"  - name: label\n    dtype:\n      class_label:\n        names:\n{names}"
+    kinds = f"  features:\n  - name: text\n    dtype: string\n{label}"
     (Path("folder") / "README.md").write_text(f"---\ndataset_info:\n{kinds}---\n")
     body = BODY.replace(",neg", ",0").replace(",pos", ",1")
     (Path("folder") / "train.csv").write_text(body)

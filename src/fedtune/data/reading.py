@@ -64,15 +64,16 @@ def _read_csv(source: Source, file: Any, wanted: Columns, how: Format) -> tuple[
     rows = Rows(source, file, how, wanted)
     columns: dict[str, list[Any]] = {role: [] for role in wanted}
     starts = array("q")
-    folded: list[tuple[int, list[str]]] = []  # rows of several lines, and these
+    suspects: list[tuple[int, list[str]]] = []
     takers = [(columns[role].append, place) for role, place in rows.places.items()]
     for row in rows:
         for take, place in takers:
             take(row[place])
         starts.append(rows.start)
-        if len(rows.lines.held) > 1:
-            folded.append((rows.start, list(rows.lines.held)))
-    check_swallowed(source, rows, folded, set(columns["label"]), how)
+        would_be = rows.would_be_labels()
+        if would_be:
+            suspects.append((rows.start, would_be))
+    check_swallowed(source, suspects, set(columns["label"]))
     if len(starts):
         check_header(source, rows, columns, starts)
     return columns, starts

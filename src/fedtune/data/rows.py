@@ -42,6 +42,7 @@ class Rows:
             raise source.error(f"a file of {how.width} columns (line {self.start} has {self.width})")
         self.waiting = None if how.header else first
         self.names = [name.strip() for name in first] if how.header else None
+        self.by_name = all(isinstance(wanted[role], str) for role in ("text", "label"))
         self.places = {role: self._place(role, name) for role, name in wanted.items()}
         check_names(self.places)
 
@@ -52,6 +53,19 @@ class Rows:
                 raise self.source.error(f"rows of {self.width} fields like the first (line {self.start} has {len(row)})")
             yield row
             row = self._next()
+
+    def would_be_labels(self) -> list[str]:
+        """What would be the labels if each line of the last row were a row; none where the lines have other numbers of fields.
+
+        The line that does have the row's label is left out: the last one where the label follows the field of several lines.
+        """
+        lines, place = self.lines.held, self.places["label"]
+        if len(lines) == 1:
+            return []
+        complete = next(csv.reader(lines[:1], delimiter=self.delimiter, quotechar=self._quote))
+        others = lines[:-1] if place > len(complete) - 1 else lines[1:]
+        would_be = [line.replace(self._quote or "", "").rstrip("\r\n").split(self.delimiter) for line in others]
+        return [row[place] for row in would_be] if {len(row) for row in would_be} == {self.width} else []
 
     def _next(self) -> list[str] | None:
         while True:
@@ -99,11 +113,11 @@ def check_header(source: Source, rows: Rows, columns: dict[str, list[Any]], star
     if rows.names is not None:
         named = rows.names[rows.places["label"]]
         again = next((row for row, label in enumerate(labels) if label.strip() == named), None)
-        if again is None:
-            return
-        if texts[again].strip() == rows.names[rows.places["text"]]:
+        if again is not None and texts[again].strip() == rows.names[rows.places["text"]]:
             raise source.error(f"a file with one header (line {starts[again]} repeats it)")
-        raise UsageError("header", True, f"false, as {source.path} has none (the first line has the label {named!r})")
+        if again is not None and named and not rows.by_name:
+            raise UsageError("header", True, f"false, as {source.path} has none (the first line has the label {named!r})")
+        return
     word = len(texts[0].split()) == 1 and labels[0].strip() and not _is_number(labels[0])
     if word and len(labels) > 2 and labels[0] not in labels[1:]:
         raise UsageError("header", False, f"true, as {source.path} has one (its first line: {texts[0]!r}, {labels[0]!r})")
@@ -117,20 +131,14 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def check_swallowed(source: Source, rows: Rows, folded: list[tuple[int, list[str]]], labels: set[Any], how: Format) -> None:
+def check_swallowed(source: Source, suspects: list[tuple[int, list[str]]], labels: set[Any]) -> None:
     """Raise `UsageError` where a quoted field of several lines has swallowed rows: each of its lines would be one.
 
     Args:
-        folded: for each row of several lines its first line's number, and the lines.
+        suspects: for each row of several lines its first line's number, and what would be labels (`Rows.would_be_labels`).
         labels: all labels of the file.
     """
-    delimiter, quote = rows.delimiter, how.quote or ""
-    place = rows.places["label"]
-    for start, lines in folded:
-        first = lines[0].split(delimiter)
-        opening = next((number for number, field in enumerate(first) if field.startswith(quote)), 0)
-        whole = [lines[0], *lines[1:-1]] if place > opening else lines[1:]  # lines that would not hold a label
-        would_be = [line.replace(quote, "").rstrip("\r\n").split(delimiter) for line in whole]
-        if all(len(row) == rows.width and row[place] in labels for row in would_be):
+    for start, would_be in suspects:
+        if labels.issuperset(would_be):
             allowed = f"quotes that are closed in their row (a quote that opens in line {start} swallows {len(would_be)} "
-            raise source.error(f"{allowed}lines that are rows themselves, with the label {would_be[0][place]!r})")
+            raise source.error(f"{allowed}lines that are rows themselves, with the label {would_be[0]!r})")
