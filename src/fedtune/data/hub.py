@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +58,7 @@ def read_hub(path: str, config: str | None, wanted: Columns, choice: SplitChoice
     return with_hints(tables, found, list(loaded))
 
 
-def load(
-    path: str, config: str | None = None, argument: str = "task", allowed: str = "a data set of the hub or a local folder"
-) -> Any:
+def load(path: str, config: str | None = None) -> Any:
     """The data set, with all its splits.
 
     Raises:
@@ -67,13 +67,24 @@ def load(
     try:
         import datasets
     except ImportError as error:
-        raise UsageError(argument, path, "after: pip install datasets (the package is not installed)") from error
-    level = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is in the error
+        raise UsageError("task", path, "after: pip install datasets (the package is not installed)") from error
     try:
-        return datasets.load_dataset(path, config)
+        with _quiet():
+            return datasets.load_dataset(path, config)
     except (OSError, ValueError, EOFError, datasets.exceptions.DatasetsError) as error:
-        raise UsageError(argument, path, f"{allowed} ({_first_line(error.__cause__ or error)})") from error
+        said = _first_line(error.__cause__ or error)
+        raise UsageError("task", path, f"a data set of the hub or a local folder ({said})") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the lines that `datasets` logs beside its errors, which say the same."""
+    import datasets
+
+    level = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
     finally:
         datasets.logging.set_verbosity(level)
 
@@ -99,7 +110,8 @@ def _builder(path: str, config: str | None) -> Any:
     try:
         import datasets
 
-        return datasets.load_dataset_builder(path, config)
+        with _quiet():
+            return datasets.load_dataset_builder(path, config)
     except Exception:  # whatever it is, loading meets it again and says so
         return None
 
