@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from fedtune.data.reading import peek, read
 from fedtune.data.values import check_schema
 from fedtune.errors import UsageError
 
-_SETTINGS = ("header", "names", "column_names", "skiprows", "skipfooter", "nrows", "comment", "escapechar", "dialect")
+_NO_FORM = {"name", "version", "description", "data_dir", "data_files", "sep", "delimiter", "features"}  # of a CSV file
+_PLAIN = (".csv", ".tsv", ".txt", ".gz", ".bz2", ".xz")  # `datasets` opens others, for example archives
 
 
 def read_hub(path: str, config: str | None, wanted: Columns, choice: SplitChoice) -> dict[str, Table]:
@@ -117,12 +119,16 @@ def _builder(path: str, config: str | None) -> Any:
 
 
 def _local_csv(builder: Any) -> dict[str, list[str]] | None:
-    """Split -> files, where all are CSV files of this machine, with nothing said of them but the delimiter."""
-    default = type(builder.config)()
-    files = {str(split): [str(file) for file in found] for split, found in (builder.config.data_files or {}).items()}
-    if builder.name != "csv" or any(getattr(builder.config, name) != getattr(default, name) for name in _SETTINGS):
+    """Split -> files, where all are CSV files of this machine, with nothing said of their form but the delimiter."""
+    if builder.name != "csv":
         return None
-    return files if files and all(Path(file).is_file() for found in files.values() for file in found) else None
+    default = type(builder.config)()
+    said = [one.name for one in dataclasses.fields(default) if getattr(builder.config, one.name) != getattr(default, one.name)]
+    if set(said) - _NO_FORM:
+        return None
+    files = {str(split): [str(file) for file in found] for split, found in (builder.config.data_files or {}).items()}
+    plain = [Path(file).is_file() and Path(file).suffix.lower() in _PLAIN for found in files.values() for file in found]
+    return files if plain and all(plain) else None
 
 
 def _read_files(files: dict[str, list[str]], found: dict[str, str], wanted: Columns, delimiter: str) -> dict[str, Table]:
