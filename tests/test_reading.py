@@ -335,7 +335,7 @@ def test_values_of_other_types_are_named(kind: str, column: str, values: list[An
     line = refused(make, kind, columns, author="author")
     assert said in line
     assert line.startswith(f"{column}: got '{column}'")
-    assert "data." in line or "split train of folder" in line
+    assert "data." in line or "split train of folder" in line or "folder/train.parquet" in line
 
 
 @pytest.mark.parametrize(
@@ -473,7 +473,7 @@ def test_splits_of_several_names_are_chosen_and_not_guessed(monkeypatch: pytest.
         ({"train.csv": BODY.replace("row number 5,pos", "row number 5")}, "line 7 has 1"),
         ({"train.csv": BODY, "test.csv": BODY.replace("row number 3,", '"row number 3,')}, "folder/test.csv"),
         ({"train.jsonl": LINES[:-9]}, "a data set of the hub or a local folder"),
-        ({"train.parquet": BODY}, "a data set of the hub or a local folder"),
+        ({"train.parquet": BODY}, "a readable Parquet file"),
         ({"notes.bin": ""}, "a data set of the hub or a local folder"),
     ],
 )
@@ -506,6 +506,17 @@ def test_words_of_a_local_csv_folder_stay_words() -> None:
     (Path("folder") / "train-1.csv").write_text(BODY.replace("row", "line"))
     task = fedtune.TextTask.from_hub("folder")
     assert (task.texts[5], task.texts[6], len(task.texts)) == ("NA", "007", 80)
+
+
+@pytest.mark.parametrize("options", [{"text": "txt"}, {"test_split": "tset"}, {"author": "label", "document": "book"}])
+def test_a_wrong_option_is_refused_before_a_data_set_is_loaded(
+    options: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("it was loaded"))
+    name = hub(train=some(lambda i: i % 2), test=some(lambda i: i % 2, 5, "t"))
+    assert f"got {list(options.values())[-1]!r}; allowed: a" in refused(fedtune.TextTask.from_hub, name, **options)
 
 
 def test_without_the_package_datasets_the_pip_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

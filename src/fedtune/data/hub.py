@@ -47,17 +47,28 @@ def read_hub(path: str, config: str | None, wanted: Columns, choice: SplitChoice
         tables = _read_files(files, found, wanted, builder.config.sep)
         if not builder.info.features:  # else its columns have types, which `datasets` gives them
             return with_hints(tables, found, list(files))
-    if builder is not None and builder.info.splits:
-        choice.of(list(builder.info.splits), path)
-    if builder is not None and builder.info.features:
-        check_columns(path, wanted, list(builder.info.features))
-        check_schema(builder.info.features.arrow_schema, wanted, path)
+    if builder is not None:
+        _check_beforehand(path, builder, wanted, choice)
     loaded = load(path, config)
     found = choice.of(list(loaded), path)
     for split in found.values():
         check_split(path, split, loaded[split], wanted)
     tables = {part: table_of(path, split, loaded[split], wanted) for part, split in found.items()}
     return with_hints(tables, found, list(loaded))
+
+
+def _check_beforehand(path: str, builder: Any, wanted: Columns, choice: SplitChoice) -> None:
+    """Check splits and columns as far as they are known before the data set is read, or downloaded."""
+    if builder.info.splits:
+        choice.of(list(builder.info.splits), path)
+    if builder.info.features:
+        check_columns(path, wanted, list(builder.info.features))
+        check_schema(builder.info.features.arrow_schema, wanted, path)
+    elif builder.name == "parquet":
+        files = {str(split): Path(str(found[0])) for split, found in (builder.config.data_files or {}).items() if found}
+        for split in choice.of(list(files), path).values() if files else ():
+            if files[split].is_file():
+                peek(source_of("path", files[split], "parquet"), wanted, Format())
 
 
 def load(path: str, config: str | None = None) -> Any:
