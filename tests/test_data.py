@@ -33,6 +33,11 @@ def test_limit_takes_that_many_training_texts_and_leaves_the_other_parts(make_da
     assert len(data.val_dataloader().dataset) == len(make_data().val_dataloader().dataset)
 
 
+def test_a_limit_beyond_the_data_takes_all_of_them(make_data: Make) -> None:
+    taken, there = (np.sort(np.concatenate(data.client_indices)) for data in (make_data(limit=10**6), make_data()))
+    np.testing.assert_array_equal(taken, there)
+
+
 def test_another_seed_is_another_split(make_data: Make) -> None:
     one, other = make_data(seed=0).client_indices, make_data(seed=1).client_indices
     assert not all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
@@ -89,6 +94,12 @@ def test_a_batch_larger_than_a_client_warns_once_and_trains_with_what_there_is(m
         ({"num_clients": -1}, "num_clients: got -1; allowed: 1 or more"),
         ({"batch_size": 0}, "batch_size: got 0; allowed: 1 or more"),
         ({"limit": 0}, "limit: got 0; allowed: 1 or more"),
+        ({"limit": 10.5}, "limit: got 10.5; allowed: a whole number, 1 or more"),
+        ({"batch_size": True}, "batch_size: got True; allowed: a whole number"),
+        ({"num_clients": 2.0}, "num_clients: got 2.0; allowed: a whole number"),
+        ({"seed": "1"}, "seed: got '1'; allowed: 0 or more"),
+        ({"folder": "/tmp"}, "task_options: got {'folder': '/tmp'}; allowed: no options (nor a folder)"),
+        ({"task_options": {"label": "x"}}, "allowed: no options"),
         ({"padding": "long"}, "padding: got 'long'; allowed: longest (nearest), max_length"),
         ({"max_length": 33}, "max_length: got 33; allowed: at most 32, the maximum of"),
         ({"task": "author"}, "task: got 'author'; allowed: authors (nearest)"),

@@ -148,3 +148,25 @@ def test_the_papers_splits_give_equal_shares_and_drop_the_rest(name: str) -> Non
         subset = torch.utils.data.Subset(range(103), range(100))
         expected = torch.utils.data.random_split(subset, [25] * 4, generator=torch.Generator())
         assert [part.tolist() for part in parts] == [list(part) for part in expected]
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ([[0, 1], [2, -1]], "a split into rows 0 .. 5"),
+        ([[0, 1], [2, 6]], "a split into rows 0 .. 5 (it gave 0 .. 6)"),
+        ([[0.5, 1.5], [2.0, 3.0]], "a split into rows that are whole numbers"),
+        ([np.arange(6) < 3, np.arange(6) >= 3], "a split into rows that are whole numbers"),
+    ],
+)
+def test_rows_that_a_split_gives_are_row_numbers(parts: list, said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        divide(lambda *_: parts, Columns(np.arange(6) % 2), 2, 0)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("option", [{"skew": "1"}, {"skew": float("nan")}, {"alpha": "1"}, {"alpha": float("inf")}])
+def test_options_of_splits_are_numbers(option: dict) -> None:
+    (name,) = option
+    with pytest.raises(UsageError, match=f"{name}: got"):
+        divide({"skew": "by_author", "alpha": "dirichlet"}[name], Columns(np.arange(6) % 2, np.arange(6) % 3), 2, 0, **option)

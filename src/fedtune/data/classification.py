@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fedtune.data.batches import LengthGroupedBatches, Texts
+from fedtune.data.contract import whole_at_least
 from fedtune.data.registry import load_task
 from fedtune.data.splits import Columns, Split, divide, entropy_bits
 from fedtune.data.task import TASK_PARTS, IntArray, TextTask
 from fedtune.data.tokens import TokenStore, tokenise
-from fedtune.errors import UsageError, at_least, one_of
+from fedtune.errors import UsageError, one_of
 from fedtune.models.pretrained import load_config, load_tokenizer
 from fedtune.randomness import stream
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PADDING = ("longest", "max_length")
+_WHOLE = ("num_clients", "batch_size", "eval_batch_size", "max_length", "seed", "limit", "pad_to_multiple_of")
+_LEAST = {"max_length": 3, "seed": 0}  # of the others 1
 
 
 class FederatedDataModule(pl.LightningDataModule):
@@ -89,13 +92,9 @@ class FederatedDataModule(pl.LightningDataModule):
         group_by_length: bool = False,
     ) -> None:
         super().__init__()
-        for name in ("num_clients", "batch_size", "eval_batch_size"):
-            at_least(name, locals()[name], 1)
-        at_least("max_length", max_length, 3)
-        at_least("seed", seed, 0)
-        for name in ("limit", "pad_to_multiple_of"):
-            if locals()[name] is not None:
-                at_least(name, locals()[name], 1)
+        for name in _WHOLE:
+            if locals()[name] is not None or name not in ("limit", "pad_to_multiple_of"):
+                whole_at_least(name, locals()[name], _LEAST.get(name, 1))
         if padding not in PADDING:
             raise one_of("padding", padding, PADDING)
         if group_by_length and (padding == "max_length" or not shuffle):
@@ -156,11 +155,13 @@ class FederatedDataModule(pl.LightningDataModule):
 
     @property
     def digest(self) -> str:
-        """Sixteen hexadecimal digits that name the content of the task: tokens, labels, authors and parts."""
+        """Sixteen hexadecimal digits that name the content of the task: tokens, labels, authors, parts, second texts if any."""
         found = hashlib.sha256()
         arrays = [self.tokens.ids_T.numpy(), self.tokens.offsets.numpy(), self.task.labels, self.task.authors]
         for array in [*arrays, *(self.task.parts[part] for part in TASK_PARTS)]:
             found.update(b"|" if array is None else np.ascontiguousarray(array).tobytes())
+        for text in self.task.second_texts or ():
+            found.update(len(text.encode()).to_bytes(8, "little") + text.encode())
         return found.hexdigest()[:16]
 
     @property

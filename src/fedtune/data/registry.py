@@ -28,19 +28,30 @@ def load_task(task: str | TextTask, options: Mapping[str, Any] | None = None) ->
     Raises:
         UsageError: no such task, an option it does not know or lacks, and all that the builder refuses.
     """
+    if options is not None and not (isinstance(options, Mapping) and all(isinstance(name, str) for name in options)):
+        raise UsageError("task_options", options, "a dictionary of names and values")
     if isinstance(task, TextTask):
+        if options:
+            raise UsageError(
+                "task_options", dict(options), f"no options (nor a folder), as the task {task.name} is there already"
+            )
         return task
-    if task not in TASKS:
+    if not isinstance(task, str) or task not in TASKS:
         raise one_of("task", task, TASKS)
     parameters = inspect.signature(TASKS[task])
+    known = list(parameters.parameters)
     try:
         parameters.bind(**(options or {}))
     except TypeError as error:
-        allowed = f"the arguments of task {task!r}: {', '.join(parameters.parameters) or 'none'} ({error})"
-        raise UsageError("task_options", dict(options or {}), allowed) from error
+        unknown = next((name for name in options or {} if name not in known), "")
+        names = one_of("", unknown, known).allowed or "none"  # the nearest first
+        raise UsageError("task_options", dict(options or {}), f"the arguments of task {task!r}: {names} ({error})") from error
     try:
-        return TASKS[task](**(options or {}))
+        found = TASKS[task](**(options or {}))
     except UsageError as error:
         if error.argument in parameters.parameters and error.argument != "folder":
             raise UsageError(f"task_options.{error.argument}", error.came, error.allowed) from error
         raise
+    if not isinstance(found, TextTask):
+        raise UsageError("task", task, f"a name whose builder returns a TextTask (this one returned a {type(found).__name__})")
+    return found

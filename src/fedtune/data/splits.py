@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import heapq
+import math
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from fedtune.data.task import IntArray
+from fedtune.data.contract import IntArray, whole
 from fedtune.errors import UsageError, at_least, one_of
 from fedtune.randomness import stream
 
@@ -51,12 +53,12 @@ def by_author(columns: Columns, num_clients: int, seed: int, skew: float = 1.0) 
     """
     if columns.authors is None:
         raise UsageError("split", "by_author", "a task that names its authors (this one does not): iid, by_label, dirichlet")
-    if not 0 <= skew <= 1:
+    if not isinstance(skew, numbers.Real) or not 0 <= skew <= 1:
         raise UsageError("skew", skew, "a probability between 0 and 1")
     rng = stream(seed, "split/by_author")
     client = np.empty(len(columns.labels), dtype=np.int64)
-    names, numbers = np.unique(columns.authors, return_inverse=True)
-    rows_of = dict(zip(names.tolist(), _groups(numbers, len(names)), strict=True))
+    names, places = np.unique(columns.authors, return_inverse=True)
+    rows_of = dict(zip(names.tolist(), _groups(places, len(names)), strict=True))
     for author, homes in _homes(columns.authors, num_clients).items():
         rows = rng.permutation(rows_of[author])
         client[rows] = np.resize(homes, len(rows))
@@ -65,10 +67,10 @@ def by_author(columns: Columns, num_clients: int, seed: int, skew: float = 1.0) 
     return _groups(client, num_clients)
 
 
-def _groups(numbers: IntArray, count: int) -> list[IntArray]:
+def _groups(values: IntArray, count: int) -> list[IntArray]:
     """For each number below `count` the places where it stands, in order."""
-    sizes = np.bincount(numbers, minlength=count)
-    return np.split(np.argsort(numbers, kind="stable"), np.cumsum(sizes)[:-1])
+    sizes = np.bincount(values, minlength=count)
+    return np.split(np.argsort(values, kind="stable"), np.cumsum(sizes)[:-1])
 
 
 def _homes(authors: IntArray, num_clients: int) -> dict[int, list[int]]:
@@ -99,7 +101,7 @@ def dirichlet(columns: Columns, num_clients: int, seed: int, alpha: float = 0.5)
     Raises:
         UsageError: alpha is not positive, or 100 draws in a row left a client empty.
     """
-    if not alpha > 0:
+    if not isinstance(alpha, numbers.Real) or not 0 < alpha < math.inf:
         raise UsageError("alpha", alpha, "a number above 0")
     rng = stream(seed, "split/dirichlet")
     for _ in range(_DRAWS):
@@ -163,13 +165,18 @@ def divide(split: str | Split, columns: Columns, num_clients: int, seed: int, **
         function, chosen = SPLITS[split], {key: options[key] for key in _OPTIONS.get(split, ())}
     else:
         raise one_of("split", split, SPLITS, also=", or a callable (columns, num_clients, seed) -> row arrays")
-    parts = [np.asarray(part, dtype=np.int64) for part in function(columns, num_clients, seed, **chosen)]
+    parts = [whole("split", split, "a split into rows", part) for part in function(columns, num_clients, seed, **chosen)]
     if len(parts) != num_clients:
         raise UsageError("split", split, f"a split into {num_clients} clients (it made {len(parts)})")
     empty = [client for client, part in enumerate(parts) if not len(part)]
     if empty:
         raise UsageError("split", split, f"a split that leaves no client without examples (empty: {empty}); use fewer clients")
-    if len(np.unique(np.concatenate(parts))) != sum(map(len, parts)):
+    rows = np.concatenate(parts)
+    if rows.min() < 0 or rows.max() >= len(columns.labels):
+        raise UsageError(
+            "split", split, f"a split into rows 0 .. {len(columns.labels) - 1} (it gave {rows.min()} .. {rows.max()})"
+        )
+    if len(np.unique(rows)) != len(rows):
         raise UsageError("split", split, "a split that gives no text to two clients")
     return parts
 

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
-import math
-import zlib
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from fedtune.data.contract import TASK_PARTS as TASK_PARTS
+from fedtune.data.contract import IntArray as IntArray
+from fedtune.data.contract import check_classes, names_of, numbers_of, parts_of, texts_of
+from fedtune.data.formats import Columns, Format, Table, check_names
+from fedtune.data.hub import read_hub
+from fedtune.data.opening import source_of
+from fedtune.data.parts import SplitChoice, by_column, cut
+from fedtune.data.parts import hold_out as hold_out
+from fedtune.data.reading import peek, read
+from fedtune.data.values import authors_of, check_texts, documents_of, ids_of, joined_names, labels_of
+from fedtune.data.values import numbered as _numbered
 from fedtune.errors import UsageError
-from fedtune.randomness import stream
-
-IntArray = NDArray[np.int64]
-TASK_PARTS = ("train", "validation", "test")
-_HELD_OUT = {"test": 0.2, "validation": 0.1}  # shares of the documents, where the source has no such part
 
 
 @dataclass(frozen=True)
@@ -50,49 +51,80 @@ class TextTask:
     author_names: tuple[str, ...] = ()
     source: str = ""
     licence: str = ""
+    second_texts: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        empty = next((row for row, text in enumerate(self.texts) if not text or not text.strip()), None)
-        if empty is not None:
-            raise UsageError("task", self.name, f"texts that are not empty (text {empty + 1} of {len(self.texts)} is)")
-        if len(self.label_names) < 2:
-            raise UsageError("task", self.name, f"at least two labels (the only one is {list(self.label_names)})")
-        for part in ("train", "test"):
-            if not len(self.parts[part]):
-                raise UsageError("task", self.name, f"a {part} part that is not empty ({len(self.texts)} texts in all)")
-        unseen = set(self.labels.tolist()) - set(self.labels[self.parts["train"]].tolist())
-        if unseen:
-            names = sorted(self.label_names[label] for label in unseen)
-            raise UsageError("task", self.name, f"classes that occur in the train part (these do not: {names})")
+        if not isinstance(self.name, str) or not self.name:
+            raise UsageError("task", self.name, "a task with a name, a text that is not empty")
+        found: dict[str, Any] = {"texts": texts_of(self.name, "texts", self.texts)}
+        count = len(found["texts"])
+        if self.second_texts is not None:
+            found["second_texts"] = texts_of(self.name, "second_texts", self.second_texts)
+            if len(found["second_texts"]) != count:
+                raise UsageError(
+                    "task", self.name, f"as many second_texts as texts, {count} ({len(self.second_texts)} are here)"
+                )
+        for numbers, names in (("labels", "label_names"), ("authors", "author_names")):
+            found[names] = names_of(self.name, names, getattr(self, names))
+            if numbers == "labels" or self.authors is not None:
+                found[numbers] = numbers_of(self.name, numbers, getattr(self, numbers), count, len(found[names]))
+            elif found[names]:
+                raise UsageError("task", self.name, "author_names only with authors")
+        found["parts"] = parts_of(self.name, self.parts, count)
+        check_classes(self.name, found["labels"], found["label_names"], found["parts"]["train"])
+        for field, value in found.items():
+            object.__setattr__(self, field, value)  # in the types that are promised
 
     @classmethod
     def from_csv(
         cls,
         path: str | Path,
         *,
-        text: str = "text",
-        label: str = "label",
-        author: str | None = None,
-        document: str | None = None,
+        text: str | int = "text",
+        label: str | int = "label",
+        author: str | int | None = None,
+        document: str | int | None = None,
         test_path: str | Path | None = None,
+        validation_path: str | Path | None = None,
+        second_text: str | int | None = None,
+        split: str | int | None = None,
+        train_split: str = "train",
+        validation_split: str | None = None,
+        test_split: str | None = None,
+        delimiter: str | None = None,
+        quote: str | None = '"',
+        header: bool = True,
+        encoding: str = "utf-8",
+        format: str | None = None,
     ) -> TextTask:
-        """Read a CSV file with a header line, plain or gzip, UTF-8.
+        """Read a file: CSV, JSON lines or Parquet, plain or compressed, by its ending.
+
+        The endings are .csv, .tsv; .jsonl, .ndjson, .json (an object a line); .parquet; after them .gz, .bz2, .xz, .zip.
 
         Args:
             path: the file.
-            text, label, author: names of the columns.
-            document: column that says which texts belong together; they stay in one part.
-            test_path: a second file that is the test part; otherwise 20 % of the documents become it.
-                10 % of the remaining documents become the validation part.
+            text, label, author, document, second_text, split: columns by name; in a CSV file also by number, from 0.
+                Texts of one document stay together where parts are cut. A text without an author, or without a document, is
+                the only one of its author, of its document. `second_text` makes pairs. `split` says which part each text
+                is in: train, validation, test, or names that mean the same (dev, val, ...).
+            test_path, validation_path: other files that are these parts. Without them and without `split`, 20 % of the
+                documents become the test part, and 10 % of the remaining ones the validation part.
+            train_split, validation_split, test_split: with `split`, another part of the file in the place of this one; "train"
+                cuts it from the training texts.
+            delimiter: one character between fields; by default a comma, in .tsv files a tab.
+            quote: the character around fields; None if quotes are letters like others.
+            header: whether the first line names the columns.
+            encoding: of CSV and JSON lines.
+            format: "csv", "jsonl" or "parquet", whatever the ending.
 
         Raises:
-            UsageError: the file is absent or not UTF-8, a column is missing, and all that `TextTask` refuses.
+            UsageError: an option that cannot be, before anything is read in full; a row with too many or too few fields, a
+                quote that is not closed, a byte that is not text, an empty value, by its line; and what `TextTask` refuses.
         """
-        columns = {"text": text, "label": label, "author": author, "document": document}
-        wanted = {key: name for key, name in columns.items() if name is not None}
-        tables = {"train": _read_csv(Path(path), wanted)}
-        if test_path is not None:
-            tables["test"] = _read_csv(Path(test_path), wanted)
+        wanted = {"text": text, "label": label} | _given(author=author, document=document, second_text=second_text, split=split)
+        files = {"path": path} | _given(validation_path=validation_path, test_path=test_path)
+        choice = SplitChoice(train_split, validation_split, test_split)
+        tables = _read_files(files, wanted, Format(delimiter, quote, header, encoding, format), choice)
         return _task_of_tables(Path(path).name, tables, source=str(path))
 
     @classmethod
@@ -105,136 +137,86 @@ class TextTask:
         label: str = "label",
         author: str | None = None,
         document: str | None = None,
+        second_text: str | None = None,
+        train_split: str = "train",
+        validation_split: str | None = None,
+        test_split: str | None = None,
     ) -> TextTask:
         """Load a data set of the Hugging Face hub, or a local folder of CSV, JSON lines or Parquet files, with `datasets`.
 
         Args:
             path: hub name ("ag_news") or folder.
             config: the data set's configuration, where it has several.
-            text, label, author, document: names of the columns, as in `from_csv`.
-
-        The data set's own validation and test splits are used where it has them.
+            text, label, author, document, second_text: names of the columns, as in `from_csv`.
+            train_split: the split to train on.
+            validation_split, test_split: the splits that are these parts; by default those of that name (or dev, val, ...).
+                Where there is none, or with the name of `train_split`, the part is cut from the training texts.
 
         Raises:
-            UsageError: the data set or a column is missing, and all that `TextTask` refuses.
+            UsageError: the data set, a split or a column is missing, or is not what it should be; a split without labels
+                (all are -1); and all that `TextTask` refuses.
         """
-        import datasets
-
-        try:
-            found = datasets.load_dataset(path, config)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # not found, no network, bad files
-            raise UsageError("task", path, f"a data set of the hub or a local folder ({_first_line(error)})") from error
-        columns = {"text": text, "label": label, "author": author, "document": document}
-        wanted = {key: name for key, name in columns.items() if name is not None}
-        tables: dict[str, dict[str, list[Any]]] = {}
-        names: dict[str, list[str]] = {}
-        for part in TASK_PARTS:
-            if part not in found:
-                continue
-            rows = found[part]
-            _check_columns(path, wanted, rows.column_names)
-            tables[part] = {key: list(rows[name]) for key, name in wanted.items()}
-            names |= {key: rows.features[name].names for key, name in wanted.items() if hasattr(rows.features[name], "names")}
-        if "train" not in tables:
-            raise UsageError("task", path, f"a data set with a split named train (it has {sorted(found)})")
-        return _task_of_tables(Path(path).name, tables, source=path, names=names)
+        wanted = {"text": text, "label": label} | _given(author=author, document=document, second_text=second_text)
+        choice = SplitChoice(train_split, validation_split, test_split)
+        return _task_of_tables(Path(str(path)).name, read_hub(path, config, wanted, choice), source=str(path))
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+_PART_OF = {"path": "train", "validation_path": "validation", "test_path": "test"}
 
 
-def _check_columns(source: object, wanted: Mapping[str, str], present: Sequence[str]) -> None:
-    for key, name in wanted.items():
-        if name not in present:
-            raise UsageError(key, name, f"a column of {source}: {', '.join(present)}")
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
-def _read_csv(path: Path, wanted: Mapping[str, str]) -> dict[str, list[Any]]:
-    opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
-    csv.field_size_limit(10**9)  # a document is a field
-    try:
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            _check_columns(path, wanted, reader.fieldnames or [])
-            rows = list(reader)
-    except UnicodeDecodeError as error:  # also a ValueError, so it comes first
-        raise UsageError("path", str(path), f"a file in UTF-8 (byte {error.start} of a block is not)") from error
-    except (OSError, EOFError, csv.Error, zlib.error) as error:
-        raise UsageError("path", str(path), f"a readable CSV file, plain or gzip ({error})") from error
-    table = {key: [row[name] for row in rows] for key, name in wanted.items()}
-    for key in ("text", "label"):
-        bad = next((number for number, value in enumerate(table[key]) if not (value or "").strip()), None)
-        if bad is not None:
-            raise UsageError(key, wanted[key], f"a column without empty values (row {bad + 1} of {path} is empty)")
-    return table
+def _read_files(files: Mapping[str, str | Path], wanted: Columns, how: Format, choice: SplitChoice) -> dict[str, Table]:
+    """The parts of a task from a file for each, or from one file by its column `split`; options are checked first."""
+    check_names(wanted)
+    choice.check()
+    if "split" not in wanted and choice != SplitChoice():
+        raise UsageError("split", None, "the column that has the names of train_split, validation_split and test_split")
+    if "split" in wanted and len(files) > 1:
+        raise UsageError("split", wanted["split"], "a column of a single file, without validation_path and test_path")
+    sources = {argument: source_of(argument, file, how.kind) for argument, file in files.items()}
+    for argument, source in sources.items():
+        if argument != "path" and source.path.samefile(sources["path"].path):
+            raise source.error("another file than path")
+        peek(source, wanted, how)
+    if "split" in wanted:
+        return by_column(read(sources["path"], wanted, how), choice, str(files["path"]))
+    tables = {_PART_OF[argument]: read(source, wanted, how) for argument, source in sources.items()}
+    for argument in set(files) - {"path"}:
+        part, hint = _PART_OF[argument], f"or leave {argument} out: the part is then cut from the training texts"
+        tables[part] = replace(tables[part], option=(argument, str(files[argument])), others=hint)
+    return tables
 
 
-def _task_of_tables(
-    name: str, tables: Mapping[str, Mapping[str, list[Any]]], source: str, names: Mapping[str, list[str]] | None = None
-) -> TextTask:
+def _task_of_tables(name: str, tables: Mapping[str, Table], source: str) -> TextTask:
     """Join the tables of the given parts, number labels and authors, and cut the parts that are missing from train."""
-    joined = {key: [value for table in tables.values() for value in table[key]] for key in tables["train"]}
-    bounds = np.cumsum([0, *(len(table["text"]) for table in tables.values())])
+    labels = [label for table in tables.values() for label in labels_of(table)]
+    for table in tables.values():
+        check_texts(table)
+    joined = {
+        role: [value for table in tables.values() for value in table.columns[role]]
+        for role in ("text", "second_text")
+        if role in tables["train"].columns
+    }
+    ids = {
+        role: [value for table in tables.values() for value in ids_of(table, role)]
+        for role in ("author", "document")
+        if role in tables["train"].columns
+    }
+    bounds = np.cumsum([0, *map(len, tables.values())])
     parts = {part: np.arange(bounds[i], bounds[i + 1]) for i, part in enumerate(tables)}
-    for part in ("test", "validation"):
-        if part not in parts:
-            documents = [joined.get("document", joined["text"])[row] for row in parts["train"]]
-            held_out = hold_out(documents, _HELD_OUT[part], stream(0, f"parts/{part}"))
-            parts[part], parts["train"] = parts["train"][held_out], parts["train"][~held_out]
-    if any(value is None for value in joined["label"]):
-        raise UsageError("label", None, f"a column without empty values, in {source}")
-    labels, label_names = _numbered(joined["label"], (names or {}).get("label"), "label")
+    documents = documents_of(ids["document"]) if "document" in ids else joined["text"]
+    numbers, label_names = _numbered(labels, joined_names(tables, "label"), "label")
     authors: IntArray | None = None
     author_names: tuple[str, ...] = ()
-    if "author" in joined:
-        authors, author_names = _numbered(joined["author"], (names or {}).get("author"), "author")
-    return TextTask(name, joined["text"], labels, label_names, parts, authors, author_names, source=source)
-
-
-def _numbered(values: Sequence[Any], names: Sequence[str] | None, column: str) -> tuple[IntArray, tuple[str, ...]]:
-    """Numbers 0 .. C-1 for the values, in the order of `names`, or sorted (as numbers where all are).
-
-    Raises:
-        UsageError: NaN, or values that a reader would take for one: "1" and "1.0", "spam" and "spam ".
-    """
-    if names is not None:
-        return np.asarray(values, dtype=np.int64), tuple(names)
-    spelt: dict[str, str] = {}
-    for name in sorted({str(value) for value in values}):
-        one = spelt.setdefault(_same_as(name), name)
-        if one != name:
-            raise UsageError(column, f"{one} and {name}", "one spelling for each value")
-    try:
-        order = sorted(spelt.values(), key=lambda name: (float(name), name))
-        if any(math.isnan(float(name)) for name in order):
-            raise UsageError(column, "nan", "a column without missing values; NaN is no value")
-    except ValueError as error:
-        if isinstance(error, UsageError):
-            raise
-        order = sorted(spelt.values())
-    number = {name: index for index, name in enumerate(order)}
-    return np.asarray([number[str(value)] for value in values], dtype=np.int64), tuple(order)
-
-
-def _same_as(name: str) -> str:
-    """What a reader takes a value for: without blanks around it, and a whole number without its .0.
-
-    >>> _same_as(" 1.0 ") == _same_as("1"), _same_as("1.5")
-    (True, '1.5')
-    """
-    text = " ".join(name.split())
-    whole, point, rest = text.partition(".")
-    return whole if point and whole.lstrip("+-").isdigit() and not rest.strip("0") else text
-
-
-def hold_out(documents: Sequence[Hashable], share: float, rng: np.random.Generator) -> NDArray[np.bool_]:
-    """Mark the texts of about `share` of the documents, at least one document; no document is cut through.
-
-    Args:
-        documents: (N,) the document that each text belongs to.
-    """
-    names = list(dict.fromkeys(documents))
-    count = min(max(1, round(share * len(names))), len(names) - 1)
-    chosen = {names[i] for i in rng.permutation(len(names))[:count]}
-    return np.asarray([document in chosen for document in documents], dtype=bool)
+    for role, values in ids.items():
+        if None in values:
+            source += f" ({values.count(None)} of {len(values)} texts without {role}: each its own)"
+    if "author" in ids:
+        authors, author_names = authors_of(ids["author"], joined_names(tables, "author"))
+    second = joined.get("second_text")
+    return TextTask(
+        name, joined["text"], numbers, label_names, cut(parts, documents), authors, author_names, source, second_texts=second
+    )

@@ -1,0 +1,167 @@
+"""Files of texts: what kind they are by their ending, and their lines, decompressed, decoded and counted."""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import gzip
+import io
+import lzma
+import re
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from fedtune.errors import UsageError
+
+KINDS = {"csv": "CSV", "jsonl": "JSON lines", "parquet": "Parquet"}
+_ENDINGS = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+}
+_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_FAULTS = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError, RuntimeError)
+_UNREAD = re.compile("[\udc80-\udcff]")  # how a byte that is not in the encoding is kept until its line is known
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file, and what it is.
+
+    Args:
+        argument: the option that names the file, for errors.
+        path: the file.
+        kind: "csv", "jsonl" or "parquet".
+        tabs: whether its ending says that fields are separated by tabs.
+    """
+
+    argument: str
+    path: Path
+    kind: str
+    tabs: bool = False
+
+    def error(self, allowed: str) -> UsageError:
+        """The error about this file."""
+        return UsageError(self.argument, str(self.path), allowed)
+
+
+def source_of(argument: str, path: Any, kind: str | None = None) -> Source:
+    """Say of a file what it is, without reading it.
+
+    Args:
+        argument: the option that names the file.
+        path: the file.
+        kind: what it is, whatever its ending says.
+
+    Raises:
+        UsageError: no file has that name, or its ending says nothing.
+    """
+    if not isinstance(path, (str, Path)) or not str(path).strip() or "\0" in str(path):
+        raise UsageError(argument, path, "the name of a file")
+    file = Path(path)
+    endings = [ending.lower() for ending in file.suffixes]
+    if endings and endings[-1] == ".zip" and len(endings) > 1 and endings[-2] in _ENDINGS:
+        endings.pop()
+    elif endings and endings[-1] == ".zip" and kind is None and file.is_file():
+        endings = [ending.lower() for ending in Path(_member(argument, file)).suffixes]
+    elif endings and endings[-1] in _OPENERS:
+        endings.pop()
+    found = _ENDINGS.get(endings[-1]) if endings else None
+    if kind is None and found is None:
+        allowed = f"a file whose name ends in {', '.join(_ENDINGS)}, and after it perhaps {', '.join(_OPENERS)} or .zip; "
+        raise UsageError(argument, str(file), f"{allowed}or name the format ({', '.join(KINDS)})")
+    source = Source(argument, file, kind or found or "", bool(endings) and endings[-1] == ".tsv")
+    if not file.is_file():
+        fault = "it is a folder" if file.is_dir() else "there is none"
+        raise source.error(f"a readable {KINDS[source.kind]} file ({fault})")
+    return source
+
+
+@contextlib.contextmanager
+def opened(source: Source) -> Iterator[IO[bytes]]:
+    """The bytes of a file, decompressed.
+
+    Raises:
+        UsageError: the file is damaged, or a zip archive of more than one file.
+    """
+    ending = source.path.suffix.lower()
+    with contextlib.ExitStack() as stack, readable(source):
+        if ending == ".zip":
+            archive = stack.enter_context(zipfile.ZipFile(source.path))
+            yield stack.enter_context(archive.open(_member(source.argument, source.path)))
+        else:
+            yield stack.enter_context(_OPENERS.get(ending, open)(source.path, "rb"))
+
+
+@contextlib.contextmanager
+def readable(source: Source) -> Iterator[None]:
+    """Turn what the system and the decompressors say of a file into one line."""
+    try:
+        yield
+    except _FAULTS as error:
+        fault = " ".join(str(error).split()) or type(error).__name__
+        raise source.error(f"a readable {KINDS[source.kind]} file, whole and not damaged ({fault})") from error
+
+
+class Lines:
+    """The physical lines of a file of text, with their ends.
+
+    Args:
+        source: the file, for errors.
+        file: its bytes.
+        encoding: of the text; a byte order mark of UTF-8 is dropped.
+
+    `number` is the number of the last line, from 1; `held` are the lines since it was last emptied.
+
+    Raises:
+        UsageError: a line holds a NUL, or a byte that is not in the encoding.
+    """
+
+    def __init__(self, source: Source, file: IO[bytes], encoding: str) -> None:
+        named = "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
+        self._lines = io.TextIOWrapper(file, encoding=named, errors="surrogateescape", newline="")
+        self._source, self._encoding = source, encoding.upper()
+        self.number = 0
+        self.held: list[str] = []
+
+    def __iter__(self) -> Lines:
+        return self
+
+    def __next__(self) -> str:
+        try:
+            line = next(self._lines)
+        except UnicodeError as error:  # of UTF-16 and its like, which have more to refuse than a byte
+            raise self._unread(f"after line {self.number}") from error
+        self.number += 1
+        if "\0" in line:
+            raise self._source.error(f"a file of text (line {self.number} holds a NUL byte; UTF-16 needs its encoding named)")
+        if not line.isascii() and _UNREAD.search(line):
+            raise self._unread(f"line {self.number}")
+        self.held.append(line)
+        return line
+
+    def close(self) -> None:
+        """Close the file."""
+        self._lines.close()
+
+    def _unread(self, place: str) -> UsageError:
+        return self._source.error(f"a file in {self._encoding}, or with its encoding named ({place} is not in it)")
+
+
+def _member(argument: str, path: Path) -> str:
+    """The name of the only file in a zip archive."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [entry.filename for entry in archive.infolist() if not entry.is_dir()]
+    except _FAULTS as error:
+        raise UsageError(argument, str(path), f"a zip archive that can be read ({error})") from error
+    if len(names) != 1:
+        raise UsageError(argument, str(path), f"a zip archive of one file (in this there are {len(names)})")
+    return names[0]

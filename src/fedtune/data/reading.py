@@ -1,0 +1,148 @@
+"""Columns of a CSV, JSON lines or Parquet file: every row or none, and where each row stands in the file."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+from fedtune.data.formats import Columns, Format, Table, check_columns
+from fedtune.data.opening import Lines, Source, opened
+from fedtune.data.rows import Rows, check_header, check_swallowed
+from fedtune.data.values import check_schema
+
+_NEEDED = ("text", "label", "second_text", "split")  # a row without an author or a document is possible
+
+
+@contextlib.contextmanager
+def _content(source: Source, how: Format) -> Iterator[Any]:
+    """The lines of a file, or its bytes where it has none."""
+    with opened(source) as file:
+        if source.kind == "parquet":
+            yield file
+        else:
+            with contextlib.closing(Lines(source, file, how.encoding)) as lines:
+                yield lines
+
+
+def peek(source: Source, wanted: Columns, how: Format) -> None:
+    """Check what costs nothing to check: the options, and whether the columns are there."""
+    how.check(source)
+    with _content(source, how) as file:
+        if source.kind == "csv":
+            Rows(source, file, how, wanted)
+        elif source.kind == "jsonl":
+            _, first = next(_objects(source, file), (0, {}))
+            if first:
+                check_columns(source.path, {role: name for role, name in wanted.items() if role in _NEEDED}, list(first))
+        else:
+            _parquet(source, file, wanted)
+
+
+def read(source: Source, wanted: Columns, how: Format) -> Table:
+    """The wanted columns of a file.
+
+    Raises:
+        UsageError: the file is damaged or not what it is said to be; a row that is not like the others, by its line.
+    """
+    reader = {"csv": _read_csv, "jsonl": _read_jsonl, "parquet": _read_parquet}[source.kind]
+    with _content(source, how) as file:
+        columns, lines = reader(source, file, wanted, how)
+    if not len(columns["text"]):
+        raise source.error("a file with at least one row of data (there is none)")
+
+    def place(row: int) -> str:
+        return f"row {row + 1} of {source.path}" + (f", line {lines[row]}," if lines is not None else "")
+
+    return Table(columns, wanted, place)
+
+
+def _read_csv(source: Source, file: Any, wanted: Columns, how: Format) -> tuple[dict[str, list[Any]], Sequence[int]]:
+    rows = Rows(source, file, how, wanted)
+    columns: dict[str, list[Any]] = {role: [] for role in wanted}
+    starts = array("q")
+    suspects: list[tuple[int, list[str]]] = []
+    takers = [(columns[role].append, place) for role, place in rows.places.items()]
+    for row in rows:
+        for take, place in takers:
+            take(row[place])
+        starts.append(rows.start)
+        would_be = rows.would_be_labels()
+        if would_be:
+            suspects.append((rows.start, would_be))
+    check_swallowed(source, suspects, set(columns["label"]))
+    if len(starts):
+        check_header(source, rows, columns, starts)
+    return columns, starts
+
+
+def _read_jsonl(source: Source, file: Any, wanted: Columns, how: Format) -> tuple[dict[str, list[Any]], Sequence[int]]:
+    columns: dict[str, list[Any]] = {role: [] for role in wanted}
+    numbers = array("q")
+    present: dict[str, None] = {}
+    for number, found in _objects(source, file):
+        present |= dict.fromkeys(found)
+        numbers.append(number)
+        for role, name in wanted.items():
+            columns[role].append(found.get(name))
+    if len(numbers):
+        check_columns(source.path, wanted, list(present))
+    return columns, numbers
+
+
+def _objects(source: Source, lines: Lines) -> Iterator[tuple[int, dict[Any, Any]]]:
+    """Objects of a JSON lines file and their lines."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) != len(pairs):
+            raise ValueError("a name is there twice")
+        return dict(pairs)
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is no value of JSON")
+
+    for line in lines:
+        lines.held.clear()
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line, object_pairs_hook=once, parse_constant=refuse)
+        except (ValueError, RecursionError) as error:
+            raise source.error(f"one JSON object in each line (line {lines.number}: {error})") from error
+        if not isinstance(found, dict):
+            raise source.error(f"one JSON object in each line (line {lines.number} is a {type(found).__name__})")
+        yield lines.number, found
+
+
+def _parquet(source: Source, file: Any, wanted: Columns) -> Any:
+    """The file, opened, its columns and their types checked."""
+    with _arrow(source) as parquet:
+        found = parquet.ParquetFile(file if source.path.suffix.lower() == ".parquet" else io.BytesIO(file.read()))
+        schema = found.schema_arrow
+    check_columns(source.path, wanted, schema.names)
+    check_schema(schema, wanted, str(source.path))
+    return found
+
+
+def _read_parquet(source: Source, file: Any, wanted: Columns, how: Format) -> tuple[dict[str, list[Any]], None]:
+    found = _parquet(source, file, wanted)
+    with _arrow(source):
+        table = found.read(columns=sorted({str(name) for name in wanted.values()}))
+        return {role: table.column(name).to_pylist() for role, name in wanted.items()}, None
+
+
+@contextlib.contextmanager
+def _arrow(source: Source) -> Iterator[Any]:
+    """The reader of Parquet files; what it says of a file, as one line."""
+    try:
+        import pyarrow  # type: ignore[import-untyped] # it has no types
+        from pyarrow import parquet
+    except ImportError as error:
+        raise source.error("after: pip install pyarrow (the package that reads Parquet is not installed)") from error
+    try:
+        yield parquet
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise source.error(f"a readable Parquet file ({' '.join(str(error).split())})") from error

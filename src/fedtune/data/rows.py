@@ -1,0 +1,144 @@
+"""Rows of a CSV file, strictly: a file of which a row would be lost or guessed at is refused, by the line."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from fedtune.data.formats import Columns, Format, check_columns, check_names
+from fedtune.data.opening import Lines, Source
+from fedtune.errors import UsageError
+
+
+class Rows:
+    """The rows of a CSV file as lists of fields, each of as many as the first has; blank lines are none."""
+
+    def __init__(self, source: Source, lines: Lines, how: Format, wanted: Columns) -> None:
+        csv.field_size_limit(10**9)  # a document is a field
+        self.source, self.lines = source, lines
+        quote = self._quote = how.quote
+        self.delimiter = how.delimiter or ("\t" if source.tabs else ",")
+        if quote == self.delimiter:
+            raise UsageError("quote", quote, f"another character than the delimiter {self.delimiter!r}")
+        self._reader = csv.reader(
+            self.lines,
+            delimiter=self.delimiter,
+            quotechar=quote,
+            quoting=csv.QUOTE_NONE if quote is None else csv.QUOTE_MINIMAL,
+            strict=True,
+        )
+        field = f"[^{re.escape(self.delimiter + (quote or ''))}\r\n]*+"
+        if quote is not None:
+            field = f"(?:{{0}}[^{{0}}]*+(?:{{0}}{{0}}[^{{0}}]*+)*+{{0}}|{field})".format(re.escape(quote))
+        self._strict = re.compile(f"{field}(?:{re.escape(self.delimiter)}{field})*+")
+        self.start = 1  # line where the last row begins
+        first = self._next()
+        if first is None:
+            raise source.error("a file that is not empty")
+        self.width = len(first)
+        if how.width not in (None, self.width):
+            raise source.error(f"a file of {how.width} columns (line {self.start} has {self.width})")
+        self.waiting = None if how.header else first
+        self.names = [name.strip() for name in first] if how.header else None
+        self.by_name = all(isinstance(wanted[role], str) for role in ("text", "label"))
+        self.places = {role: self._place(role, name) for role, name in wanted.items()}
+        check_names(self.places)
+
+    def __iter__(self) -> Iterator[list[str]]:
+        row = self.waiting if self.waiting is not None else self._next()
+        while row is not None:
+            if len(row) != self.width:
+                raise self.source.error(f"rows of {self.width} fields like the first (line {self.start} has {len(row)})")
+            yield row
+            row = self._next()
+
+    def would_be_labels(self) -> list[str]:
+        """What would be the labels if each line of the last row were a row; none where the lines have other numbers of fields.
+
+        The line that does have the row's label is left out: the last one where the label follows the field of several lines.
+        """
+        lines, place = self.lines.held, self.places["label"]
+        if len(lines) == 1:
+            return []
+        complete = next(csv.reader(lines[:1], delimiter=self.delimiter, quotechar=self._quote))
+        others = lines[:-1] if place > len(complete) - 1 else lines[1:]
+        would_be = [line.replace(self._quote or "", "").rstrip("\r\n").split(self.delimiter) for line in others]
+        return [row[place] for row in would_be] if {len(row) for row in would_be} == {self.width} else []
+
+    def _next(self) -> list[str] | None:
+        while True:
+            self.lines.held.clear()
+            self.start = self.lines.number + 1
+            try:
+                row = next(self._reader)
+            except StopIteration:
+                return None
+            except csv.Error as error:
+                at = f"the row that begins in line {self.start} breaks in line {self.lines.number}"
+                raise self.source.error(f"quotes that are closed, and doubled within a field ({at}: {error})") from error
+            if row:
+                self._check_quotes()
+                return row
+
+    def _check_quotes(self) -> None:
+        """Refuse a quote within a field that has none around it: its writer took quotes for letters, perhaps elsewhere, too."""
+        lines = self.lines.held
+        if self._quote is None or (len(lines) == 1 and self._quote not in lines[0]):
+            return
+        if not self._strict.fullmatch("".join(lines).rstrip("\r\n")):
+            allowed = f"quotes around whole fields, doubled within them (line {self.start} has another one)"
+            raise self.source.error(f"{allowed}; or quote: null, if quotes are letters here")
+
+    def _place(self, role: str, name: str | int) -> int:
+        if isinstance(name, int):
+            if not 0 <= name < self.width:
+                raise UsageError(role, name, f"a number of a column of {self.source.path}, 0 .. {self.width - 1}")
+            return name
+        if self.names is None:
+            allowed = f"the number of a column, 0 .. {self.width - 1}, as {self.source.path} is read without a header"
+            raise UsageError(role, name, allowed)
+        hint = " (only one column: is the delimiter right?)" if self.width == 1 else ""
+        check_columns(self.source.path, {role: name.strip()}, self.names, hint)
+        return self.names.index(name.strip())
+
+
+def check_header(source: Source, rows: Rows, columns: dict[str, list[Any]], starts: Sequence[int]) -> None:
+    """Raise `UsageError` where the first line is a header and was taken for data, or the other way round, or comes again.
+
+    A header that was taken for data is known by its label, a word that is in no other row, and by its text, one word.
+    """
+    labels, texts = columns["label"], columns["text"]
+    if rows.names is not None:
+        named = rows.names[rows.places["label"]]
+        again = next((row for row, label in enumerate(labels) if label.strip() == named), None)
+        if again is not None and texts[again].strip() == rows.names[rows.places["text"]]:
+            raise source.error(f"a file with one header (line {starts[again]} repeats it)")
+        if again is not None and named and not rows.by_name:
+            raise UsageError("header", True, f"false, as {source.path} has none (the first line has the label {named!r})")
+        return
+    word = len(texts[0].split()) == 1 and labels[0].strip() and not _is_number(labels[0])
+    if word and len(labels) > 2 and labels[0] not in labels[1:]:
+        raise UsageError("header", False, f"true, as {source.path} has one (its first line: {texts[0]!r}, {labels[0]!r})")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def check_swallowed(source: Source, suspects: list[tuple[int, list[str]]], labels: set[Any]) -> None:
+    """Raise `UsageError` where a quoted field of several lines has swallowed rows: each of its lines would be one.
+
+    Args:
+        suspects: for each row of several lines its first line's number, and what would be labels (`Rows.would_be_labels`).
+        labels: all labels of the file.
+    """
+    for start, would_be in suspects:
+        if labels.issuperset(would_be):
+            allowed = f"quotes that are closed in their row (a quote that opens in line {start} swallows {len(would_be)} "
+            raise source.error(f"{allowed}lines that are rows themselves, with the label {would_be[0]!r})")
