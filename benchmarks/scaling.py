@@ -40,17 +40,18 @@ def sentences() -> list[str]:
 
 
 def task_of(count: int) -> fedtune.TextTask:
-    """So many texts, 20 labels, 5,000 authors."""
+    """So many texts to train on and 64 for each other part, 20 labels, 5,000 authors."""
     texts = sentences()
     rng = np.random.default_rng(0)
-    parts = {"train": np.arange(count), "validation": np.arange(64), "test": np.arange(64)}
+    total = count + 128
+    parts = dict(zip(("train", "validation", "test"), np.split(np.arange(total), [count, count + 64]), strict=True))
     return fedtune.TextTask(
         "scaling",
-        [texts[i % len(texts)] for i in range(count)],
-        rng.integers(20, size=count),
+        [texts[i % len(texts)] for i in range(total)],
+        rng.integers(20, size=total),
         tuple(map(str, range(20))),
         parts,
-        authors=rng.integers(min(5_000, count), size=count),
+        authors=rng.integers(min(5_000, count), size=total),
         author_names=tuple(map(str, range(min(5_000, count)))),
     )
 

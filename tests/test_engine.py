@@ -114,8 +114,8 @@ def test_lengths_are_rounded_up_to_multiples_and_never_beyond_the_most(
     multiple: int | None, expected: set[int] | None, tiny_bert: str
 ) -> None:
     texts = [" ".join(["word1"] * count) for count in (2, 3, 9, 12, 17, 26, 40)]
-    parts = {part: torch.arange(len(texts)).numpy() for part in ("train", "validation", "test")}
-    task = fedtune.TextTask("lengths", texts, torch.tensor([0, 1] * 3 + [0]).numpy(), ("a", "b"), parts)
+    parts = {"train": range(len(texts)), "test": [len(texts)]}
+    task = fedtune.TextTask("lengths", [*texts, "word2"], [0, 1] * 4, ("a", "b"), parts)
     data = fedtune.FederatedDataModule(task, tiny_bert, num_clients=1, batch_size=1, max_length=30, pad_to_multiple_of=multiple)
     lengths = {batch["input_ids"].shape[1] for batch in data.train_dataloader()}
     assert lengths == (expected or {4, 5, 11, 14, 19, 28, 30})
