@@ -201,8 +201,8 @@ class FederatedLoop:
         if step_of(module, self.evaluate_on) is None:
             run.print(f"{type(module).__name__} has no validation_step: the rounds are not evaluated")
         module.on_fit_start()
-        first = ServerState(0, snapshot(travelling(module)))
-        directory.begin(first, bool(self.baselines), resting(module), getattr(module, "from_files", ()))
+        kept = resting(module), getattr(module, "from_files", ())
+        directory.begin(ServerState(0, snapshot(travelling(module))), bool(self.baselines), *kept)  # no name keeps the copy
         final = self._federated(Rounds(evaluator, progress, directory, self.check_val_every_n_rounds), run)
         test = evaluator.evaluate("test").metrics
         baselines = self._baselines(evaluator, progress, run)
