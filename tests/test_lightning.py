@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import json
 import math
@@ -984,3 +985,29 @@ def test_the_local_baseline_is_a_sample_evaluated_once(capsys: pytest.CaptureFix
     everyone = make_loop(max_rounds=1, baselines=["local"])
     everyone.fit(Stepped(), Three())
     assert [record["client"] for record in everyone.baseline_runs["local"]] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("agreement", "kept"), [(False, []), (True, [torch.int32])])
+def test_a_round_holds_the_servers_weights_and_the_sums_and_no_other_copy(agreement: bool, kept: list[torch.dtype]) -> None:
+    found: list[list[Any]] = []
+
+    class Wide(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(6, 331), nn.Linear(331, 2))
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            if self.trainer.global_step % 3 == 2:
+                gc.collect()
+                held = {
+                    one.data_ptr(): one for one in gc.get_objects() if issubclass(type(one), Tensor) and one.shape == (331, 6)
+                }
+                found.append(sorted((one.dtype for one in held.values()), key=str))
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    make_loop(max_rounds=2, agreement=agreement).fit(Wide(), Three())
+    first, *_, last = found
+    assert first == [torch.float32] * 2  # the module's and the server's
+    assert last == sorted([torch.float32] * 2 + [torch.int64] + kept, key=str)  # and the sums
