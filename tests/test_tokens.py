@@ -217,12 +217,12 @@ def test_pairs_must_be_complete(tiny_bert: str) -> None:
 
 def test_texts_are_handed_over_in_pieces_that_bound_memory(tiny_bert: str, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = ["word1 " * count for count in (1, 30, 2, 3, 500, 1)]
-    whole, sizes, encode = tokenise(texts, load_tokenizer(tiny_bert), 12), [], tokens._encode
+    whole, sizes, encode = tokenise(texts, load_tokenizer(tiny_bert), 30), [], tokens._encode
     monkeypatch.setattr(tokens, "_CHARACTERS", 200)
     monkeypatch.setattr(tokens, "_encode", lambda given, *rest: sizes.append(list(map(len, given))) or encode(given, *rest))
     monkeypatch.setenv("FEDTUNE_CACHE", "/dev/null/none")
     with pytest.warns(UserWarning, match="tokens were not cached"):
-        assert torch.equal(tokenise(texts, load_tokenizer(tiny_bert), 12).ids_T, whole.ids_T)
+        assert torch.equal(tokenise(texts, load_tokenizer(tiny_bert), 30).ids_T, whole.ids_T)
     assert sizes == [[6, 180, 12], [18], [3000], [6]]
 
 
@@ -296,3 +296,21 @@ def test_bucketed_padded_masked_batches_give_the_logits_of_one_text_at_a_time(
                 alone = module(batch["input_ids"][row][mask][None])
                 torch.testing.assert_close(together[row], alone[0], rtol=1e-5, atol=1e-6)
     assert len(store.lengths.unique()) > 5  # there was something to pad
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_of_a_long_text_only_what_its_tokens_are_made_of_is_tokenised(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, side: str
+) -> None:
+    monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path))
+    tokenizer, rng = load_tokenizer("minilm"), np.random.default_rng(0)
+    tokenizer.truncation_side = side
+    letters = np.array(list("abcdefghij klmnopqrs tuvwxyz ABC äöü .,-!\n 0123 東京 ́ "))
+    long = ["".join(letters[rng.integers(len(letters), size=20_000)]) for _ in range(5)]
+    long += ["x" * 20_000 + " end", "start " + "y" * 20_000, " " * 20_000 + "middle" + " " * 20_000, "東" * 20_000]
+    seen, encode = [], tokens._encode
+    monkeypatch.setattr(tokens, "_encode", lambda given, *rest: seen.append(sum(map(len, given))) or encode(given, *rest))
+    store = tokenise(long, tokenizer, 16)
+    expected = tokenizer(long, truncation=True, max_length=16)["input_ids"]
+    assert [part.tolist() for part in store.ids_T.split(store.lengths.tolist())] == expected
+    assert sum(seen) < 1.5 * sum(map(len, long[5:8]))  # of the ordinary ones next to nothing

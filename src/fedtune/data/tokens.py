@@ -24,7 +24,8 @@ from fedtune.tensors import Tensors
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TEXTS, _CHARACTERS = 10_000, 2**20  # handed to the tokenizer at once: it needs some 100 bytes a character while it works
+_TEXTS, _CHARACTERS = 10_000, 2**18  # handed to the tokenizer at once: it needs some 200 bytes a character while it works
+_AMPLE = 16  # characters that a token hardly ever has
 _UNKNOWN, _MANY = 0.8, 0.2  # shares of unknown tokens: at most, and from which on a warning says so
 
 
@@ -136,8 +137,8 @@ def _tokenise(
 ) -> Tensors:
     pieces: dict[str, list[NDArray[Any]]] = {"ids": [], "types": []}
     lengths: list[NDArray[np.int64]] = [np.zeros(1, np.int64)]
-    for start, stop in _pieces(texts, seconds):
-        ids, types = _encode(texts[start:stop], None if seconds is None else seconds[start:stop], tokenizer, most)
+    for piece, others in _pieces(texts, seconds, tokenizer, most):
+        ids, types = _encode(piece, others, tokenizer, most)
         lengths.append(np.fromiter(map(len, ids), np.int64, len(ids)))
         pieces["ids"].append(_flat(ids, np.int32))
         if types is not None:
@@ -149,16 +150,48 @@ def _tokenise(
     return found
 
 
-def _pieces(texts: Sequence[str], seconds: Sequence[str] | None) -> Iterator[tuple[int, int]]:
-    """Bounds of pieces of at most so many texts and characters, or of a single text."""
-    start = characters = 0
+def _pieces(
+    texts: Sequence[str], seconds: Sequence[str] | None, tokenizer: PreTrainedTokenizerBase, most: int
+) -> Iterator[tuple[list[str], list[str] | None]]:
+    """Texts, and their second texts, in pieces of at most so many texts and characters, or of a single text."""
+    piece: list[str] = []
+    others: list[str] | None = None if seconds is None else []
+    characters = 0
     for number, text in enumerate(texts):
-        size = len(text) + (0 if seconds is None else len(seconds[number]))
-        if number > start and (number - start == _TEXTS or characters + size > _CHARACTERS):
-            yield start, number
-            start, characters = number, 0
+        given = _enough(text, tokenizer, most) if seconds is None else text
+        size = len(given) + (0 if seconds is None else len(seconds[number]))
+        if piece and (len(piece) == _TEXTS or characters + size > _CHARACTERS):
+            yield piece, others
+            piece, others, characters = [], None if seconds is None else [], 0
+        piece.append(given)
+        if others is not None and seconds is not None:
+            others.append(seconds[number])
         characters += size
-    yield start, len(texts)
+    yield piece, others
+
+
+def _enough(text: str, tokenizer: PreTrainedTokenizerBase, most: int) -> str:
+    """As much of a long text as its tokens are made of: what is cut off anyhow need not be tokenised.
+
+    It is enough when half of it has the same tokens: then the place where it ends lies far behind the last one.
+    """
+    size, last = _AMPLE * most, tokenizer.truncation_side == "left"
+    while 8 * size < len(text):
+        half, whole = (_part(text, length, last) for length in (size, 2 * size))
+        (one, other), _ = _encode([half, whole], None, tokenizer, most)
+        if len(one) == most and one == other:
+            return whole
+        size *= 4
+    return text
+
+
+def _part(text: str, length: int, last: bool) -> str:
+    """The first (last) so many characters of a text, to a blank where there is one."""
+    if last:
+        blank = text.find(" ", len(text) - length)
+        return text[len(text) - length if blank < 0 else blank :]
+    blank = text.rfind(" ", 0, length)
+    return text[: length if blank < 0 else blank]
 
 
 def _flat(lists: Sequence[Sequence[int]], kind: type[np.integer[Any]]) -> NDArray[Any]:
