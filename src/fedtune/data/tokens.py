@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,6 +105,18 @@ def tokenise(
     if found is None:
         found = _tokenise(texts, second_texts, tokenizer, max_length, path)
     return TokenStore(found["ids"], found["offsets"], int(tokenizer.pad_token_id or 0), found.get("types"))
+
+
+def tokens_of(task: Callable[[], Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> TokenStore:
+    """The texts of a task, or its pairs of texts, as tokens; the task is read when the tokenizer is there.
+
+    Raises:
+        UsageError: the tokenizer knows next to nothing of them, and what the task refuses.
+    """
+    found = task()
+    store = tokenise(found.texts, tokenizer, max_length, getattr(found, "second_texts", None))
+    check_known(store, tokenizer)
+    return store
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
