@@ -32,6 +32,18 @@ def replaced(file: Path) -> Iterator[Path]:
     synchronise(file.parent)
 
 
+def settled(folder: Path) -> None:
+    """Give the files of a folder the permissions of new files, as `replaced`, and wait until all are on the disk."""
+    probe = folder / f".{os.getpid()}.tmp"
+    probe.touch(0o666)
+    permissions = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for file in folder.iterdir():
+        file.chmod(permissions)
+        synchronise(file)
+    synchronise(folder)
+
+
 def write_text(file: Path, text: str) -> None:
     """Replace a text file at once."""
     with replaced(file) as temporary:

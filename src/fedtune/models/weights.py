@@ -52,7 +52,7 @@ def read(
         weights = {key: tensor for key, tensor in weights.items() if not key.startswith(heads)}
     options = {"config": config, "attn_implementation": attention, "dtype": torch.float32, "trust_remote_code": False}
     try:
-        with _quiet():
+        with quiet():
             network, found = kind.from_pretrained(
                 None, state_dict=weights, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
@@ -170,7 +170,7 @@ def _check_fit(name: str, network: PreTrainedModel, found: dict[str, Any], heads
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No loading bar, no table of fresh parameters: that the head is fresh is what everyone here expects."""
     from transformers.utils import logging
 
