@@ -142,10 +142,12 @@ def test_the_target_must_be_empty_and_nothing_is_half_written(
     (taken / "mine.txt").write_text("mine")
     with pytest.raises(fedtune.UsageError, match="a directory that is empty, or not there yet"):
         fedtune.export(tmp_path / "run", taken)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("full")
+
     with monkeypatch.context() as patch:
-        patch.setattr(
-            transformers.PreTrainedTokenizerBase, "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError("full"))
-        )
+        patch.setattr(transformers.PreTrainedTokenizerBase, "save_pretrained", full)
         with pytest.raises(fedtune.UsageError, match=r"can be written \(full\)"):
             fedtune.export(tmp_path / "run", tmp_path / "deep" / "out")
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == []
