@@ -352,6 +352,10 @@ def spoilt(folder: Path, what: str) -> None:
         config.write_text("[]")
     elif what == "no configuration":
         config.unlink()
+    elif what == "whole numbers":
+        change_weights(folder, lambda w: w.update({"pooler.dense.weight": torch.ones(16, 16, dtype=torch.int8)}))
+    elif what == "heads that do not fit":
+        change(config, num_attention_heads=3)
     elif what == "a word for a number":
         change(config, hidden_size="wide")
 
@@ -369,6 +373,8 @@ FAULTS = {
     "no JSON": "config.json is not JSON",
     "a list": "has no model_type",
     "no configuration": "has no config.json",
+    "whole numbers": "pooler.dense.weight is torch.int8",
+    "heads that do not fit": "not a multiple of the number of attention",
     "a word for a number": "hidden_size",
 }
 

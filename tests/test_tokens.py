@@ -314,3 +314,19 @@ def test_of_a_long_text_only_what_its_tokens_are_made_of_is_tokenised(
     expected = tokenizer(long, truncation=True, max_length=16)["input_ids"]
     assert [part.tolist() for part in store.ids_T.split(store.lengths.tolist())] == expected
     assert sum(seen) < 1.5 * sum(map(len, long[5:8]))  # of the ordinary ones next to nothing
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_a_length_that_special_tokens_fill_is_refused(tiny_bert: str, pairs: bool) -> None:
+    tokenizer = load_tokenizer("minilm")
+    least = 5 if pairs else 3
+    others = ["it rains"] if pairs else None
+    assert len(set(tokenise(["the sun"], tokenizer, least, second_texts=others).ids_T.tolist())) == least - pairs
+    with pytest.raises(fedtune.UsageError, match=f"max_length: got {least - 1}; allowed: at least {least}"):
+        tokenise(["the sun"], tokenizer, least - 1, second_texts=others)
+
+
+def test_texts_without_a_token_are_counted_in_a_warning() -> None:
+    tokenizer = load_tokenizer("minilm")
+    with pytest.warns(UserWarning, match="2 texts have no tokens"):
+        tokens.check_known(tokenise(["the sun", "\u200b", "\u0007"], tokenizer, 12), tokenizer)

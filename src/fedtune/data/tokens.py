@@ -5,6 +5,7 @@ Legend: N texts, T tokens in all, B texts of a batch, L its padded length.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -95,10 +96,13 @@ def tokenise(
         second_texts: the second text of each pair, where texts come in pairs.
 
     Raises:
-        UsageError: texts and second texts differ in number.
+        UsageError: texts and second texts differ in number, or special tokens alone fill `max_length`.
     """
     if second_texts is not None and len(second_texts) != len(texts):
         raise UsageError("second_texts", len(second_texts), f"as many as there are texts, {len(texts)}")
+    least = tokenizer.num_special_tokens_to_add(pair=second_texts is not None) + (1 if second_texts is None else 2)
+    if max_length < least:
+        raise UsageError("max_length", max_length, f"at least {least}, a token of each text and the special ones")
     types = second_texts is not None and "token_type_ids" in tokenizer.model_input_names
     path = token_cache.entry_of(texts, second_texts, tokenizer, max_length)
     found = None if path is None else token_cache.read(path, len(texts), types, vocabulary_size(tokenizer))
@@ -130,11 +134,15 @@ def check_known(store: TokenStore, tokenizer: PreTrainedTokenizerBase) -> None:
     Raises:
         UsageError: nearly all tokens are the one for what is unknown.
     """
+    special = set(tokenizer.all_special_ids)
+    empty = int((store.lengths <= tokenizer.num_special_tokens_to_add(pair=False)).sum())
+    if empty:
+        warnings.warn(f"{empty} texts have no tokens for {tokenizer.name_or_path} but special ones", stacklevel=2)
     unknown = tokenizer.unk_token_id
     if unknown is None:
         return
-    special = sum(int((store.ids_T == number).sum()) for number in set(tokenizer.all_special_ids) - {unknown})
-    share = int((store.ids_T == unknown).sum()) / max(1, len(store.ids_T) - special)
+    others = sum(int((store.ids_T == number).sum()) for number in special - {unknown})
+    share = int((store.ids_T == unknown).sum()) / max(1, len(store.ids_T) - others)
     if share > _UNKNOWN:
         allowed = f"a tokenizer that knows the texts ({share:.0%} of their tokens are {tokenizer.unk_token})"
         raise UsageError("tokenizer", tokenizer.name_or_path, allowed)
@@ -218,7 +226,8 @@ def _encode(
     pairs = None if seconds is None else list(seconds)
     backend = _backend(tokenizer)
     if backend is None:
-        found = tokenizer(list(texts), pairs, truncation="longest_first", max_length=most, return_token_type_ids=types)
+        with _silent():  # a line for each pair that is cut
+            found = tokenizer(list(texts), pairs, truncation="longest_first", max_length=most, return_token_type_ids=types)
         return found["input_ids"], found["token_type_ids"] if types else None
     backend.no_padding()
     backend.enable_truncation(most, strategy="longest_first", direction=tokenizer.truncation_side)
@@ -226,6 +235,18 @@ def _encode(
     given = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
     encoded = backend.encode_batch_fast(given)
     return [one.ids for one in encoded], [one.type_ids for one in encoded] if types else None
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> Any:

@@ -23,7 +23,7 @@ from fedtune.models.agreement import check_data
 from fedtune.models.options import check_options, set_labels
 from fedtune.models.packed import PackedBatch
 from fedtune.models.padding_free import FORWARD
-from fedtune.models.pretrained import content_of, load_config, max_tokens
+from fedtune.models.pretrained import cause, content_of, load_config, max_tokens
 from fedtune.randomness import seeded
 
 
@@ -108,7 +108,8 @@ class TextClassifier(pl.LightningModule, abc.ABC):
     @property
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, as the command line takes them (number and names of labels follow from the task)."""
-        return {name: value for name, value in self.hparams.items() if name not in ("num_labels", "label_names")}
+        asked = {name: value for name, value in self.hparams.items() if name not in ("num_labels", "label_names")}
+        return asked if asked["keep_head"] else {name: value for name, value in asked.items() if name != "keep_head"}
 
     @functools.cached_property
     def content(self) -> dict[str, str]:
@@ -216,7 +217,10 @@ class TextClassifier(pl.LightningModule, abc.ABC):
         attention = "sdpa" if torch.cuda.is_available() else "eager"  # 12 % faster in bf16 on a CPU: docs/performance.md
         if options["init"] == "random":
             config.vocab_size = options["vocab_size"] or config.vocab_size
-            network = self.model_class._from_config(config, attn_implementation=attention)
+            try:
+                network = self.model_class._from_config(config, attn_implementation=attention)
+            except Exception as error:  # what Transformers raises for a configuration that does not work is of any type
+                raise UsageError("name", options["name"], f"a configuration that works ({cause(error)})") from error
             self._fresh = set(network.state_dict())
             return network.train()
         network, self._fresh = weights.read(

@@ -56,7 +56,7 @@ def read(
             network, found = kind.from_pretrained(
                 None, state_dict=weights, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except Exception as error:  # what Transformers raises for a configuration that does not work is of any type
         raise UsageError("name", name, f"weights that fit the configuration ({cause(error)})") from error
     return network, _check_fit(name, network, found, heads, keep_head)
 
@@ -144,7 +144,10 @@ def _parts(index: Path) -> list[str]:
 
 def _check_finite(name: str, weights: Tensors) -> None:
     for key, tensor in weights.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if not tensor.is_floating_point():
+            if not key.endswith(_COUNTED):
+                raise UsageError("name", name, f"a model whose weights are plain numbers ({key} is {tensor.dtype})")
+        elif not bool((tensor if tensor.element_size() > 1 else tensor.float()).isfinite().all()):
             raise UsageError("name", name, f"a model whose weights are finite numbers ({key} has NaN or infinite ones)")
 
 

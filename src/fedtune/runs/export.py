@@ -150,8 +150,10 @@ def _module_of(run: Path, config: Mapping[str, Any], names: Sequence[str], weigh
     options = dict(config["model"])
     name = options.pop("name")
     before = (config.get("content") or {}).get("model") or {}
-    if options.get("init") == "pretrained" and before.get("config.json") != content_of(name).get("config.json"):
-        raise UsageError("run", str(run), f"a run whose model, {name}, has the config.json that it had then")
+    now = content_of(name) if before else {}
+    for file in ("config.json", "tokenizer_config.json"):
+        if before.get(file) != now.get(file):
+            raise UsageError("run", str(run), f"a run whose model, {name}, has the {file} that it had then")
     digests, kept = start.read(run / "start")
     if digests.keys() <= kept.keys():  # nothing is needed of the weights in the model's files
         options |= {"init": "random", "keep_head": False}
