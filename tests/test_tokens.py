@@ -158,6 +158,25 @@ def test_every_setting_of_a_tokenizer_in_python_is_in_the_key(tmp_path: Path) ->
     assert named(slow(one)) == named(made[0])
 
 
+class Pieces:
+    """What a processor of SentencePiece has to say of itself."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+
+    def serialized_model_proto(self) -> bytes:
+        return self._content
+
+
+def test_pieces_and_options_of_sentencepiece_are_in_the_key(tmp_path: Path) -> None:
+    (tmp_path / "vocabulary.txt").write_text("\n".join([*SPECIAL, "word1"]))
+    made = [slow(tmp_path / "vocabulary.txt") for _ in range(4)]
+    for tokenizer, content, options in zip(made, (b"one", b"other", b"one", b"one"), ({}, {}, {"alpha": 0.1}, {}), strict=True):
+        tokenizer.sp_model, tokenizer.sp_model_kwargs = Pieces(content), options
+    assert len({named(tokenizer) for tokenizer in made}) == 3
+    assert named(made[0]) == named(made[3])
+
+
 def test_every_setting_of_a_tokenizer_with_a_backend_is_in_the_key(tiny_bert: str) -> None:
     made = [load_tokenizer(tiny_bert) for _ in range(7)]
     made[1].truncation_side = "left"

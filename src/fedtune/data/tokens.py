@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _TEXTS, _CHARACTERS = 10_000, 2**18  # handed to the tokenizer at once: it needs some 200 bytes a character while it works
-_AMPLE = 16  # characters that a token hardly ever has
+_AMPLE = 8  # characters that a token hardly ever has
 _UNKNOWN, _MANY = 0.8, 0.2  # shares of unknown tokens: at most, and from which on a warning says so
 
 

@@ -69,9 +69,10 @@ def check_data(module: Any, data: Any) -> None:
             pretrained weights; longer sequences than it has positions.
     """
     options = dict(getattr(data, "hparams", {}))
-    if not {"model", "tokenizer", "max_length"} <= options.keys() or not hasattr(data, "tokens"):
+    if not {"model", "tokenizer", "max_length"} <= options.keys() or not hasattr(type(data), "tokens"):
         return
-    _check_classes(module, data)
+    if hasattr(type(data), "label_names"):
+        _check_classes(module, data)
     longest = max_tokens(module.network.config)
     if longest is not None and options["max_length"] > longest:
         raise UsageError("max_length", options["max_length"], f"at most {longest}, the maximum of {module.hparams['name']}")

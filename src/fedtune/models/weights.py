@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fedtune.errors import RunError, UsageError, shown
@@ -106,14 +107,16 @@ def _files_of(name: str) -> list[Path]:
         return [Path(place) / part for part in _parts(index)]
     from transformers.utils import cached_file
 
-    try:
-        return [Path(str(cached_file(place, _WHOLE)))]
-    except OSError as error:
-        try:
-            index = Path(str(cached_file(place, _INDEX)))
-        except OSError:
-            raise error from None
-        return [Path(str(cached_file(place, part))) for part in _parts(index)]
+    for here in (True, False):  # first what is on this machine: without a network each question takes long
+        for file in (_WHOLE, _INDEX):
+            try:
+                found = Path(str(cached_file(place, file, local_files_only=here)))
+            except OSError as error:
+                if not here and (file == _INDEX or isinstance(error.__cause__, LocalEntryNotFoundError)):
+                    raise
+                continue
+            return [found] if file == _WHOLE else [Path(str(cached_file(place, part))) for part in _parts(found)]
+    raise FileNotFoundError(f"there is no {_WHOLE} in {place}")
 
 
 def check_files(name: str) -> None:
@@ -147,7 +150,9 @@ def _check_finite(name: str, weights: Tensors) -> None:
         if not tensor.is_floating_point():
             if not key.endswith(_COUNTED):
                 raise UsageError("name", name, f"a model whose weights are plain numbers ({key} is {tensor.dtype})")
-        elif not bool((tensor if tensor.element_size() > 1 else tensor.float()).isfinite().all()):
+        elif tensor.numel() and not all(
+            bool(end.isfinite()) for end in torch.aminmax(tensor.float())
+        ):  # isfinite takes 30 times as long
             raise UsageError("name", name, f"a model whose weights are finite numbers ({key} has NaN or infinite ones)")
 
 

@@ -57,7 +57,8 @@ def export(run: str | Path, folder: str | Path, which: str = "last", label_names
     number, weights = _weights_of(run, config, which)
     network = _module_of(run, config, names, weights).network
     tokenizer = _tokenizer_of(config, network)
-    temporary = folder.absolute().with_name(f".{folder.absolute().name}.{os.getpid()}.tmp")
+    target = folder.resolve()
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
         with quiet():
@@ -66,7 +67,7 @@ def export(run: str | Path, folder: str | Path, which: str = "last", label_names
         _complete_config(temporary / "config.json")
         write_text(temporary / "README.md", _card(run, config, names, number, which))
         settled(temporary)
-        os.replace(temporary, folder)
+        os.replace(temporary, target)
     except (OSError, SafetensorError) as error:
         raise UsageError("folder", str(folder), f"a directory that can be written ({error})") from error
     finally:
