@@ -236,12 +236,12 @@ def test_pairs_must_be_complete(tiny_bert: str) -> None:
 
 def test_texts_are_handed_over_in_pieces_that_bound_memory(tiny_bert: str, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = ["word1 " * count for count in (1, 30, 2, 3, 500, 1)]
-    whole, sizes, encode = tokenise(texts, load_tokenizer(tiny_bert), 30), [], tokens._encode
+    whole, sizes, encode = tokenise(texts, load_tokenizer(tiny_bert), 60), [], tokens._encode
     monkeypatch.setattr(tokens, "_CHARACTERS", 200)
     monkeypatch.setattr(tokens, "_encode", lambda given, *rest: sizes.append(list(map(len, given))) or encode(given, *rest))
     monkeypatch.setenv("FEDTUNE_CACHE", "/dev/null/none")
     with pytest.warns(UserWarning, match="tokens were not cached"):
-        assert torch.equal(tokenise(texts, load_tokenizer(tiny_bert), 30).ids_T, whole.ids_T)
+        assert torch.equal(tokenise(texts, load_tokenizer(tiny_bert), 60).ids_T, whole.ids_T)
     assert sizes == [[6, 180, 12], [18], [3000], [6]]
 
 
