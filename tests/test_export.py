@@ -77,7 +77,9 @@ def test_a_pipeline_answers_with_the_names_of_the_tasks_classes(tiny_bert: str, 
     assert config["id2label"] == {"0": "label 0", "1": "label 1", "2": "label 2"}
     assert config["label2id"] == {"label 0": 0, "label 1": 1, "label 2": 2}
     assert config["problem_type"] == "single_label_classification"
-    assert "round 2" in (tmp_path / "out" / "README.md").read_text()
+    summary, card = json.loads((tmp_path / "run" / "summary.json").read_text()), (tmp_path / "out" / "README.md").read_text()
+    assert "after round 2, the last one" in card
+    assert f"| {summary['accuracy']:.4f} |" in card
 
 
 def test_minilm_in_the_architecture_of_distilbert_answers_in_a_pipeline(tmp_path: Path) -> None:

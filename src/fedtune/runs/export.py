@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedtune.errors import RunError, UsageError, one_of, shown
-from fedtune.files import settled, write_text
+from fedtune.files import settled, synchronise, write_text
 from fedtune.models import build_classifier
 from fedtune.models.pretrained import content_of, load_tokenizer
 from fedtune.models.weights import quiet
@@ -57,22 +57,29 @@ def export(run: str | Path, folder: str | Path, which: str = "last", label_names
     number, weights = _weights_of(run, config, which)
     network = _module_of(run, config, names, weights).network
     tokenizer = _tokenizer_of(config, network)
-    target = folder.resolve()
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    card = _card(run, config, names, number, which)
+    try:
+        _write(folder.resolve(), network, tokenizer, card)
+    except (OSError, SafetensorError) as error:
+        raise UsageError("folder", str(folder), f"a directory that can be written ({error})") from error
+    return folder
+
+
+def _write(folder: Path, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
+    """Write the files under another name, and rename the whole."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
         with quiet():
             network.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         _complete_config(temporary / "config.json")
-        write_text(temporary / "README.md", _card(run, config, names, number, which))
+        write_text(temporary / "README.md", card)
         settled(temporary)
-        os.replace(temporary, target)
-    except (OSError, SafetensorError) as error:
-        raise UsageError("folder", str(folder), f"a directory that can be written ({error})") from error
+        os.replace(temporary, folder)
+        synchronise(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return folder
 
 
 def _check_target(folder: Path) -> None:
@@ -196,17 +203,30 @@ def _complete_config(file: Path) -> None:
 def _card(run: Path, config: Mapping[str, Any], names: Sequence[str], number: int, which: str) -> str:
     """What the model is, and the run's numbers."""
     data, loop, versions = (config.get(part) or {} for part in ("data", "loop", "versions"))
-    record = read_rounds(run / "rounds.jsonl", number)[-1]
     lines = [
-        f"Trained by fedtune {versions.get('fedtune')} from `{config['model']['name']}`, by federated averaging or a relative "
-        f"of it (`{json.dumps(loop.get('algorithm'))}`), on the task `{data.get('task')}`.",
-        f"Classes: {', '.join(names)}. Texts are cut at {data.get('max_length')} tokens. "
-        f"Weights: after round {number}, the {which} one.",
+        f"Trained by fedtune {versions.get('fedtune')} from `{config['model']['name']}` on the task `{data.get('task')}`, "
+        f"divided among {data.get('num_clients')} clients (split `{data.get('split')}`). "
+        f"The weights are those after round {number}, the {which} one.",
+        f"Classes: {', '.join(names)}. Texts were cut at {data.get('max_length')} tokens.",
     ]
     if data.get("mask") is False:
         lines.append("It was trained without an attention mask: in the run's own evaluation padding was attended to.")
-    values = [("metric", f"round {number}, on the {loop.get('evaluate_on')} part"), ("---", "---")]
-    values += [(name, f"{value:.4f}") for name, value in record.metrics.items() if isinstance(value, (int, float))]
-    lines.append("\n".join(f"| {name} | {value} |" for name, value in values))
+    record, summary = read_rounds(run / "rounds.jsonl", number)[-1], _summary_of(run)
+    final = summary if summary.get("rounds") == number else {}  # its test metrics are of the last round
+    rows = [("metric", f"{loop.get('evaluate_on')} part", "test part"), ("---", "---", "---")]
+    rows += [(name, _shown(value), _shown(final.get(name))) for name, value in record.metrics.items()]
+    lines.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
     head = "---\nlibrary_name: transformers\npipeline_tag: text-classification\n---\n"
     return head + f"\n# {data.get('task')}: a run of fedtune\n\n" + "\n\n".join(lines) + "\n"
+
+
+def _summary_of(run: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # a run that goes on
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, (int, float)) else ""
