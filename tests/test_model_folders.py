@@ -309,6 +309,17 @@ def test_a_head_is_kept_when_asked_for(folder: Path, tmp_path: Path) -> None:
     refused(lambda: fedtune.build_classifier("minilm-distilbert", 2, keep_head=True), "keep_head")
 
 
+def test_a_kept_head_is_for_the_classes_of_the_data(folder: Path, tmp_path: Path, make_data: Make) -> None:
+    for names in (["label 0", "label 1", "label 2"], ["label 1", "label 0", "label 2"], None):
+        fedtune.BertClassifier(str(folder), 3, label_names=names).network.save_pretrained(tmp_path / "with")
+        save_tokenizer(tmp_path / "with")
+        module = fedtune.BertClassifier(str(tmp_path / "with"), 3, keep_head=True)
+        if names is not None and names[0] == "label 1":
+            refused(lambda: module.check_data(make_data()), "keep_head", "those of the task ['label 0', 'label 1', 'label 2']")  # noqa: B023
+        else:
+            module.check_data(make_data())
+
+
 def test_problem_type_and_names_come_from_the_task_not_from_the_folder(folder: Path, make_data: Make) -> None:
     names = {"0": "negative", "1": "neutral", "2": "positive"}
     change(

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from fedtune.errors import UsageError, shown
 from fedtune.models.pretrained import load_config, load_tokenizer, max_tokens
+from fedtune.models.weights import check_kept_head
 
 _UNUSED = re.compile(r"[\[<]?(unused|extra_id_|madeupword|reserved|special_token)", re.IGNORECASE)  # may be given a meaning
 
@@ -83,6 +84,8 @@ def _check_classes(module: Any, data: Any) -> None:
     classes, names = module.hparams["num_labels"], list(data.label_names)
     if len(names) > classes:
         raise UsageError("num_labels", classes, f"{len(names)}, the classes of the data")
+    if module.hparams["keep_head"]:
+        check_kept_head(module.hparams["name"], len(names), names)
     known = module.hparams["label_names"]
     if known is not None and list(known) != names:
         raise UsageError("label_names", list(known), f"the names of the classes of the data in their order, {shown(names)}")
