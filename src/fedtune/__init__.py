@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fedtune.reports.curves import plot_grid
     from fedtune.reports.results import compare, read_runs
     from fedtune.runs.callbacks import FederatedCallback
+    from fedtune.runs.export import export
     from fedtune.runs.figures import plot_curves, plot_split
     from fedtune.runs.loop import FederatedLoop
     from fedtune.runs.monitors import BestWeights, EarlyStopping, LearningRateMonitor
@@ -61,6 +62,7 @@ _HOME = {
     "UsageError": "errors",
     "build_classifier": "models",
     "compare": "reports.results",
+    "export": "runs.export",
     "plot_curves": "runs.figures",
     "plot_grid": "reports.curves",
     "plot_split": "runs.figures",
@@ -92,6 +94,7 @@ __all__ = [
     "UsageError",
     "build_classifier",
     "compare",
+    "export",
     "plot_curves",
     "plot_grid",
     "plot_split",

@@ -1,4 +1,4 @@
-"""The command line: `fedtune run`, `sweep`, `report` and `describe`."""
+"""The command line: `fedtune run`, `sweep`, `report`, `describe` and `export`."""
 
 from __future__ import annotations
 
@@ -109,6 +109,17 @@ def _fill_describe(found: Parser) -> None:
     found.add_argument("--picture", type=str, default="split.png", help="where the picture goes")
 
 
+def _fill_export(found: Parser) -> None:
+    found.add_argument("run", type=str, help="directory of a run, with config.yaml and checkpoints")
+    found.add_argument("folder", type=str, help="where the model goes: a directory that is empty, or not there yet")
+    found.add_argument(
+        "--which", type=str, default="last", help="last, or best: the round by the run's monitor, where its weights are kept"
+    )
+    found.add_argument(
+        "--label_names", type=list[str] | None, default=None, help="names of the classes, where the run does not know them"
+    )
+
+
 def _run(options: Namespace) -> None:
     from fedtune.runs.flags import fit, name_of, resolved
     from fedtune.sweeps.worker import recorded
@@ -181,6 +192,17 @@ def _describe(options: Namespace) -> None:
     print(f"picture: {Path(options.picture).resolve()}")
 
 
+def _export(options: Namespace) -> None:
+    from fedtune.runs.export import export
+
+    try:
+        folder = export(options.run, options.folder, options.which, options.label_names)
+    except UsageError as error:
+        flag = error.argument if error.argument in ("run", "folder") else f"--{error.argument}"
+        raise UsageError(flag, error.came, error.allowed) from error
+    print(f"model: {folder.resolve()}; transformers.pipeline('text-classification', model=...) opens it")
+
+
 def _most_frequent(counts: dict[str, int]) -> str:
     ranked = sorted(counts, key=lambda name: -counts[name])
     return f"{len(counts)}: " + ", ".join(f"{name} {counts[name]}" for name in ranked[:2])
@@ -211,6 +233,12 @@ _COMMANDS = {
     ),
     "describe": _Command(
         "the client split as a table and a picture", "The client split, as a table and a picture.", _fill_describe, _describe
+    ),
+    "export": _Command(
+        "a run's model for Transformers",
+        "The model of a run as a folder that Transformers opens: weights, tokenizer, names of the classes.",
+        _fill_export,
+        _export,
     ),
 }
 

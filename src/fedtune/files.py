@@ -15,17 +15,34 @@ from typing import Any
 def replaced(file: Path) -> Iterator[Path]:
     """Inside the block a path to write to; at its end what was written is on the disk and takes the place of `file`.
 
-    An error leaves `file` as it was, and nothing beside it.
+    An error leaves `file` as it was, and nothing beside it. Whatever writes it (safetensors makes files for their owner alone),
+    its permissions are those of any new file: what the umask leaves.
     """
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
+        temporary.unlink(missing_ok=True)  # of a process that was killed while writing
+        temporary.touch(0o666)
+        permissions = temporary.stat().st_mode & 0o777
         yield temporary
+        temporary.chmod(permissions)
         synchronise(temporary)
         os.replace(temporary, file)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     synchronise(file.parent)
+
+
+def settled(folder: Path) -> None:
+    """Give the files of a folder the permissions of new files, as `replaced`, and wait until all are on the disk."""
+    probe = folder / f".{os.getpid()}.tmp"
+    probe.touch(0o666)
+    permissions = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for file in folder.iterdir():
+        file.chmod(permissions)
+        synchronise(file)
+    synchronise(folder)
 
 
 def write_text(file: Path, text: str) -> None:

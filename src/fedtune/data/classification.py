@@ -19,9 +19,9 @@ from fedtune.data.contract import whole_at_least
 from fedtune.data.registry import load_task
 from fedtune.data.splits import Columns, Split, divide, entropy_bits
 from fedtune.data.task import TASK_PARTS, IntArray, TextTask
-from fedtune.data.tokens import TokenStore, tokenise
+from fedtune.data.tokens import TokenStore, tokens_of
 from fedtune.errors import UsageError, one_of
-from fedtune.models.pretrained import load_config, load_tokenizer
+from fedtune.models.agreement import tokenizer_for
 from fedtune.randomness import stream
 
 if TYPE_CHECKING:
@@ -115,21 +115,12 @@ class FederatedDataModule(pl.LightningDataModule):
     @functools.cached_property
     def tokens(self) -> TokenStore:
         """All texts of the task as tokens; rows as in the task."""
-        options = self.hparams
-        longest = getattr(load_config(options["model"]), "max_position_embeddings", options["max_length"])
-        if options["max_length"] > longest:
-            raise UsageError("max_length", options["max_length"], f"at most {longest}, the maximum of {options['model']}")
-        return tokenise(self.task.texts, self.tokenizer, options["max_length"])
+        return tokens_of(lambda: self.task, self.tokenizer, self.hparams["max_length"])
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, of the model or the other one that was asked for."""
-        if self.hparams["tokenizer"] is None:
-            return load_tokenizer(self.hparams["model"])
-        try:
-            return load_tokenizer(self.hparams["tokenizer"])
-        except UsageError as error:
-            raise UsageError("tokenizer", error.came, error.allowed) from error
+        """The tokenizer, of the model or the other one that was asked for; it fits the model."""
+        return tokenizer_for(self.hparams["model"], self.hparams["tokenizer"], self.hparams["max_length"])
 
     @functools.cached_property
     def client_indices(self) -> list[IntArray]:
@@ -158,6 +149,8 @@ class FederatedDataModule(pl.LightningDataModule):
         """Sixteen hexadecimal digits that name the content of the task: tokens, labels, authors, parts, second texts if any."""
         found = hashlib.sha256()
         arrays = [self.tokens.ids_T.numpy(), self.tokens.offsets.numpy(), self.task.labels, self.task.authors]
+        if self.tokens.types_T is not None:
+            arrays.append(self.tokens.types_T.numpy())
         for array in [*arrays, *(self.task.parts[part] for part in TASK_PARTS)]:
             found.update(b"|" if array is None else np.ascontiguousarray(array).tobytes())
         for text in self.task.second_texts or ():
@@ -173,6 +166,11 @@ class FederatedDataModule(pl.LightningDataModule):
     def num_labels(self) -> int:
         """Number of classes."""
         return len(self.task.label_names)
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        return self.task.label_names
 
     def majority_accuracy(self, part: str = "test") -> float:
         """Accuracy on a part of always answering the most frequent training label."""

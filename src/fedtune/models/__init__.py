@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fedtune.errors import UsageError
@@ -9,7 +10,9 @@ from fedtune.models.albert import AlbertClassifier
 from fedtune.models.bert import BertClassifier
 from fedtune.models.classifier import TextClassifier
 from fedtune.models.distilbert import DistilBertClassifier
+from fedtune.models.options import check_options
 from fedtune.models.pretrained import load_config
+from fedtune.models.weights import check_files
 
 FAMILIES: dict[str, type[TextClassifier]] = {
     "bert": BertClassifier,
@@ -24,7 +27,27 @@ def build_classifier(name: str, num_labels: int, **options: Any) -> TextClassifi
     Raises:
         UsageError: the model cannot be found, or its family is not in `FAMILIES`.
     """
+    return family_of(name)(name, num_labels, **options)
+
+
+def family_of(name: str) -> type[TextClassifier]:
+    """The class of the family that the model's configuration names. Raises `UsageError` as `build_classifier`."""
     family = load_config(name).model_type
     if family not in FAMILIES:
         raise UsageError("name", name, f"a model of one of the families {', '.join(FAMILIES)} (this is {family!r})")
-    return FAMILIES[family](name, num_labels, **options)
+    return FAMILIES[family]
+
+
+def check_classifier(name: str, options: Mapping[str, Any]) -> None:
+    """Check all that can be checked before texts are read: the family, the files of the weights, the options.
+
+    Args:
+        options: of `TextClassifier`, without the name and what follows from the task.
+
+    Raises:
+        UsageError: as `build_classifier`.
+    """
+    family_of(name)
+    check_options({"num_labels": 2, **options})
+    if options["init"] == "pretrained":
+        check_files(name)

@@ -6,9 +6,8 @@ Legend: B texts of a batch, L their padded length in tokens, C classes.
 from __future__ import annotations
 
 import abc
-import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import pytorch_lightning as pl
@@ -18,14 +17,14 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from transformers import PretrainedConfig, PreTrainedModel
 
-from fedtune.errors import RunError, UsageError, at_least, one_of
+from fedtune.errors import UsageError
+from fedtune.models import weights
+from fedtune.models.agreement import check_data
+from fedtune.models.options import check_options, set_labels
 from fedtune.models.packed import PackedBatch
 from fedtune.models.padding_free import FORWARD
-from fedtune.models.pretrained import content_of, converted_weights, load_config, locate
+from fedtune.models.pretrained import cause, content_of, load_config, max_tokens
 from fedtune.randomness import seeded
-
-OPTIMIZERS = ("adamw", "sgd")
-INITS = ("pretrained", "random")
 
 
 class TextClassifier(pl.LightningModule, abc.ABC):
@@ -50,16 +49,21 @@ class TextClassifier(pl.LightningModule, abc.ABC):
             (`fedtune.models.padding_free`): the same logits, to rounding. False calls the network as it is, for hooks that want
             a padded batch, second derivatives and `torch.func`. So it is called without a mask, compiled, and with
             gradient checkpointing.
+        keep_head: take the head from the model's files, too, where it is for the same classes. It is fresh otherwise, also
+            where the files have one.
+        label_names: names of the C classes in their order, for the configuration of the network; the data tell them in `fit`.
 
     Raises:
         UsageError: a value outside of what is allowed, a model that cannot be read or is of another family.
 
-    Batches are dicts with "input_ids" and "labels", and "attention_mask" where there is padding to ignore.
+    Batches are dicts with "input_ids" and "labels", "attention_mask" where there is padding to ignore, and for pairs of texts
+    "token_type_ids", which a family without token types leaves out.
     Logged in validation and test: `loss_nats` (mean cross-entropy, a uniform guess has ln C), `accuracy`, `macro_f1`.
     """
 
     model_type: ClassVar[str]
     model_class: ClassVar[type[PreTrainedModel]]
+    head: ClassVar[tuple[str, ...]] = ("classifier",)  # the parts of the network that make up its head
 
     def __init__(
         self,
@@ -77,10 +81,12 @@ class TextClassifier(pl.LightningModule, abc.ABC):
         seed: int = 0,
         vocab_size: int | None = None,
         padding_free: bool = True,
+        keep_head: bool = False,
+        label_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self._check()
+        check_options(self.hparams)
         with seeded(seed, "model"):
             self.network = self._build()
         self._freeze()
@@ -101,8 +107,9 @@ class TextClassifier(pl.LightningModule, abc.ABC):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments, as the command line takes them (the number of labels follows from the task)."""
-        return {name: value for name, value in self.hparams.items() if name != "num_labels"}
+        """The constructor's arguments, as the command line takes them (number and names of labels follow from the task)."""
+        asked = {name: value for name, value in self.hparams.items() if name not in ("num_labels", "label_names")}
+        return asked if asked["keep_head"] else {name: value for name, value in asked.items() if name != "keep_head"}
 
     @functools.cached_property
     def content(self) -> dict[str, str]:
@@ -114,14 +121,29 @@ class TextClassifier(pl.LightningModule, abc.ABC):
         """The tensors of the state that are as those files have them, as long as they are frozen."""
         return frozenset(f"network.{name}" for name in self.network.state_dict() if name not in self._fresh)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits (B, C) of token ids (B, L) with their mask (B, L), 1 where there is text."""
-        longest = getattr(self.network.config, "max_position_embeddings", input_ids.shape[1])
-        if input_ids.shape[1] > longest:
+    def setup(self, stage: str) -> None:
+        """In a `Trainer`, check that its data module is for this module."""
+        trainer = getattr(self, "_trainer", None)
+        if trainer is not None and getattr(trainer, "datamodule", None) is not None:
+            self.check_data(trainer.datamodule)
+
+    def check_data(self, data: Any) -> None:
+        """Raise `UsageError` where a `FederatedDataModule` is for other tokens, lengths or classes; learn their names."""
+        check_data(self, data)
+
+    def name_labels(self, names: Sequence[str]) -> None:
+        """Give the C classes their names in the configuration of the network, as a saved model has them."""
+        set_labels(self.network.config, names)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None) -> Tensor:
+        """Logits (B, C) of token ids (B, L) with their mask (B, L), 1 where there is text, and their types (B, L)."""
+        longest = max_tokens(self.network.config)
+        if longest is not None and input_ids.shape[1] > longest:
             raise UsageError("max_length", input_ids.shape[1], f"at most {longest}, the maximum of {self.hparams['name']}")
         if attention_mask is not None and self._packs(input_ids, attention_mask):
-            return FORWARD[type(self.network)](self.network, PackedBatch(input_ids, attention_mask))
-        logits_BC: Tensor = self.network(input_ids=input_ids, attention_mask=attention_mask).logits
+            return FORWARD[type(self.network)](self.network, PackedBatch(input_ids, attention_mask, token_type_ids))
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        logits_BC: Tensor = self.network(input_ids=input_ids, attention_mask=attention_mask, **types).logits
         return logits_BC
 
     def _packs(self, ids_BL: Tensor, mask_BL: Tensor) -> bool:
@@ -173,30 +195,12 @@ class TextClassifier(pl.LightningModule, abc.ABC):
         return {"correct": logits_BC.argmax(-1) == labels_B}
 
     def _logits(self, batch: dict[str, Tensor]) -> Tensor:
-        return self(batch["input_ids"], batch.get("attention_mask"))
+        typed = getattr(self.network.config, "type_vocab_size", 0) > 1
+        return self(batch["input_ids"], batch.get("attention_mask"), batch.get("token_type_ids") if typed else None)
 
     @staticmethod
     def _loss(logits_BC: Tensor, labels_B: Tensor, smoothing: float = 0.0) -> Tensor:
         return F.cross_entropy(logits_BC.float(), labels_B, label_smoothing=smoothing)
-
-    def _check(self) -> None:
-        options = self.hparams
-        at_least("num_labels", options["num_labels"], 2)
-        at_least("warmup_steps", options["warmup_steps"], 0)
-        at_least("seed", options["seed"], 0)
-        at_least("freeze_layers", options["freeze_layers"], 0)
-        at_least("weight_decay", options["weight_decay"], 0)
-        if not options["learning_rate"] > 0:
-            raise UsageError("learning_rate", options["learning_rate"], "a number above 0")
-        for name in ("label_smoothing", "dropout"):
-            if options[name] is not None and not 0 <= options[name] < 1:
-                raise UsageError(name, options[name], "at least 0 and below 1")
-        if options["optimizer"] not in OPTIMIZERS:
-            raise one_of("optimizer", options["optimizer"], OPTIMIZERS)
-        if options["init"] not in INITS:
-            raise one_of("init", options["init"], INITS)
-        if options["vocab_size"] is not None and options["init"] != "random":
-            raise UsageError("vocab_size", options["vocab_size"], "nothing, with pretrained weights")
 
     def _build(self) -> PreTrainedModel:
         options = self.hparams
@@ -204,43 +208,25 @@ class TextClassifier(pl.LightningModule, abc.ABC):
         if config.model_type != self.model_type:
             allowed = f"a model of the family {self.model_type} (this is {config.model_type!r})"
             raise UsageError("name", options["name"], allowed)
-        config.num_labels = options["num_labels"]
+        if options["keep_head"]:
+            weights.check_kept_head(options["name"], options["num_labels"], options["label_names"])
+        config.num_labels, config.problem_type = options["num_labels"], "single_label_classification"
+        set_labels(config, options["label_names"] or [f"LABEL_{number}" for number in range(options["num_labels"])])
         if options["dropout"] is not None:
             self.set_dropout(config, options["dropout"])
         attention = "sdpa" if torch.cuda.is_available() else "eager"  # 12 % faster in bf16 on a CPU: docs/performance.md
         if options["init"] == "random":
             config.vocab_size = options["vocab_size"] or config.vocab_size
-            network = self.model_class._from_config(config, attn_implementation=attention)
+            try:
+                network = self.model_class._from_config(config, attn_implementation=attention)
+            except Exception as error:  # what Transformers raises for a configuration that does not work is of any type
+                raise UsageError("name", options["name"], f"a configuration that works ({cause(error)})") from error
             self._fresh = set(network.state_dict())
             return network.train()
-        weights = converted_weights(options["name"])
-        if weights is not None:
-            network = self.model_class._from_config(config, attn_implementation=attention)
-            fresh, unknown = network.load_state_dict(weights, strict=False)
-            if unknown or {name.split(".")[0] for name in fresh} & {name.split(".")[0] for name in weights}:
-                raise RunError(f"the weights of {options['name']} do not fit: {[*unknown, *fresh][:3]}")
-            self._fresh = set(fresh)
-            return network.train()
-        with _quiet():
-            network = self._read(config, attention)
-        return network.float().train()  # from_pretrained hands over a network without dropout
-
-    def _read(self, config: PretrainedConfig, attention: str) -> PreTrainedModel:
-        """The pretrained network; its head is fresh, and may have replaced one for another number of classes."""
-        name = self.hparams["name"]
-        options = {"config": config, "attn_implementation": attention, "ignore_mismatched_sizes": True}
-        try:
-            network, found = self.model_class.from_pretrained(
-                locate(name), use_safetensors=True, output_loading_info=True, **options
-            )
-        except (OSError, ValueError) as error:
-            raise UsageError("name", name, f"a model with weights in safetensors that can be read ({error})") from error
-        absent = [*found["missing_keys"], *(key[0] for key in found["mismatched_keys"])]
-        encoder = [key for key in absent if key.startswith(f"{network.base_model_prefix}.") and ".pooler." not in key]
-        if encoder:
-            raise UsageError("name", name, f"weights that fit the configuration (these lack {', '.join(encoder[:3])})")
-        self._fresh = set(absent)
-        return network
+        network, self._fresh = weights.read(
+            self.model_class, options["name"], config, attention, self.head, options["keep_head"]
+        )
+        return network.train()  # from_pretrained hands over a network without dropout
 
     def _freeze(self) -> None:
         layers, count = self.layers(), self.hparams["freeze_layers"]
@@ -257,19 +243,3 @@ def _special(network: nn.Module) -> bool:
     return any(
         part._compiled_call_impl is not None or getattr(part, "gradient_checkpointing", False) for part in network.modules()
     )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No loading bar, no table of fresh parameters: that the head is fresh is what everyone here expects."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

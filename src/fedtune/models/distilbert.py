@@ -16,6 +16,7 @@ class DistilBertClassifier(TextClassifier):
 
     model_type = "distilbert"
     model_class = DistilBertForSequenceClassification
+    head = ("pre_classifier", "classifier")
 
     def embeddings(self) -> nn.Module:
         """Word and position embeddings."""

@@ -49,15 +49,16 @@ class PackedBatch:
     Args:
         ids_BL: (B, L) token ids.
         mask_BL: (B, L), 1 where there is text; every text has its first token.
+        types_BL: (B, L) token types, where there are any.
 
     Attributes:
-        ids_T, positions_T: ids and positions of the T tokens. At least the last row is spare: padding is read from it, and
-            nothing that comes of it is used.
+        ids_T, positions_T, types_T: ids, positions and types of the T tokens. At least the last row is spare: padding is read
+            from it, and nothing that comes of it is used. Without types_BL, types_T is None.
         first_B: the row of each text's first token, from the shortest text to the longest.
         back_B: for each text of the padded batch its place in that order.
     """
 
-    def __init__(self, ids_BL: Tensor, mask_BL: Tensor) -> None:
+    def __init__(self, ids_BL: Tensor, mask_BL: Tensor, types_BL: Tensor | None = None) -> None:
         text_BL = mask_BL.bool()
         lengths_B, order_B = (text_BL * torch.arange(1, text_BL.shape[1] + 1)).amax(1).sort(stable=True)  # to the last token
         self._lengths, self.back_B = lengths_B.tolist(), order_B.argsort()
@@ -65,6 +66,7 @@ class PackedBatch:
         places = self._text_BL.flatten().nonzero().squeeze(1)
         places_T = F.pad(places, (0, _ROUND - len(places) % _ROUND))  # spare rows are copies of the first token
         self.ids_T, self.positions_T = ids_BL.flatten()[places_T], places_T % ids_BL.shape[1]
+        self.types_T = None if types_BL is None else types_BL[order_B].flatten()[places_T]
         rows = torch.full((ids_BL.numel(),), len(places_T) - 1)
         rows[places] = torch.arange(len(places))
         self._rows_BL = rows.view(ids_BL.shape)

@@ -28,6 +28,14 @@ def _through(layers: Sequence[Any], hidden_TH: Tensor, batch: PackedBatch, apply
     return apply(last, hidden_TH, hidden_TH[batch.first_B], batch)[batch.back_B]
 
 
+def _places(batch: PackedBatch) -> dict[str, Tensor | None]:
+    """Positions and types of the tokens, as the embeddings take them; without types all are of the first."""
+    return {
+        "position_ids": batch.positions_T[None],
+        "token_type_ids": None if batch.types_T is None else batch.types_T[None],
+    }
+
+
 def _bert_layer(layer: Any, hidden_TH: Tensor, rows_RH: Tensor, batch: PackedBatch) -> Tensor:
     part = layer.attention.self
     projected = part.query(rows_RH), part.key(hidden_TH), part.value(hidden_TH)
@@ -38,7 +46,7 @@ def _bert_layer(layer: Any, hidden_TH: Tensor, rows_RH: Tensor, batch: PackedBat
 
 def bert(network: Any, batch: PackedBatch) -> Tensor:
     """Logits (B, C) of a `BertForSequenceClassification`."""
-    hidden_1TH = network.bert.embeddings(batch.ids_T[None], position_ids=batch.positions_T[None])
+    hidden_1TH = network.bert.embeddings(batch.ids_T[None], **_places(batch))
     first_BH = _through(network.bert.encoder.layer, hidden_1TH[0], batch, _bert_layer)
     logits_BC: Tensor = network.classifier(network.dropout(network.bert.pooler(first_BH[:, None])))
     return logits_BC
@@ -73,7 +81,7 @@ def _albert_layer(layer: Any, hidden_TH: Tensor, rows_RH: Tensor, batch: PackedB
 def albert(network: Any, batch: PackedBatch) -> Tensor:
     """Logits (B, C) of an `AlbertForSequenceClassification`, where the layers of a group are applied again and again."""
     model = network.albert
-    embedded_1TE = model.embeddings(batch.ids_T[None], position_ids=batch.positions_T[None])
+    embedded_1TE = model.embeddings(batch.ids_T[None], **_places(batch))
     groups, count = model.encoder.albert_layer_groups, network.config.num_hidden_layers
     used = [groups[int(number / (count / len(groups)))] for number in range(count)]
     layers = [layer for group in used for layer in group.albert_layers]

@@ -4,19 +4,40 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.errors import RunError, UsageError, one_of
+from fedtune.errors import RunError, UsageError, one_of, shown
+from fedtune.models.conversion import bert_to_distilbert
+from fedtune.tensors import Tensors
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 _CONTENT = (".safetensors", "config.json", "safetensors.index.json")  # of a model's files: weights and how they are read
+_SENTENCEPIECE = {"sentencepiece": "sentencepiece", "google": "protobuf"}  # what Transformers imports -> what is installed
+_BEHIND_PADDING = {
+    "camembert",
+    "data2vec-text",
+    "esm",
+    "ibert",
+    "layoutlmv3",
+    "lilt",
+    "longformer",
+    "luke",
+    "markuplm",
+    "mluke",
+    "mpnet",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+}  # families whose positions begin behind that of padding
 _BASE = {"max_position_embeddings": 512, "pad_token_id": 0}
 
 
@@ -35,7 +56,7 @@ class Pretrained:
     source: Callable[[], str]
     family: str
     sizes: dict[str, Any] = field(default_factory=dict)
-    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
+    convert: Callable[[Tensors], Tensors] | None = None
 
 
 def minilm() -> str:
@@ -55,42 +76,6 @@ def minilm() -> str:
     if found != MINILM_SHA256:
         raise RunError(f"{folder / 'model.safetensors'} has sha256 {found}, expected {MINILM_SHA256}; reinstall it")
     return str(folder)
-
-
-def bert_to_distilbert(bert: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a BERT encoder in the architecture of DistilBERT, which computes the same hidden states.
-
-    DistilBERT is BERT without pooler and token-type embeddings. Texts here are of token type 0 throughout, so its embedding
-    is added to every position embedding; all else changes its name only.
-
-    Args:
-        bert: state of a `BertModel`.
-
-    Returns:
-        state of a `DistilBertModel` (names as within `DistilBertForSequenceClassification`, that is with "distilbert.").
-    """
-    renamed = {
-        "attention.self.query": "attention.q_lin",
-        "attention.self.key": "attention.k_lin",
-        "attention.self.value": "attention.v_lin",
-        "attention.output.dense": "attention.out_lin",
-        "attention.output.LayerNorm": "sa_layer_norm",
-        "intermediate.dense": "ffn.lin1",
-        "output.dense": "ffn.lin2",
-        "output.LayerNorm": "output_layer_norm",
-    }
-    moved = {
-        f"embeddings.{name}": bert[f"embeddings.{name}"]
-        for name in ("word_embeddings.weight", "LayerNorm.weight", "LayerNorm.bias")
-    }
-    types = bert["embeddings.token_type_embeddings.weight"]
-    moved["embeddings.position_embeddings.weight"] = bert["embeddings.position_embeddings.weight"] + types[0]
-    for name, tensor in bert.items():
-        if name.startswith("encoder.layer."):
-            number, inner = name.removeprefix("encoder.layer.").split(".", 1)
-            part, kind = inner.rsplit(".", 1)
-            moved[f"transformer.layer.{number}.{renamed[part]}.{kind}"] = tensor
-    return {f"distilbert.{name}": tensor for name, tensor in moved.items()}
 
 
 _ALBERT_BASE = {
@@ -149,32 +134,86 @@ def _folder_of(name: str) -> Path:
         return Path(place)
     from transformers.utils import cached_file
 
-    return Path(str(_read(name, lambda source: cached_file(source, "config.json")))).parent
+    return Path(str(reading(name, lambda source: cached_file(source, "config.json")))).parent
 
 
 def load_config(name: str) -> PretrainedConfig:
     """The model's configuration; that of a name of `MODELS` is known without the hub.
 
     Raises:
-        UsageError: it cannot be read.
+        UsageError: it cannot be read, names no family that Transformers knows, or wants code of the folder's own to be run.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
     if name in MODELS:
         return CONFIG_MAPPING[MODELS[name].family](**MODELS[name].sizes)
-    config: PretrainedConfig = _read(name, AutoConfig.from_pretrained)
+    config: PretrainedConfig = reading(name, lambda place: AutoConfig.from_pretrained(_checked(place), trust_remote_code=False))
+    if getattr(config, "auto_map", None):
+        raise unreadable(name, f"its config.json asks for code of its own, which is not run: {shown(config.auto_map)}")
     return config
 
 
+def _checked(place: str) -> str:
+    """A folder whose config.json says what family it is of; Transformers would guess, or say something else.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not Path(place).is_dir():
+        return place
+    file = Path(place) / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{place} has no config.json")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
+        raise ValueError(f"{file} has no model_type, which names the family")
+    if content.get("auto_map"):
+        raise ValueError(f"{file} asks for code of its own, which is not run: {shown(content['auto_map'])}")
+    return place
+
+
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. Raises `UsageError` when it cannot be read."""
+    """The model's tokenizer.
+
+    Raises:
+        UsageError: it cannot be read, a package that it needs is not installed, it wants code of the folder's own to be run, or
+            it has no vocabulary: for a folder without tokenizer files Transformers makes one of special tokens alone.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = _read(name, AutoTokenizer.from_pretrained)
+    place = locate(name)
+    if Path(place).is_dir() and not (Path(place) / "tokenizer.json").exists():
+        missing = [package for module, package in _SENTENCEPIECE.items() if importlib.util.find_spec(module) is None]
+        models = [file.name for file in Path(place).glob("*.model")]
+        if models and missing:
+            raise unreadable(name, f"its tokenizer, {models[0]}, needs packages: pip install {' '.join(missing)}")
+    tokenizer: PreTrainedTokenizerBase = reading(
+        name, lambda place: AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    )
+    if tokenizer.init_kwargs.get("auto_map"):
+        raise unreadable(name, "its tokenizer_config.json asks for code of its own, which is not run")
+    special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    if not tokenizer.get_vocab().keys() - special:
+        raise unreadable(name, "it has no tokenizer files, so that every word would be unknown")
     return tokenizer
 
 
-def converted_weights(name: str) -> dict[str, Tensor] | None:
+def max_tokens(config: PretrainedConfig) -> int | None:
+    """The longest sequence of a model in tokens, or None where it has no limit.
+
+    RoBERTa and its like number positions from the one behind that of padding: of 514 positions they use 512.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:
+        return None
+    padding = getattr(config, "pad_token_id", None)
+    return positions - (1 if padding is None else padding) - 1 if config.model_type in _BEHIND_PADDING else positions
+
+
+def converted_weights(name: str) -> Tensors | None:
     """The weights of a model of `MODELS` that are made from another family's, or None where they are read as they are."""
     convert = MODELS[name].convert if name in MODELS else None
     if convert is None:
@@ -184,10 +223,27 @@ def converted_weights(name: str) -> dict[str, Tensor] | None:
     return convert(load_file(Path(locate(name)) / "model.safetensors"))
 
 
-def _read(name: str, reader: Callable[[str], Any]) -> Any:
+def reading(name: str, reader: Callable[[str], Any]) -> Any:
+    """What a reader gives for the place of a model. What Transformers raises for files that it cannot read is of any type.
+
+    Raises:
+        UsageError: it cannot be read, with the cause.
+    """
+    place = locate(name)
     try:
-        return reader(locate(name))
-    except UsageError:
+        return reader(place)
+    except (UsageError, RunError, MemoryError):
         raise
-    except (OSError, ValueError) as error:
-        raise UsageError("model", name, f"{', '.join(MODELS)}, a local folder or a hub id that can be reached") from error
+    except Exception as error:
+        raise unreadable(name, cause(error)) from error
+
+
+def unreadable(name: str, why: str) -> UsageError:
+    """The error for a model that cannot be used."""
+    return UsageError("model", name, f"{', '.join(MODELS)}, a local folder or a hub id that can be reached ({why})")
+
+
+def cause(error: BaseException) -> str:
+    """What an error of another library says first, on one line."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return text if len(text) <= 300 else text[:300] + "…"

@@ -241,7 +241,9 @@ def _changed_contents(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def _content_of(config: Mapping[str, Any]) -> str:
     """Eight digits that name the content of a run's texts and model."""
-    return fingerprint({key: value for key, value in config.items() if key.startswith("content.")})
+    return fingerprint(
+        {key: value for key, value in config.items() if key.startswith("content.") and key != "content.label_names"}
+    )
 
 
 def _plain(value: Any) -> Any:

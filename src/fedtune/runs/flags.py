@@ -13,7 +13,7 @@ from fedtune.algorithms import ALGORITHMS
 from fedtune.algorithms.specification import algorithm_of, specification_of
 from fedtune.data.classification import FederatedDataModule
 from fedtune.errors import UsageError
-from fedtune.models import TextClassifier, build_classifier
+from fedtune.models import TextClassifier, build_classifier, check_classifier
 from fedtune.models.pretrained import content_of
 from fedtune.runs.loop import FederatedLoop
 from fedtune.runs.options import RunOptions
@@ -31,7 +31,7 @@ def add_run_arguments(run: Parser) -> None:
     """Give a parser the arguments of `fedtune run`."""
     run.add_argument("--config", action=ConfigFile, help="YAML or JSON file with any of the values below")
     run.add_class_arguments(FederatedDataModule, "data", skip={"model"})
-    run.add_class_arguments(TextClassifier, "model", skip={"num_labels"})
+    run.add_class_arguments(TextClassifier, "model", skip={"num_labels", "label_names"})
     run.add_class_arguments(FederatedLoop, "loop", skip={"run_dir", "logger", "callbacks", "algorithm"})
     run.add_argument(
         "--loop.algorithm",
@@ -132,14 +132,18 @@ def fit(arguments: Mapping[str, Mapping[str, Any]], **where: Any) -> FederatedLo
         loop = FederatedLoop(**{**arguments["loop"], "options": options}, **where)
     with flags("data"):
         data = FederatedDataModule(**arguments["data"], model=model["name"])
-        data.setup()
+    name = model.pop("name")
     with flags("model"):
+        check_classifier(name, model)  # first what is cheap: reading and tokenising texts can take minutes
+    with flags("data"):
         if model["init"] == "random" and arguments["data"]["tokenizer"] is not None:
             model["vocab_size"] = model["vocab_size"] or len(data.tokenizer)
-        module = build_classifier(model.pop("name"), data.num_labels, **model)
-    if len(data.tokenizer) > module.network.config.vocab_size:
-        allowed = f"one of at most {module.network.config.vocab_size} tokens, which {module.hparams['name']} knows"
-        raise UsageError("--data.tokenizer", arguments["data"]["tokenizer"], allowed)
+        data.tokenizer, data.num_labels  # noqa: B018 - reading them checks them
+    with flags("model"):
+        module = build_classifier(name, data.num_labels, label_names=list(data.label_names), **model)
+    with flags("data"):
+        data.setup()
+        module.check_data(data)
     with flags("loop"):
         loop.fit(module, data)
     return loop

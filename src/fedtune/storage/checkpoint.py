@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from fedtune.errors import RunError
 from fedtune.federated.messages import Position
 from fedtune.federated.state import ServerState
-from fedtune.files import synchronise, write_text
+from fedtune.files import replaced, synchronise, write_text
 from fedtune.tensors import Tensors, joined, parted
 
 
@@ -110,9 +110,9 @@ def _write(folder: Path, state: ServerState) -> None:
     for name, tensors in (("weights", state.weights), ("memory", memory)):
         if tensors:
             file = folder / f"{name}.safetensors"
-            save_file({key: value.contiguous().cpu() for key, value in tensors.items()}, file)
+            with replaced(file) as temporary:
+                save_file({key: value.contiguous().cpu() for key, value in tensors.items()}, temporary)
             hashes[name] = _sha256(file)
-            synchronise(file)
     notes = {"round": state.round, "examples": state.examples, **dataclasses.asdict(state.position), "sha256": hashes}
     write_text(folder / "state.json", json.dumps(notes | {"check": _check(notes)}, indent=1) + "\n")
     synchronise(folder)

@@ -18,7 +18,7 @@ from fedtune.version import __version__
 # how and where a run is kept and shown; no number depends on it
 KEPT = {"loop.options.keep", "loop.options.progress", "loop.options.baseline_dir", "loop.monitor", "loop.mode"}
 # what may differ between the start of a run and its continuation: no number of a finished round depends on it
-_FREE = {"run_dir", "logger", "loop.max_rounds", "loop.baselines", "loop.options.local_clients"} | KEPT
+_FREE = {"run_dir", "logger", "loop.max_rounds", "loop.baselines", "loop.options.local_clients", "content.label_names"} | KEPT
 
 
 def describe(module: Any, data: Any, loop: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,6 +31,9 @@ def describe(module: Any, data: Any, loop: Mapping[str, Any]) -> dict[str, Any]:
     if other is not None and other != model.get("name"):
         text["tokenizer"] = text["tokenizer"] or other
     content = {"task": getattr(data, "digest", None), "model": dict(getattr(module, "content", {}))}
+    names = getattr(data, "label_names", None)
+    if names is not None:
+        content["label_names"] = plain(names)  # for who exports the run
     return {"model": model, "data": text, "loop": plain(loop), "content": content}
 
 

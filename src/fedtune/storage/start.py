@@ -44,7 +44,7 @@ def begin(folder: Path, state: ServerState, resting: Tensors, from_files: Collec
             raise RunError(f"{folder} could not be written ({error})") from error
         checkpoint.save(folder, state, keep=1)
         return
-    before, kept = _read(folder)
+    before, kept = read(folder)
     strange = sorted(before.keys() ^ digests.keys())
     if strange:
         allowed = f"a module with the frozen parameters and counters that the run began with ({shown(strange)} differ)"
@@ -58,7 +58,12 @@ def begin(folder: Path, state: ServerState, resting: Tensors, from_files: Collec
         assign_({name: resting[name]}, kept)
 
 
-def _read(folder: Path) -> tuple[dict[str, str], Tensors]:
+def read(folder: Path) -> tuple[dict[str, str], Tensors]:
+    """What does not travel: the digest of each tensor, and the tensors that are kept here.
+
+    Raises:
+        RunError: the folder is damaged.
+    """
     try:
         before: dict[str, str] = json.loads((folder / "resting.json").read_text(encoding="utf-8"))
         kept = load_file(folder / "resting.safetensors")

@@ -60,6 +60,6 @@ def put_aside(folder: Path, name: str) -> Path | None:
 def _content(file: Path) -> dict[str, Any] | None:
     try:
         found = yaml.safe_load(file.read_text(encoding="utf-8"))["content"]
-        return found if isinstance(found, dict) else None
+        return {key: value for key, value in found.items() if key != "label_names"} if isinstance(found, dict) else None
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return None

@@ -1,0 +1,193 @@
+"""Tokenised texts kept on the disk between runs: an entry is named after all that decides the tokens, and checked when read.
+
+An entry is a safetensors file with "ids" (T,) int32, "offsets" (N + 1,) int64 and, for pairs of texts, "types" (T,) int8; its
+metadata hold the sha256 of names, types, shapes and bytes. Legend: N texts, T tokens in all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fedtune.errors import shown
+from fedtune.files import replaced
+from fedtune.tensors import Tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_TYPES = {"ids": torch.int32, "offsets": torch.int64, "types": torch.int8}
+_PLAIN = (str, bytes, int, float, bool, type(None))
+_ASIDE = {"name_or_path", "verbose", "deprecation_warnings", "files_loaded", "chat_template", "response_template"}  # no token
+
+
+class Unreadable(ValueError):
+    """A tokenizer whose settings cannot be read in full, so that nothing names its tokens."""
+
+
+def cache_folder() -> Path:
+    """Where tokenised texts are kept between runs."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fedtune"
+    return Path(os.environ.get("FEDTUNE_CACHE", default))
+
+
+def entry_of(
+    texts: Sequence[str], seconds: Sequence[str] | None, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Path | None:
+    """The file for these texts, cut by this tokenizer at so many tokens; None, with a warning, where nothing can name it."""
+    digest = hashlib.sha256(f"2 {max_length} {seconds is not None} ".encode())
+    try:
+        for fact in _settings(tokenizer):
+            _add(digest, fact)
+    except Unreadable as error:
+        warnings.warn(f"tokens were not cached, the next start tokenises again: {error}", stacklevel=3)
+        return None
+    for column in (texts, seconds or ()):
+        for text in column:
+            _add(digest, text)
+    return cache_folder() / f"tokens-{digest.hexdigest()[:32]}.safetensors"
+
+
+def _add(digest: Any, text: str) -> None:
+    encoded = text.encode("utf-8", "surrogatepass")
+    digest.update(len(encoded).to_bytes(8, "little") + encoded)
+
+
+def _settings(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """All that decides what a tokenizer makes of a text, as texts, in one order.
+
+    A backend of the package tokenizers writes itself down, but for how it pads and cuts, which every call sets, and what it
+    makes of special tokens in a text. Of one in Python it is what its attributes hold, at any depth.
+
+    Raises:
+        Unreadable: a part cannot be written down, or the class is not of Transformers: its code may change unseen.
+    """
+    kind = type(tokenizer)
+    if kind.__module__.partition(".")[0] != "transformers":
+        raise Unreadable(f"{kind.__module__}.{kind.__qualname__} is not a tokenizer of Transformers, its code may change")
+    yield f"{kind.__module__}.{kind.__qualname__}"
+    for package in ("transformers", "tokenizers", "sentencepiece"):
+        yield f"{package} {_version(package)}"
+    yield f"{tokenizer.truncation_side} {tokenizer.split_special_tokens} {sorted(tokenizer.model_input_names)}"
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        yield from _facts(tokenizer, ())
+        return
+    backend.no_padding()
+    backend.no_truncation()
+    try:
+        yield backend.to_str()
+    except Exception as error:  # of the type Exception itself: a part that is written in Python
+        raise Unreadable(f"a part of {kind.__qualname__} cannot be written down ({error})") from error
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "-"
+
+
+def _facts(value: Any, above: tuple[int, ...]) -> Iterator[str]:
+    """What a value holds, as texts in one order. `above` has the identities of the objects that it is part of."""
+    kind = type(value)
+    if isinstance(value, _PLAIN):
+        yield repr(value)
+    elif isinstance(value, (list, tuple)):
+        yield f"{len(value)} in order"
+        for one in value:
+            yield from _facts(one, above)
+    elif isinstance(value, (set, frozenset)):
+        yield f"{sorted(map(repr, value))}"
+    elif isinstance(value, Mapping):
+        yield f"{len(value)} by name"
+        for key in sorted(value, key=repr):
+            if key not in _ASIDE:
+                yield repr(key)
+                yield from _facts(value[key], above)
+    elif isinstance(value, re.Pattern):
+        yield f"{value.pattern!r} {value.flags}"
+    elif hasattr(value, "serialized_model_proto"):  # SentencePiece: its pieces, their scores, its normaliser
+        yield hashlib.sha256(value.serialized_model_proto()).hexdigest()
+    elif kind.__name__ == "AddedToken":
+        yield repr(value)
+    elif hasattr(value, "__qualname__") and hasattr(value, "__module__"):
+        yield f"{value.__module__}.{value.__qualname__}"
+    elif id(value) in above:
+        yield f"the one {len(above) - above.index(id(value))} above"
+    elif hasattr(value, "__dict__"):
+        yield f"{kind.__module__}.{kind.__qualname__}"
+        yield from _facts(vars(value), (*above, id(value)))
+    else:
+        raise Unreadable(f"a part of its tokenizer, {shown(value)}, cannot be written down")
+
+
+def read(path: Path, texts: int, pairs: bool, vocabulary: int) -> Tensors | None:
+    """The tensors of an entry, or None where there is none. A damaged one is named in a warning, and is none.
+
+    Args:
+        texts: N, as it must have.
+        pairs: whether it must have "types".
+        vocabulary: ids must be below.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            noted = (file.metadata() or {}).get("sha256")
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
+        why = "its content is not what was written" if noted != _sha256(found) else _fault(found, texts, pairs, vocabulary)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+    if why is None:
+        return found
+    warnings.warn(f"{path} is damaged ({why}); these texts are tokenised again", stacklevel=3)
+    return None
+
+
+def _fault(found: Tensors, texts: int, pairs: bool, vocabulary: int) -> str | None:
+    """What is wrong with the tensors of an entry."""
+    expected = {name: kind for name, kind in _TYPES.items() if name != "types" or pairs}
+    kinds = {name: tensor.dtype for name, tensor in found.items() if tensor.ndim == 1}
+    if kinds != expected or len(found) != len(expected):
+        return f"it has {sorted(found)}"
+    offsets, ids = found["offsets"], found["ids"]
+    if len(offsets) != texts + 1 or offsets[0] != 0 or offsets[-1] != len(ids) or bool((offsets.diff() < 0).any()):
+        return "its texts do not add up"
+    if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < vocabulary):
+        return f"it has ids beyond the vocabulary of {vocabulary}"
+    if pairs and len(found["types"]) != len(ids):
+        return "its types are not those of its tokens"
+    return None
+
+
+def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Keep an entry, whole and on the disk. Where that is not possible, a warning says so."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced(path) as temporary:
+            save_file(dict(tensors), temporary, metadata={"sha256": _sha256(tensors)})
+    except (OSError, SafetensorError) as error:
+        warnings.warn(f"tokens were not cached, the next start tokenises again: {error}", stacklevel=3)
+
+
+def _sha256(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype} ".encode())
+        digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
