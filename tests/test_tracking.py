@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def test_wandb_changes_no_number_and_holds_every_round(
     assert without_times(mirrored.history) == without_times(plain.history)
     out = capsys.readouterr().out
     assert "wandb sync" in out
-    rows = read_offline(next((tmp_path / "a" / "wandb").glob("offline-run-*/*.wandb")))
+    rows = offline_rows(tmp_path / "a", rounds=2)
     rounds = {row["round"]: row for row in rows if "accuracy" in row}
     assert sorted(rounds) == [1, 2]
     for record in mirrored.history:
@@ -53,8 +54,20 @@ def test_a_resumed_run_mirrors_the_last_round_again_as_the_kill_may_have_come_be
     folder = str(tmp_path / "a")
     make_loop(max_rounds=2, run_dir=folder).fit(make_module(), make_data())  # a mirror that was killed has logged nothing
     make_loop(max_rounds=3, run_dir=folder, logger="wandb").fit(make_module(), make_data())
-    rows = read_offline(next((tmp_path / "a" / "wandb").glob("offline-run-*/*.wandb")))
+    rows = offline_rows(tmp_path / "a", rounds=2)
     assert [row["round"] for row in rows if "accuracy" in row] == [2, 3]
+
+
+def offline_rows(folder: Path, rounds: int, seconds: float = 30) -> list[dict[str, Any]]:
+    """The logged rows of a run's only offline file. wandb fills it some time after `finish`, so this waits for so many rounds and
+    the table of clients, which comes last."""
+    end = time.monotonic() + seconds
+    while True:
+        rows = read_offline(next(folder.glob("wandb/offline-run-*/*.wandb")))
+        whole = sum("accuracy" in row for row in rows) >= rounds and any(key.startswith("clients") for key in rows[-1])
+        if whole or time.monotonic() > end:
+            return rows
+        time.sleep(0.05)
 
 
 def read_offline(file: Path) -> list[dict[str, Any]]:

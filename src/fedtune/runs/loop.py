@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,27 +14,25 @@ from fedtune.algorithms.specification import algorithm_of, specification_of
 from fedtune.errors import UsageError
 from fedtune.federated.client import Worker
 from fedtune.federated.cohorts import cohort, max_weight
-from fedtune.federated.evaluation import Evaluator, Stages, attached, by_loader, step_of
+from fedtune.federated.evaluation import Evaluator, by_loader, step_of
 from fedtune.federated.messages import ClientReport, Context
 from fedtune.federated.parts import Algorithm
 from fedtune.federated.round import RoundOptions, run_round
 from fedtune.federated.state import RoundResult, ServerState
-from fedtune.federated.trainer import Line, check_module
-from fedtune.federated.training import Training, steps_in
+from fedtune.federated.trainer import check_module
+from fedtune.federated.training import steps_in
 from fedtune.runs.arguments import check_arguments, check_data
 from fedtune.runs.baselines import BASELINES, Baselines
 from fedtune.runs.callbacks import FederatedCallback, MonitorCheck, Run, exceptions_reported
 from fedtune.runs.counterparts import check_callbacks
 from fedtune.runs.figures import plot_run
 from fedtune.runs.hardware import (
-    deterministic_algorithms,
-    fabric_of,
-    freed_memory_kept,
     peak_memory_bytes,
     resolve_precision,
 )
 from fedtune.runs.loggers import mirror_of
 from fedtune.runs.options import RunOptions
+from fedtune.runs.prepared import given, prepared
 from fedtune.runs.progress import Progress
 from fedtune.runs.renamed import taken
 from fedtune.runs.rounds import Rounds
@@ -43,7 +40,7 @@ from fedtune.runtimes.serial import Serial
 from fedtune.storage.config import describe, identified
 from fedtune.storage.directory import RunDirectory, writing
 from fedtune.storage.locks import locked
-from fedtune.storage.records import RESERVED, RoundRecord
+from fedtune.storage.records import RoundRecord
 from fedtune.storage.summary import summarise, with_known_baselines
 from fedtune.tensors import assign_, buffers, counters, resting, snapshot, travelling
 
@@ -142,13 +139,13 @@ class FederatedLoop:
                 module needs what only a `Trainer` does.
             RunError: the run had to stop; every complete round is kept.
         """
-        data, progress = self._given(data, datamodule), Progress(self.options.progress)
+        data, progress = given(data, datamodule), Progress(self.options.progress)
         check_module(module, data)
         check_data(self, data)
         run = self._new_run(module, data, progress)
         with (
             locked(self.run_dir),
-            self._prepared(module, data, "fit", progress) as evaluator,
+            prepared(self, module, data, "fit", progress) as evaluator,
             exceptions_reported(self._callbacks, run, module),
         ):
             self._fit(run, evaluator, progress)
@@ -156,40 +153,11 @@ class FederatedLoop:
 
     def validate(self, module: pl.LightningModule, data: Any = None, *, datamodule: Any = None) -> list[dict[str, float]]:
         """Evaluate a module, as it stands, on the validation part; a dictionary for each loader, as from a `Trainer`."""
-        return self._evaluated(module, self._given(data, datamodule), "validation")
+        return self._evaluated(module, given(data, datamodule), "validation")
 
     def test(self, module: pl.LightningModule, data: Any = None, *, datamodule: Any = None) -> list[dict[str, float]]:
         """Evaluate a module, as it stands, on the test part; a dictionary for each loader, as from a `Trainer`."""
-        return self._evaluated(module, self._given(data, datamodule), "test")
-
-    @staticmethod
-    def _given(data: Any, datamodule: Any) -> Any:
-        if (data is None) == (datamodule is None):
-            came = "nothing" if data is None else "data and datamodule"
-            raise UsageError("data", came, "one data module, as data or as datamodule")
-        return datamodule if data is None else data
-
-    @contextlib.contextmanager
-    def _prepared(self, module: pl.LightningModule, data: Any, stage: str, progress: Progress) -> Iterator[Evaluator]:
-        """Inside the block module and data are set up for a stage, and the module is attached."""
-        fabric = fabric_of(self.accelerator, resolve_precision(self.precision, self.accelerator))
-        clip = self.gradient_clip_val, self.gradient_clip_algorithm
-        limits = self.limit_train_batches, self.limit_val_batches, self.limit_test_batches
-        options = *clip, self.accumulate_grad_batches, *limits, self.options.fast_dropout
-        training = Training(fabric, module, self.seed, data, *options)
-        training.trainer.default_root_dir = self.run_dir or "."
-        training.trainer.progress_bar_callback = Line(progress.line)
-        stages = Stages(data, module)
-        with attached(training), deterministic_algorithms(self.deterministic), freed_memory_kept(), stages.reported():
-            for part in (data, module):
-                if hasattr(part, "prepare_data"):
-                    part.prepare_data()
-            stages.begin(stage)
-            module.configure_model()
-            fabric.to_device(module)
-            if fabric.device.type == "cuda" and hasattr(data, "keep_on"):
-                data.keep_on(fabric.device)
-            yield Evaluator(training, self.evaluate_on, self.options.evaluation, RESERVED, stages)
+        return self._evaluated(module, given(data, datamodule), "test")
 
     def _fit(self, run: Run, evaluator: Evaluator, progress: Progress) -> None:
         """Set up, rounds, test, baselines, conclude."""
@@ -219,7 +187,7 @@ class FederatedLoop:
     def _evaluated(self, module: pl.LightningModule, data: Any, part: str) -> list[dict[str, float]]:
         progress = Progress(self.options.progress)
         check_module(module, data)
-        with self._prepared(module, data, "test" if part == "test" else "validate", progress) as evaluator:
+        with prepared(self, module, data, "test" if part == "test" else "validate", progress) as evaluator:
             if evaluator.loader(part) is None:
                 raise UsageError("data", type(data).__name__, f"a data module with a {part} part")
             if step_of(module, part) is None:
