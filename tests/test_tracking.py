@@ -59,8 +59,10 @@ def test_a_resumed_run_mirrors_the_last_round_again_as_the_kill_may_have_come_be
 
 
 def offline_rows(folder: Path, rounds: int, seconds: float = 30) -> list[dict[str, Any]]:
-    """The logged rows of a run's only offline file. wandb fills it some time after `finish`, so this waits for so many rounds and
-    the table of clients, which comes last."""
+    """The logged rows of a run's only offline file.
+
+    wandb fills it some time after `finish`, so this waits for so many rounds and the table of clients, which comes last.
+    """
     end = time.monotonic() + seconds
     while True:
         rows = read_offline(next(folder.glob("wandb/offline-run-*/*.wandb")))
@@ -82,6 +84,8 @@ def read_offline(file: Path) -> list[dict[str, Any]]:
             place += 32768 - place % 32768
             continue
         length, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
+        if place + 7 + length > len(content):
+            break  # it is being written
         pieces += content[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):

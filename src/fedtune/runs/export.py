@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -125,7 +126,7 @@ def _weights_of(run: Path, config: Mapping[str, Any], which: str) -> tuple[int, 
         return state.round, state.weights
     loop = config.get("loop") or {}
     monitor = loop.get("monitor", "accuracy")
-    known = [one for one in read_rounds(run / "rounds.jsonl") if isinstance(one.metrics.get(monitor), (int, float))]
+    known = [one for one in read_rounds(run / "rounds.jsonl") if math.isfinite(one.metrics.get(monitor, math.nan))]
     if not known:
         raise UsageError("which", which, f"last, as no round of the run has {monitor}")
     best: RoundRecord = MODES[loop.get("mode", "max")](known, key=lambda record: record.metrics[monitor])
