@@ -365,13 +365,13 @@ def test_numbers_are_class_names_in_their_order(kind: str, values: list[Any], na
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pairs_are_read_and_count_in_the_digest(kind: str, tiny_bert: str) -> None:
+def test_pairs_are_read_and_count_in_the_digest(kind: str) -> None:
     columns = {"text": TEXTS, "label": LABELS, "second": [f"answer {i}" for i in range(40)]}
     task = make(kind, columns, second_text="second")
     assert list(task.second_texts or ()) == columns["second"]
     plain, other = make(kind, columns), make(kind, columns | {"second": columns["second"][::-1]}, second_text="second")
     assert plain.second_texts is None
-    digests = {fedtune.FederatedDataModule(one, tiny_bert, max_length=8).digest for one in (task, plain, other)}
+    digests = {fedtune.FederatedDataModule(one, "minilm", max_length=16).digest for one in (task, plain, other)}
     assert len(digests) == 3
     assert "row 7 of" in refused(
         make, kind, columns | {"second": [None if i == 6 else "x" for i in range(40)]}, second_text="second"
