@@ -141,7 +141,7 @@ def test_replaced_files_of_a_model_are_refused_by_name(tiny_bert: str, make_data
 
     start()
     kept = load_file(Path(run) / "start" / "resting.safetensors")
-    assert not kept  # the frozen embeddings are in the files
+    assert not any("weight" in name for name in kept)  # the frozen embeddings are in the files
     start()
     weights = load_file(folder / "model.safetensors")
     weights["embeddings.LayerNorm.bias"] += 1

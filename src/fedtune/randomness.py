@@ -6,6 +6,7 @@ order in which clients are trained changes nothing, a resumed run repeats nothin
 
 from __future__ import annotations
 
+import random
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,11 +28,20 @@ def stream(seed: int, purpose: str, round: int = 0, client: int = 0) -> np.rando
 
 @contextmanager
 def seeded(seed: int, purpose: str, round: int = 0, client: int = 0) -> Iterator[None]:
-    """Inside the block torch's global generators (CPU and current GPU) start at one address; afterwards they are as before.
+    """Inside the block the global generators of torch (CPU and current GPU), NumPy and Python start at one address.
 
-    Dropout, random samplers and fresh layers read the global generators, which is why they are set and not passed.
+    Afterwards they are as before.
+
+    Dropout, random samplers, fresh layers and data sets read the global generators, which is why they are set and not passed.
     """
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    start, others = stream(seed, purpose, round, client), (random.getstate(), np.random.get_state())  # noqa: NPY002 - users' data sets draw from it
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(int(stream(seed, purpose, round, client).integers(2**63)))
-        yield
+        torch.manual_seed(int(start.integers(2**63)))
+        random.seed(int(start.integers(2**63)))
+        np.random.seed(int(start.integers(2**32)))  # noqa: NPY002 - as above
+        try:
+            yield
+        finally:
+            random.setstate(others[0])
+            np.random.set_state(others[1])  # noqa: NPY002 - as above

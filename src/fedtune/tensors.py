@@ -6,6 +6,7 @@ Trainable parameters and floating-point buffers travel; frozen parameters and co
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Mapping
 
@@ -35,21 +36,57 @@ def buffers(module: nn.Module) -> Tensors:
 
 
 def resting(module: nn.Module) -> Tensors:
-    """What belongs to the state of `module` and does not travel: frozen parameters, counters. Live, tied ones once."""
+    """What does not travel: frozen parameters, buffers of whole numbers or not part of the state. Live, tied ones once."""
     known = {id(parameter) for parameter in module.parameters() if parameter.requires_grad}
     known |= {id(buffer) for buffer in buffers(module).values()}
     found: Tensors = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
+    for name, tensor in {**module.state_dict(keep_vars=True), **dict(module.named_buffers())}.items():
         if isinstance(tensor, Tensor) and id(tensor) not in known:
             known.add(id(tensor))
             found[name] = tensor.detach()
     return found
 
 
+def frozen(module: nn.Module) -> Tensors:
+    """The parameters of `module` that are not trained: live references."""
+    return {name: tensor.detach() for name, tensor in module.named_parameters() if not tensor.requires_grad}
+
+
 def counters(module: nn.Module) -> Tensors:
-    """The buffers of the state of `module` that are whole numbers or flags, which training may change: live references."""
-    kept = module.state_dict(keep_vars=True).keys()
-    return {name: tensor for name, tensor in module.named_buffers() if name in kept and not tensor.is_floating_point()}
+    """The buffers of `module` that do not travel, as they are whole numbers, flags or not part of its state, and which training
+    may change all the same: live references."""
+    travel = buffers(module)
+    return {name: tensor for name, tensor in module.named_buffers() if name not in travel}
+
+
+@torch.no_grad()
+def restore_counters(module: nn.Module, kept: Tensors) -> None:
+    """Give a module the counters of a snapshot; those that are of another shape by now are replaced."""
+    for name, tensor in counters(module).items():
+        before = kept.get(name)
+        if before is None or torch.equal(before, tensor):
+            continue
+        if before.shape == tensor.shape and before.dtype == tensor.dtype:
+            tensor.copy_(before)
+        else:
+            owner, _, last = name.rpartition(".")
+            module.get_submodule(owner)._buffers[last] = before.clone()
+
+
+def sharing(tensors: Tensors) -> tuple[str, str] | None:
+    """The names of two tensors that share memory, or of one (twice) whose elements do; None where there are none."""
+    spans = []
+    for name, tensor in tensors.items():
+        if tensor.numel() and tensor.layout == torch.strided and tensor.device.type != "meta":
+            if torch._debug_has_internal_overlap(tensor) == 1:
+                return name, name
+            length = sum((size - 1) * abs(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+            spans.append((tensor.data_ptr(), length * tensor.element_size(), name))
+    spans.sort()
+    for (start, length, name), (following, _, other) in itertools.pairwise(spans):
+        if following < start + length:
+            return name, other
+    return None
 
 
 def snapshot(tensors: Mapping[str, Tensor]) -> Tensors:
@@ -66,9 +103,10 @@ def assign_(target: Tensors, source: Tensors) -> None:
 
 @torch.no_grad()
 def subtract_(target: Tensors, source: Tensors) -> None:
-    """target -= source."""
-    if target:
-        torch._foreach_sub_(list(target.values()), [source[name] for name in target])
+    """target -= source; 0 where both are the same infinity, or both no number."""
+    for name, tensor in target.items():
+        same = (tensor == source[name]) | (tensor.isnan() & source[name].isnan())
+        tensor.sub_(source[name]).masked_fill_(same, 0)
 
 
 @torch.no_grad()

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.utilities.data import _set_sampler_epoch
 from pytorch_lightning.utilities.combined_loader import CombinedLoader
+from pytorch_lightning.utilities.data import extract_batch_size
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from fedtune.errors import RunError
+from fedtune.federated.trainer import ModuleTrainer
 
 _HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
@@ -41,9 +44,60 @@ class Transfer:
         return batch if self._after is None else self._after(batch, dataloader_idx)
 
 
-def call_step(step: Callable[..., Any], batch: Any, index: int, *dataloader_idx: int) -> Any:
+def call_step(trainer: ModuleTrainer, name: str, batch: Any, index: int, *dataloader_idx: int) -> Any:
     """Call a step of a module as a `Trainer` does: with the number of the batch where the step asks for it."""
-    return step(batch, index, *dataloader_idx) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else step(batch)
+    step = getattr(trainer.lightning_module, name)
+    takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)
+    return trainer.call(name, batch, *((index, *dataloader_idx) if takes_index else ()))
+
+
+def loss_of(output: Any) -> Tensor | None:
+    """The loss that a training step returned; None where it skips the batch."""
+    if output is None or isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
+        return cast(Tensor, output["loss"])
+    came = f"a dictionary with {', '.join(map(str, output))}" if isinstance(output, Mapping) else type(output).__name__
+    raise RunError(f"training_step returned {came}; allowed: a tensor, a dictionary with a tensor 'loss', or None")
+
+
+def examples_in(batch: Any) -> int:
+    """Examples of a batch: the first dimension of its first tensor, as Lightning has it, else the length of the first list or
+    array in it.
+
+    Raises:
+        RunError: there is none.
+    """
+    try:
+        return int(extract_batch_size(batch))
+    except MisconfigurationException:
+        pass
+    waiting = [batch]
+    while waiting:
+        one = waiting.pop(0)
+        if isinstance(one, Mapping):
+            waiting += one.values()
+        elif isinstance(one, (list, tuple)):
+            inner = [part for part in one if isinstance(part, (list, tuple, Mapping)) or hasattr(part, "shape")]
+            if not inner:
+                return len(one)
+            waiting += inner
+        elif len(getattr(one, "shape", "")):
+            return int(one.shape[0])
+    raise RunError(
+        f"a batch is a {type(batch).__name__} in which no example can be counted; allowed: one with a tensor, array or list"
+    )
+
+
+def begin_epoch(loader: Any, epoch: int) -> None:
+    """Tell samplers the epoch, and let a loader's own generators begin where torch's is, whatever was drawn before."""
+    for one in loader.loaders if isinstance(loader, _Batches) else [loader]:
+        _set_sampler_epoch(one, epoch)
+        samplers = getattr(one, "sampler", None), getattr(getattr(one, "batch_sampler", None), "sampler", None)
+        for part in (one, *samplers):
+            generator = getattr(part, "generator", None)
+            if isinstance(generator, torch.Generator):
+                generator.manual_seed(int(torch.randint(2**62, (1,))))
 
 
 def one_loader(loader: Any, where: str) -> Any:
@@ -64,23 +118,34 @@ def one_loader(loader: Any, where: str) -> Any:
 
 
 def loaders_of(loader: Any) -> list[Any]:
-    """The loaders that are evaluated one after the other: those of a list, a dictionary or a `CombinedLoader`, or the one.
+    """The loaders that are evaluated one after the other: those of a list, of a dictionary or of a sequential `CombinedLoader`,
+    or the one.
 
-    A list that holds something else is a loader itself, its elements are batches.
+    A list of tensors, tuples or dictionaries is a loader itself, its elements are batches.
     """
     if isinstance(loader, CombinedLoader):
-        return list(loader.flattened)
+        return list(loader.flattened) if loader._mode == "sequential" else [_Batches(loader)]
     values = list(loader.values()) if isinstance(loader, Mapping) else loader
-    if isinstance(values, (list, tuple)) and values and all(isinstance(one, DataLoader) for one in values):
-        return list(values)
+    if isinstance(values, (list, tuple)) and values and all(map(_is_loader, values)):
+        return [one for value in values for one in loaders_of(value)]
     return [loader]
+
+
+def _is_loader(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(map(_is_loader, value))
+    return (
+        isinstance(value, Iterable)
+        and not isinstance(value, (Tensor, Mapping, tuple, str, bytes))
+        and not hasattr(value, "shape")
+    )
 
 
 class _Batches:
     """A `CombinedLoader` without the numbers that it gives with a batch."""
 
     def __init__(self, loader: CombinedLoader) -> None:
-        self._loader = loader
+        self._loader, self.loaders = loader, loader.flattened
 
     def __len__(self) -> int:
         iter(self._loader)  # its length is known once it was begun
@@ -102,14 +167,28 @@ def is_whole(limit: int | float) -> bool:
     return isinstance(limit, float) and limit == 1.0
 
 
-def num_batches(loader: Any, limit: int | float = 1.0) -> int | None:
-    """Batches of a loader within a limit (a number, or a share); None where it has no length and no limit."""
+def num_batches(loader: Any, limit: int | float = 1.0, where: str = "a loader") -> int | None:
+    """Batches of a loader within a limit (a number, or a share); None where it has no length and no limit.
+
+    Raises:
+        RunError: a share of a loader without a length, or of so few batches that none is left.
+    """
     try:
         length = len(loader)
     except (TypeError, NotImplementedError):
         length = None
+    if is_whole(limit):
+        return length
     if isinstance(limit, float):
-        return None if length is None else length if is_whole(limit) else int(length * limit)
+        if length is None:
+            raise RunError(
+                f"{where}: a share of {limit} was chosen, and {type(loader).__name__} has no length; allowed: a number"
+            )
+        if int(length * limit) == 0 < length:
+            raise RunError(
+                f"{where}: a share of {limit} of {length} batches is none; allowed: {1 / length:.3g} or more, or a number"
+            )
+        return int(length * limit)
     return limit if length is None else min(limit, length)
 
 

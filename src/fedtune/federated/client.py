@@ -25,9 +25,10 @@ from fedtune.federated.messages import (
 )
 from fedtune.federated.optimisation import Optimisation
 from fedtune.federated.pieces import Pieces
+from fedtune.federated.still import Still
 from fedtune.federated.training import Correction, Training, train_epochs
 from fedtune.randomness import seeded
-from fedtune.tensors import Groups, Tensors, assign_, buffers, counters, distance, mapped, subtract_, trainable
+from fedtune.tensors import Groups, Tensors, assign_, buffers, distance, mapped, restore_counters, subtract_, trainable
 
 
 class Client:
@@ -48,7 +49,9 @@ class Client:
         self._same_as(self._weights)
         assign_(self._weights, self.server)
         assign_(self.buffers, request.groups.get("buffers", {}))
-        assign_(counters(worker.training.module), worker.counters)
+        restore_counters(worker.training.module, worker.counters)
+        if worker.still is not None:
+            worker.still.begin()
 
     @property
     def server(self) -> Tensors:
@@ -93,7 +96,11 @@ class Client:
 
     def update(self) -> Tensors:
         """What the client has changed, w_k - w by name, in place: its last act, as the module holds the update from then on."""
-        self._same_as(trainable(self._worker.training.module))
+        module = self._worker.training.module
+        self._weights, self.buffers = trainable(module), buffers(module)  # a module may have put others in their place
+        self._same_as(self._weights)
+        if self._worker.still is not None:
+            self._worker.still.check(f"round {self.request.round}, client {self.request.client}")
         if self._worker.on_client_end is not None:
             update_norm = distance(self._weights, self.server)
             self._worker.on_client_end(replace(self.reports[0], update_norm=update_norm))
@@ -124,6 +131,7 @@ class Worker:
         memory: what clients remember.
         local_epochs: epochs of a client in a round.
         counters: what counters of the module every client starts with.
+        still: looks after what must not move.
         up, down: what happens to messages to the server, and to clients.
         on_client_end: called when a client has trained, while the module holds its weights.
     """
@@ -134,6 +142,7 @@ class Worker:
     memory: ClientMemory
     local_epochs: int = 1
     counters: Tensors = field(default_factory=dict)
+    still: Still | None = None
     up: tuple[Stage, ...] = ()
     down: tuple[Stage, ...] = ()
     on_client_end: Callable[[ClientReport], None] | None = None

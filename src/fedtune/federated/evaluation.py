@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+import inspect
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.utilities.data import _set_sampler_epoch
-from pytorch_lightning.utilities.data import extract_batch_size
 from pytorch_lightning.utilities.model_helpers import is_overridden
+from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
-from fedtune.federated.batches import call_step, is_whole, limited, loaders_of, num_batches
-from fedtune.federated.logs import LogRecorder, Silence, logging_to
+from fedtune.errors import RunError
+from fedtune.federated.batches import begin_epoch, call_step, is_whole, limited, loaders_of, num_batches
+from fedtune.federated.logs import LogRecorder, logging_to
 from fedtune.federated.training import Training
 from fedtune.randomness import seeded
 
@@ -30,8 +31,7 @@ class Evaluation(NamedTuple):
 
 @contextlib.contextmanager
 def attached(training: Training) -> Iterator[None]:
-    """Inside the block the module is on the device, `self.trainer` answers, and what it logs in training goes nowhere;
-    afterwards it is free for a `Trainer` again."""
+    """Inside the block the module is on the device, and `self.trainer` answers; afterwards it is free for a `Trainer` again."""
     module = training.module
     training.fabric.to_device(module)
     parts: list[Any] = [module, *([training.data] if isinstance(training.data, pl.LightningDataModule) else [])]
@@ -39,8 +39,7 @@ def attached(training: Training) -> Iterator[None]:
     for part in parts:
         part.trainer = training.trainer  # it stands in for one
     try:
-        with logging_to(module, Silence()):
-            yield
+        yield
     finally:
         for part, trainer in zip(parts, before, strict=True):
             part.trainer = trainer
@@ -62,20 +61,34 @@ def evaluate(training: Training, loader: Any, part: str = "validation", reserved
     module, trainer, loaders = training.module, training.trainer, loaders_of(loader)
     stage = step_of(module, part) or "validation"
     pass_ = _Pass(training, stage, LogRecorder(reserved))
+    check_loader_index(module, f"{stage}_step", len(loaders))
     trainer.validating, trainer.testing = stage == "validation", stage == "test"
     try:
-        with logging_to(module, pass_.recorder), torch.no_grad(), training.fabric.autocast(), pass_.mode():
-            pass_.hook("start")()
-            pass_.hook("epoch_start")()
-            for number, one in enumerate(loaders):
-                pass_.over(one, training.limit(part), () if len(loaders) == 1 else (number,))
-            pass_.hook("epoch_end")()
+        # one autocast around all, so that weights are cast once; hooks are outside of it
+        with logging_to(trainer, pass_.recorder), torch.no_grad(), training.fabric.autocast(), pass_.mode():
+            pass_.hook("start")
+            pass_.hook("epoch_start")
+            batches = sum(pass_.over(one, part, () if len(loaders) == 1 else (place,)) for place, one in enumerate(loaders))
+            if not batches:
+                trainer.progress_bar_callback.print(f"the {part} part has no batch")
+            pass_.hook("epoch_end")
             metrics = pass_.recorder.results()
-            trainer.callback_metrics = {name: torch.tensor(value) for name, value in metrics.items()}
-            pass_.hook("end")()
+            pass_.hook("end")
     finally:
         trainer.validating = trainer.testing = False
     return Evaluation(metrics, torch.cat(pass_.correct).cpu() if pass_.correct and len(loaders) == 1 else None)
+
+
+def check_loader_index(module: pl.LightningModule, step: str, loaders: int) -> None:
+    """Raise `RunError` where a step needs the number of one loader, or does not take that of several."""
+    parameter = inspect.signature(getattr(module, step)).parameters.get("dataloader_idx")
+    takes = is_param_in_hook_signature(getattr(module, step), "dataloader_idx", min_args=3)
+    if loaders > 1 and not takes:
+        raise RunError(
+            f"there are {loaders} loaders, and {step} takes no dataloader_idx; allowed: (batch, batch_idx, dataloader_idx)"
+        )
+    if loaders == 1 and parameter is not None and parameter.default is inspect.Parameter.empty:
+        raise RunError(f"there is one loader, and {step} needs a dataloader_idx; allowed: a default for it, dataloader_idx=0")
 
 
 def step_of(module: pl.LightningModule, part: str) -> str | None:
@@ -106,41 +119,52 @@ class _Pass:
         self._training, self._stage, self.recorder = training, stage, recorder
         self.correct: list[Tensor] = []
 
-    def hook(self, name: str) -> Callable[..., Any]:
-        """The hook of the stage."""
-        found: Callable[..., Any] = getattr(self._training.module, f"on_{self._stage}_{name}")
-        return found
+    def hook(self, name: str, *values: Any) -> None:
+        """Call the hook of the stage, without autocast."""
+        with torch.autocast(self._training.fabric.device.type, enabled=False):
+            self._training.trainer.call(f"on_{self._stage}_{name}", *values)
 
     @contextlib.contextmanager
     def mode(self) -> Iterator[None]:
         """Inside the block the module is in evaluation mode."""
         module = self._training.module
         before = {part: part.training for part in module.modules()}
-        self.hook("model_eval")()
+        self.hook("model_eval")
         try:
             yield
         finally:
-            if is_overridden(f"on_{self._stage}_model_train", module):
-                self.hook("model_train")()
-            else:
+            try:
+                if is_overridden(f"on_{self._stage}_model_train", module):
+                    self.hook("model_train")
+                    before.clear()
+            finally:
                 for part, training in before.items():
                     part.training = training
 
-    def over(self, loader: Any, limit: int | float, number: tuple[int, ...]) -> None:
-        """Go through a loader; its number, where there are several, is part of names, and an argument of steps and hooks."""
-        training, recorder = self._training, self.recorder
-        step: Callable[..., Any] = getattr(training.module, f"{self._stage}_step")
+    def over(self, loader: Any, part: str, number: tuple[int, ...]) -> int:
+        """Go through a loader; its number, where there are several, is part of names, and an argument of steps and hooks.
+
+        Returns:
+            batches.
+        """
+        training, recorder, count = self._training, self.recorder, 0
         recorder.suffix = f"/dataloader_idx_{number[0]}" if number else ""
-        _set_sampler_epoch(loader, training.trainer.current_epoch)
-        for index, batch in enumerate(limited(loader, None if is_whole(limit) else num_batches(loader, limit))):
-            batch = training.transfer(batch, *number)
-            recorder.batch_size = extract_batch_size(batch)
-            self.hook("batch_start")(batch, index, *number)
-            output = call_step(step, batch, index, *number)
-            self.hook("batch_end")(output, batch, index, *number)
+        begin_epoch(loader, training.trainer.current_epoch)
+        limit = training.limit(part)
+        most = None if is_whole(limit) else num_batches(loader, limit, f"the {part} part")
+        for index, batch in enumerate(limited(loader, most)):
+            with torch.autocast(training.fabric.device.type, enabled=False):
+                batch = training.transfer(batch, *number)
+            recorder.batch = batch
+            self.hook("batch_start", batch, index, *number)
+            output = call_step(training.trainer, f"{self._stage}_step", batch, index, *number)
+            self.hook("batch_end", output, batch, index, *number)
             if isinstance(output, dict) and "correct" in output:
                 self.correct.append(output["correct"])
-        recorder.batch_size, recorder.suffix = 1, ""
+            count += 1
+        recorder.end_loader()
+        recorder.batch, recorder.suffix = None, ""
+        return count
 
 
 class Stages:
@@ -151,8 +175,9 @@ class Stages:
     """
 
     def __init__(self, *parts: Any) -> None:
-        self._parts = [part for part in parts if isinstance(part, (pl.LightningModule, pl.LightningDataModule))]
+        self._parts = [part for part in parts if hasattr(part, "setup")]
         self._begun: list[str] = []
+        self.used: list[Any] = []  # iterators that were gone through
 
     def begin(self, stage: str) -> None:
         """`setup` of a stage that has not begun."""
@@ -173,7 +198,7 @@ class Stages:
             raise
         finally:
             for stage in self._begun:
-                for part in self._parts:
+                for part in (one for one in self._parts if hasattr(one, "teardown")):
                     part.teardown(stage)
 
 
@@ -207,7 +232,13 @@ class Evaluator:
             return None
         if part == "test":
             self.stages.begin("test")
-        return getattr(self.data, name)()
+        found = getattr(self.data, name)()
+        if isinstance(found, Iterator) and any(found is one for one in self.stages.used):
+            raise RunError(
+                f"{name} returned the same {type(found).__name__} again, which has one pass; allowed: a loader with many"
+            )
+        self.stages.used.append(found if isinstance(found, Iterator) else None)
+        return found
 
     def loaders(self) -> dict[str, Any]:
         """Part -> its batches: the part that rounds are evaluated on, and the test part where there is one."""
@@ -219,8 +250,21 @@ class Evaluator:
         loader = self.loader(part) if step_of(self.training.module, part) else None
         if loader is None:
             return Evaluation({})
-        with seeded(self.training.seed, "evaluate"):  # a loader draws a seed, even when nothing is random
-            return evaluate(self.training, loader, part, self.reserved)
+        with seeded(self.training.seed, "evaluate"), self._named(part):  # a loader draws a seed, even when nothing is random
+            found = evaluate(self.training, loader, part, self.reserved)
+        if part == self.part:
+            self.training.trainer.callback_metrics = {name: torch.tensor(value) for name, value in found.metrics.items()}
+        return found
+
+    @contextlib.contextmanager
+    def _named(self, part: str) -> Iterator[None]:
+        """Inside the block an error says where it was."""
+        try:
+            yield
+        except RunError:
+            raise
+        except Exception as error:
+            raise RunError(f"evaluation on the {part} part: {type(error).__name__}: {error}") from error
 
     def measure(self) -> tuple[dict[str, float], list[float | None]]:
         """The metrics of a round, and the accuracy for each client where it is known."""
@@ -236,14 +280,18 @@ class Evaluator:
     def _evaluate_clients(self) -> list[dict[str, float]]:
         """For each client the mean of batches, on its share of the test part."""
         of_clients: list[dict[str, float]] = []
-        with seeded(self.training.seed, "evaluate"):
+        limit = self.training.limit(self.part)
+        with seeded(self.training.seed, "evaluate"), self._named(self.part):
             for client in range(self.data.num_clients):
                 loader = self.data.client_test_dataloader(client)
+                batches = limited(loader, None if is_whole(limit) else num_batches(loader, limit, f"client {client}"))
                 of_clients.append(
-                    _mean([evaluate(self.training, [batch], self.part, self.reserved).metrics for batch in loader])
+                    _mean([evaluate(self.training, [batch], self.part, self.reserved).metrics for batch in batches])
                 )
         return of_clients
 
 
 def _mean(metrics: list[dict[str, float]]) -> dict[str, float]:
-    return {name: sum(one[name] for one in metrics) / len(metrics) for name in metrics[0]}
+    """The mean of those that there are: a client may have no text of a part."""
+    known = [one for one in metrics if one]
+    return {name: sum(one[name] for one in known) / len(known) for name in known[0]} if known else {}

@@ -1,4 +1,4 @@
-"""What a module logs, as one number a name."""
+"""What a module logs, as one number a name: the other end of `LightningModule.log`, which checks what it is given."""
 
 from __future__ import annotations
 
@@ -7,20 +7,26 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.data import extract_batch_size
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import Metric
 
 from fedtune.errors import RunError
+from fedtune.federated.trainer import ModuleTrainer
 
 _REDUCTIONS = {"mean": "mean", "sum": "sum", "min": "min", "max": "max", "avg": "mean"}
+_JOIN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mean": torch.add,
+    "sum": torch.add,
+    "min": torch.minimum,
+    "max": torch.maximum,
+}
+Key = tuple[str, str]  # hook, name
 
 
 class LogRecorder:
-    """Stands in for `LightningModule.log`: a running value for every scalar, the metric object for every `Metric`.
-
-    Nothing is read from the device before `results`.
+    """A running value for every scalar, the metric object for every `Metric`. Nothing is read from the device before the end.
 
     Args:
         reserved: names that a module must not log, as records have them already.
@@ -28,78 +34,95 @@ class LogRecorder:
 
     def __init__(self, reserved: Collection[str] = ()) -> None:
         self._reserved = reserved
-        self._values: dict[str, Tensor] = {}
-        self._reductions: dict[str, str] = {}
-        self._weights: dict[str, float] = {}
-        self._metrics: dict[str, Metric] = {}
-        self.batch_size = 1
+        self._values: dict[Key, Tensor] = {}
+        self._reductions: dict[Key, str] = {}
+        self._weights: dict[Key, float] = {}
+        self._metrics: dict[Key, Metric] = {}
+        self._computed: dict[Key, float] = {}
+        self.batch: Any = None  # of which a mean is weighted, where the module does not say
         self.suffix = ""  # of names, where there are several loaders
 
     def log(
         self,
+        hook: str,
         name: str,
         value: Any,
-        *_: Any,
-        on_epoch: bool | None = None,
+        on_step: bool = False,
+        on_epoch: bool = True,
         reduce_fx: str | Callable[..., Any] = "mean",
         add_dataloader_idx: bool = True,
         batch_size: int | None = None,
-        **__: Any,
+        **_: Any,
     ) -> None:
-        """As `LightningModule.log`; what concerns loggers, progress bars and processes has no meaning here.
+        """Take what `LightningModule.log` hands on; what concerns loggers, progress bars and processes has no meaning here.
 
         Raises:
-            RunError: a reserved name, a value that is no single number, a reduction that a `Trainer` doesn't know either.
+            RunError: a reserved name, a reduction that a `Trainer` doesn't know either.
         """
         if name in self._reserved:
             raise RunError(f"self.log: the name {name!r} is taken, as records have it; allowed: any other name")
-        if on_epoch is False:
+        if not on_epoch:
             return
-        name += self.suffix if add_dataloader_idx else ""
+        key = hook, name + ("_epoch" if on_step else "") + (self.suffix if add_dataloader_idx else "")
         if isinstance(value, Metric):
-            self._metrics[name] = value
+            self._metrics[key] = value
             return
-        found = self._number(name, value)
-        reduction = self._reductions.setdefault(name, _reduction(name, reduce_fx))
-        weight = (batch_size or self.batch_size) if reduction == "mean" else 1
-        self._weights[name] = self._weights.get(name, 0.0) + weight
-        before, now = self._values.get(name), found * weight
-        self._values[name] = now if before is None else _JOIN[reduction](before, now)
+        reduction = self._reductions.setdefault(key, _reduction(name, reduce_fx))
+        weight = (batch_size or self._batch_size()) if reduction == "mean" else 1
+        self._weights[key] = self._weights.get(key, 0.0) + weight
+        now = value.detach().reshape(())
+        now = now.to(torch.float32 if now.device.type == "mps" else torch.float64) * weight
+        before = self._values.get(key)
+        self._values[key] = now if before is None else _JOIN[reduction](before, now)
 
-    def log_dict(self, dictionary: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
-        """As `LightningModule.log_dict`."""
-        items = dictionary.items(keep_base=False) if isinstance(dictionary, MetricCollection) else dictionary.items()
-        for name, value in items:
-            self.log(name, value, *args, **kwargs)
+    def end_loader(self) -> None:
+        """Compute what metrics say after one of several loaders."""
+        for key, metric in self._metrics.items():
+            if key not in self._computed:
+                self._computed[key] = _one_number(key[1], metric.compute())
 
     def results(self) -> dict[str, float]:
-        """Scalars reduced (a mean is over examples), metrics computed over all examples (and reset for the next time)."""
+        """Scalars reduced (a mean is over examples), metrics computed over all examples. All begins anew afterwards.
+
+        What was logged in two hooks under one name is that of the later one, as in a `Trainer`.
+        """
         values = {
-            name: float(value) / (self._weights[name] if self._reductions[name] == "mean" else 1)
-            for name, value in self._values.items()
+            key: float(value) / (self._weights[key] if self._reductions[key] == "mean" else 1)
+            for key, value in self._values.items()
         }
-        for name, metric in self._metrics.items():
-            values[name] = float(self._number(name, metric.compute()))
+        self.end_loader()
+        values |= self._computed
+        order = list(dict.fromkeys([*self._weights, *self._metrics]))
+        self.reset()
+        return {name: values[hook, name] for hook, name in order}
+
+    def reset(self) -> None:
+        """Forget all, in the metrics, too."""
         for metric in self._metrics.values():
             metric.reset()
-        return values
+        for kept in (self._values, self._reductions, self._weights, self._metrics, self._computed):
+            kept.clear()
 
-    @staticmethod
-    def _number(name: str, value: Any) -> Tensor:
-        """A value as one number, in fp64 where the device has that."""
-        if not isinstance(value, (Tensor, int, float)) or (isinstance(value, Tensor) and value.numel() != 1):
-            shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
-            raise RunError(f"self.log: {name!r} is a {type(value).__name__}{shape}; allowed: one number, or a metric of one")
-        found = torch.as_tensor(value).detach().reshape(())
-        return found.to(torch.float32 if found.device.type == "mps" else torch.float64)
+    def _batch_size(self) -> int:
+        return 1 if self.batch is None else extract_batch_size(self.batch)
 
 
-_JOIN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "mean": torch.add,
-    "sum": torch.add,
-    "min": torch.minimum,
-    "max": torch.maximum,
-}
+class TrainingLog(LogRecorder):
+    """What a module logs while it is trained for a client: means over an epoch's examples, or as `reduce_fx` says."""
+
+    def log(
+        self, hook: str, name: str, value: Any, on_step: bool = False, on_epoch: bool = True, *args: Any, **more: Any
+    ) -> None:
+        """As above, whether on steps or on epochs. The loss is in every report anyway."""
+        if name != "train_loss_nats":
+            super().log(hook, name, value, False, True, *args, **more)
+
+
+def _one_number(name: str, value: Any) -> float:
+    if not isinstance(value, (Tensor, int, float)) or (isinstance(value, Tensor) and value.numel() != 1):
+        shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+        raise RunError(f"self.log: {name!r} is a {type(value).__name__}{shape}; allowed: one number, or a metric of one")
+    return float(value)
 
 
 def _reduction(name: str, reduce_fx: Any) -> str:
@@ -109,33 +132,15 @@ def _reduction(name: str, reduce_fx: Any) -> str:
     return _REDUCTIONS[given]
 
 
-class TrainingLog(LogRecorder):
-    """What a module logs while it is trained for a client: means over the client's examples, or as `reduce_fx` says."""
-
-    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        """As `LightningModule.log`; `on_step` and `on_epoch` have no meaning here. The loss is in every report anyway."""
-        if name != "train_loss_nats":
-            super().log(name, value, *args, **kwargs | {"on_epoch": True})
-
-
-class Silence(LogRecorder):
-    """Takes what is logged outside of training and evaluation, and keeps nothing of it."""
-
-    def log(self, name: str, value: Any, *_: Any, **__: Any) -> None:
-        """Nothing."""
-
-
 @contextlib.contextmanager
-def logging_to(module: pl.LightningModule, recorder: LogRecorder) -> Iterator[None]:
-    """Inside the block `module.log` and `module.log_dict` speak to the recorder."""
-    before = {name: module.__dict__.get(name) for name in ("log", "log_dict")}
-    for name in before:
-        object.__setattr__(module, name, getattr(recorder, name))
+def logging_to(trainer: ModuleTrainer, recorder: LogRecorder) -> Iterator[None]:
+    """Inside the block `self.log` of the trainer's module leads to the recorder."""
+    before, trainer._results = trainer._results, recorder
     try:
         yield
     finally:
-        for name, function in before.items():
-            object.__delattr__(module, name) if function is None else object.__setattr__(module, name, function)
+        trainer._results = before
+        recorder.reset()
 
 
 def unusable(metrics: Mapping[str, float]) -> list[str]:

@@ -71,7 +71,8 @@ class ClientReport:
 
     Args:
         update_norm: Euclidean length of its update, as it arrived.
-        metrics: what its module logged in training, means over its examples.
+        metrics: what its module logged in training, means over the examples of its last epoch.
+        learning_rates: of each parameter group, after its last step; named as by Lightning's LearningRateMonitor.
     """
 
     client: int
@@ -82,6 +83,7 @@ class ClientReport:
     seconds: float
     update_norm: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
+    learning_rates: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from typing import Any, cast
 
 from pytorch_lightning.core.optimizer import _configure_optimizers, _configure_schedulers_automatic_opt
+from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -22,7 +25,7 @@ class Optimisation:
         position: optimizer steps and epochs already done.
 
     Raises:
-        RunError: several optimizers, or a schedule that waits for a metric.
+        RunError: several optimizers, or a schedule that waits for a metric, or does not move with every step.
     """
 
     def __init__(self, trainer: ModuleTrainer, position: Position) -> None:
@@ -35,13 +38,14 @@ class Optimisation:
         self._schedules = _configure_schedulers_automatic_opt(schedulers, monitor)
         if any(schedule.reduce_on_plateau for schedule in self._schedules):
             raise RunError("a schedule that waits for a metric (ReduceLROnPlateau) has no meaning within a client")
+        if any(schedule.interval == "step" and schedule.frequency != 1 for schedule in self._schedules):
+            raise RunError("a schedule over steps has another frequency than 1, which a Trainer counts in an epoch; allowed: 1")
         self._done = {"step": position.steps, "epoch": position.epochs}
-        for schedule in self._schedules:
-            _forward(schedule.scheduler, self._done[schedule.interval] // schedule.frequency)
         self._module = module
         self._named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         self.wrapped = trainer.strategy.wrapped(self.optimizer)
         trainer.optimizers, trainer.lr_scheduler_configs = [self.optimizer], self._schedules
+        self._forward(position)
         module.zero_grad()  # whoever trained the module before may have left gradients in it
 
     def gradients(self) -> tuple[list[str], list[Tensor], list[Tensor]]:
@@ -56,15 +60,41 @@ class Optimisation:
             if schedule.interval == interval and self._done[interval] % schedule.frequency == 0:
                 self._module.lr_scheduler_step(cast(Any, schedule.scheduler), None)
 
+    def rates(self) -> dict[str, float]:
+        """The learning rate of each parameter group, under the names of Lightning's LearningRateMonitor."""
+        groups, name = self.optimizer.param_groups, f"lr-{type(self.optimizer).__name__}"
+        if len(groups) == 1 and "name" not in groups[0]:
+            return {name: float(groups[0]["lr"])}
+        return {
+            f"{name}/{group.get('name', f'pg{number}')}": float(group["lr"]) for number, group in enumerate(groups, start=1)
+        }
 
-def _forward(scheduler: Any, count: int) -> None:
-    """Put a schedule where it is after `count` steps."""
-    if not count:
-        return
+    def _forward(self, position: Position) -> None:
+        """Put the schedules where they are after so many steps and epochs, which are taken to be equally long."""
+        own = is_overridden("lr_scheduler_step", self._module)
+        if len(self._schedules) == 1 and not own and isinstance(self._schedules[0].scheduler, LambdaLR):
+            schedule = self._schedules[0]
+            count = self._done[schedule.interval] // schedule.frequency
+            if count:  # a function of the position: no need to walk there
+                schedule.scheduler.last_epoch = count - 1
+                with _silently():
+                    self._module.lr_scheduler_step(cast(Any, schedule.scheduler), None)
+            return
+        with _silently():
+            done = 0
+            for epoch in range(1, max(position.epochs, 1 if position.steps else 0) + 1):
+                until = position.steps * epoch // max(position.epochs, 1)
+                for schedule in [one for _ in range(until - done) for one in self._schedules if one.interval == "step"]:
+                    self._module.lr_scheduler_step(cast(Any, schedule.scheduler), None)
+                for schedule in self._schedules:
+                    if schedule.interval == "epoch" and epoch <= position.epochs and epoch % schedule.frequency == 0:
+                        self._module.lr_scheduler_step(cast(Any, schedule.scheduler), None)
+                done = until
+
+
+@contextlib.contextmanager
+def _silently() -> Iterator[None]:
+    """Inside the block torch says nothing of schedules that move before their optimizer, which here is on purpose."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a schedule that moves before its optimizer, and on purpose
-        if isinstance(scheduler, LambdaLR):  # a function of the position: no need to walk there
-            scheduler.last_epoch = count - 1
-            count = 1
-        for _ in range(count):
-            scheduler.step()
+        warnings.simplefilter("ignore")
+        yield

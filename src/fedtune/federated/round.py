@@ -13,10 +13,10 @@ from fedtune.federated.messages import ClientReport, Context, Failure, Position,
 from fedtune.federated.parts import Algorithm, Runtime
 from fedtune.federated.pieces import Pieces, moved
 from fedtune.federated.state import RoundResult, ServerState
-from fedtune.federated.sums import ExactSum
+from fedtune.federated.sums import ExactSum, grid_bits
 from fedtune.tensors import Groups, Tensors, mapped
 
-BUFFER_LIMIT = 2.0**16  # the running variance of a batch norm may change by much more than a weight does
+BUFFER_LIMIT = 2.0**32  # the running variance of a batch norm may change by much more than a weight does
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class _Inbox:
     ) -> None:
         self._state, self._algorithm, self._context, self._runtime, self._options = state, algorithm, context, runtime, options
         self.agreement = RunningAgreement(len(context.cohort), options.agreement)
-        self.buffers = ExactSum(lambda group: BUFFER_LIMIT, context.max_weight)
+        self.buffers = _Buffers(context.max_weight)
         self.reports: list[ClientReport] = []
         self.failures: list[Failure] = []
         self.bytes_up, self.seconds = 0, 0.0
@@ -129,8 +129,8 @@ class _Inbox:
         report = replace(reply.report, update_norm=pieces["update"].length)
         weight = aggregator.weight(reply)
         if "buffers" in pieces:  # they are averaged here, whatever the algorithm
-            self.buffers.add({"buffers": pieces.pop("buffers")}, weight)
-            del groups["buffers"]
+            self.buffers.add(groups.pop("buffers"), weight)
+            del pieces["buffers"]
         self.agreement.add(reply.client, pieces["update"], weight)
         reply = replace(reply, groups=groups, report=report, pieces=pieces)
         self.reports.append(report)
@@ -166,6 +166,26 @@ class _Inbox:
                 f"round {self._context.round}: the replies of {answered} of {len(self._context.cohort)} clients count, "
                 f"min_clients is {least} ({reasons})"
             )
+
+
+class _Buffers:
+    """Exact sums of buffers, of values up to 2^32 and very small ones: on a coarse grid, and of what is left on a fine one."""
+
+    def __init__(self, max_weight: int) -> None:
+        self._step = 2.0 ** -grid_bits(BUFFER_LIMIT, max_weight)
+        self._sums = ExactSum(lambda group: BUFFER_LIMIT if group == "coarse" else self._step, max_weight)
+
+    def add(self, buffers: Tensors, weight: int) -> None:
+        """Take in one client's."""
+        exact = {name: tensor.double() for name, tensor in buffers.items()}
+        coarse = {name: tensor.div(self._step).round_().mul_(self._step) for name, tensor in exact.items()}
+        rest = {name: tensor - coarse[name] for name, tensor in exact.items()}
+        self._sums.add({"coarse": Pieces(coarse), "rest": Pieces(rest)}, weight)
+
+    def mean(self, runtime: Runtime) -> Groups:
+        """Their mean."""
+        found = self._sums.mean(runtime)
+        return {"buffers": {name: tensor + found["rest"][name] for name, tensor in found["coarse"].items()}}
 
 
 def _sent(state: ServerState, algorithm: Algorithm, options: RoundOptions) -> Groups:

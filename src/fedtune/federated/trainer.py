@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -42,9 +43,12 @@ class ModuleTrainer:
 
     world_size = num_devices = num_nodes = 1
     global_rank = local_rank = node_rank = 0
-    is_global_zero, sanity_checking, predicting, barebones, fast_dev_run, interrupted = True, False, False, False, False, False
+    is_global_zero, sanity_checking, predicting, barebones, interrupted = True, False, False, False, False
+    fast_dev_run: bool | int = False
     max_steps, min_epochs, min_steps = -1, None, None
-    limit_train_batches = limit_val_batches = limit_test_batches = 1.0
+    limit_train_batches: int | float = 1.0
+    limit_val_batches: int | float = 1.0
+    limit_test_batches: int | float = 1.0
 
     def __init__(
         self,
@@ -68,9 +72,13 @@ class ModuleTrainer:
         self.num_training_batches: float = math.inf
         self.train_dataloader: Any = None
         self.callback_metrics: dict[str, Tensor] = {}
-        self.max_epochs, self.steps_in_all = 1, _unknown
+        self.max_epochs_, self.steps_in_all = 1, _unknown
+        self.on_horizon: Callable[[], None] = _nothing
         self.logger: Any = None
         self.callbacks: list[Any] = []
+        self._results: Any = None  # where `self.log` leads
+        self._logger_connector = SimpleNamespace(should_reset_tensors=lambda hook: False, _current_fx=None)
+        self._accelerator_connector = SimpleNamespace(is_distributed=False)
         self.default_root_dir = "."
         self.progress_bar_callback = Line(print)
 
@@ -80,7 +88,22 @@ class ModuleTrainer:
 
     def plan(self, max_epochs: int, steps_in_all: Callable[[], float]) -> None:
         """Begin a phase of so many epochs; `steps_in_all` finds its optimizer steps once they are wanted."""
-        self.max_epochs, self.steps_in_all = max_epochs, functools.cache(steps_in_all)
+        self.max_epochs_, self.steps_in_all = max_epochs, functools.cache(steps_in_all)
+
+    def call(self, hook: str, *values: Any) -> Any:
+        """Call a hook or a step of the module, which may log in it."""
+        module = self.lightning_module
+        before, module._current_fx_name = module._current_fx_name, hook
+        try:
+            return getattr(module, hook)(*values)
+        finally:
+            module._current_fx_name = before
+
+    @property
+    def max_epochs(self) -> int:
+        """Epochs of the whole federation."""
+        self.on_horizon()
+        return self.max_epochs_
 
     @property
     def loggers(self) -> list[Any]:
@@ -106,6 +129,7 @@ class ModuleTrainer:
     def estimated_stepping_batches(self) -> float:
         """Optimizer steps of the whole federation: of its rounds, each as long as the client with most batches takes; infinite
         where loaders have no length."""
+        self.on_horizon()
         return self.steps_in_all()
 
     @property
@@ -119,7 +143,7 @@ class ModuleTrainer:
             raise UsageError("self.trainer.should_stop", value, "nothing; a FederatedCallback ends a run with run.should_stop")
 
     def __getattr__(self, name: str) -> Any:
-        known = sorted({*vars(type(self)), *vars(self)} - {one for one in vars(type(self)) if one.startswith("_")})
+        known = sorted(one for one in {*vars(type(self)), *vars(self)} if not one.startswith("_") and not one.endswith("_"))
         raise AttributeError(f"self.trainer has no {name!r} in a federation; it has {', '.join(known)}")
 
 

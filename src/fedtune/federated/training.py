@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import math
-import operator
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.utilities.data import _set_sampler_epoch
 from lightning_utilities.core.apply_func import apply_to_collection
-from pytorch_lightning.utilities.data import extract_batch_size
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from fedtune.errors import RunError
-from fedtune.federated.batches import Transfer, call_step, limited, num_batches, num_tokens, one_loader, with_last
+from fedtune.federated.batches import (
+    Transfer,
+    begin_epoch,
+    call_step,
+    examples_in,
+    limited,
+    loss_of,
+    num_batches,
+    num_tokens,
+    one_loader,
+    with_last,
+)
 from fedtune.federated.dropout import FastDropout
 from fedtune.federated.logs import TrainingLog, logging_to
 from fedtune.federated.messages import ClientReport
@@ -83,12 +91,12 @@ class Steps:
 
     def __init__(self, training: Training, optimisation: Optimisation, correct: Correction | None) -> None:
         self._training, self._optimisation, self._correct = training, optimisation, correct
-        self._module, self._trainer = training.module, training.trainer
+        self._trainer = training.trainer
         self._trainer.strategy.before_step = self._before_step
         self._first = self._trainer.global_step
         self._loss: Tensor | None = None
         self._output: dict[str, Any] = {}
-        self.log = TrainingLog()
+        self.log, self.metrics = TrainingLog(), dict[str, float]()
         self.losses: list[Tensor] = []
         self.sizes: list[int] = []
         self.tokens: list[Tensor] = []
@@ -100,25 +108,26 @@ class Steps:
 
     def epoch(self, batches: Iterable[Any], count: int | None) -> None:
         """One epoch over some batches; `count` of them, where that is known."""
-        self._module.on_train_epoch_start()
+        self._trainer.call("on_train_epoch_start")
         for index, (batch, is_last) in enumerate(with_last(batches, count)):
             if self._batch(batch, index, is_last) == -1:
                 break
-        self.log.batch_size = 1
-        self._module.on_train_epoch_end()
+        self.log.batch = None
+        self._trainer.call("on_train_epoch_end")
+        self.metrics |= self.log.results()
         self._trainer.current_epoch += 1
 
     def _batch(self, batch: Any, index: int, is_last: bool) -> int | None:
         """One batch; -1 where the module wants no more of this epoch."""
-        module, optimisation = self._module, self._optimisation
+        trainer, optimisation = self._trainer, self._optimisation
         batch, self._loss, self._output = self._training.transfer(batch), None, {}
-        self.log.batch_size = size = extract_batch_size(batch)
-        answer = module.on_train_batch_start(batch, index)
+        self.log.batch = batch
+        answer = trainer.call("on_train_batch_start", batch, index)
         if answer != -1:
             closure = _Closure(self, batch, index)
             if is_last or (index + 1) % self._training.accumulate_grad_batches == 0:
-                module.optimizer_step(self._trainer.current_epoch, index, optimisation.wrapped, closure)
-                self._trainer.global_step += 1
+                trainer.call("optimizer_step", trainer.current_epoch, index, optimisation.wrapped, closure)
+                trainer.global_step += 1
                 if self._training.frees_gradients:
                     optimisation.optimizer.zero_grad()  # the next forward pass has their memory
                 optimisation.end("step")
@@ -132,39 +141,38 @@ class Steps:
             return -1
         if self._loss is not None:
             self.losses.append(self._loss)
-            self.sizes.append(size)
+            self.sizes.append(examples_in(batch))
             self.tokens.append(num_tokens(batch))
-        module.on_train_batch_end(self._output, batch, index)
+        trainer.call("on_train_batch_end", self._output, batch, index)
         return None
 
     def forward_backward(self, batch: Any, index: int) -> Tensor | None:
         """The loss of a batch and its gradients; None where the module skips the batch, as it may in a `Trainer`."""
-        module, share = self._module, self._training.accumulate_grad_batches
+        trainer, share, optimizer = self._trainer, self._training.accumulate_grad_batches, self._optimisation.optimizer
         with self._training.fabric.autocast():
-            output: Any = call_step(module.training_step, batch, index)
-        loss: Tensor | None = output["loss"] if isinstance(output, dict) else output
+            output: Any = call_step(trainer, "training_step", batch, index)
+        loss = loss_of(output)
         if index % share == 0:
-            module.on_before_zero_grad(self._optimisation.optimizer)
-            module.optimizer_zero_grad(self._trainer.current_epoch, index, self._optimisation.optimizer)
+            trainer.call("on_before_zero_grad", optimizer)
+            trainer.call("optimizer_zero_grad", trainer.current_epoch, index, optimizer)
         if loss is None:
             return None
         part = loss if share == 1 else loss / share
-        module.on_before_backward(part)
-        module.backward(part)
-        module.on_after_backward()
-        self._loss = loss.detach()
-        self._output = (output if isinstance(output, dict) else {}) | {"loss": part.detach()}
+        trainer.call("on_before_backward", part)
+        trainer.call("backward", part)
+        trainer.call("on_after_backward")
+        self._loss = loss.detach().reshape(())
+        self._output = (dict(output) if isinstance(output, Mapping) else {}) | {"loss": part.detach()}
         return self._output["loss"]
 
     def _before_step(self) -> None:
         """Between gradients and step: the algorithm's correction, the module's hook, clipping."""
-        module, trainer = self._module, self._trainer
+        trainer, optimizer = self._trainer, self._optimisation.optimizer
         if self._correct is not None:
             with torch.no_grad():
                 self._correct(*self._optimisation.gradients())
-        module.on_before_optimizer_step(self._optimisation.optimizer)
-        algorithm = trainer.gradient_clip_algorithm
-        module.configure_gradient_clipping(self._optimisation.optimizer, trainer.gradient_clip_val, algorithm)
+        trainer.call("on_before_optimizer_step", optimizer)
+        trainer.call("configure_gradient_clipping", optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
 
 
 @dataclass(frozen=True)
@@ -191,7 +199,7 @@ def train_epochs(
 ) -> ClientReport:
     """Epochs over a client's batches; arguments and errors as in `train`."""
     loader = one_loader(loader, where)
-    count = num_batches(loader, training.limit_train_batches)
+    count = num_batches(loader, training.limit_train_batches, where)
 
     def passes() -> Iterator[Iterable[Any]]:
         for epoch in range(epochs):
@@ -199,7 +207,7 @@ def train_epochs(
                 raise RunError(
                     f"{where}: a {type(loader).__name__} has one epoch; allowed: a loader with {epochs}, as a DataLoader"
                 )
-            _set_sampler_epoch(loader, training.trainer.current_epoch)
+            begin_epoch(loader, training.trainer.current_epoch)
             yield limited(loader, count)
 
     training.trainer.train_dataloader = loader
@@ -227,16 +235,15 @@ def train(
         RunError: the loss became NaN or infinite, the module raised, or there is no batch; `where` and the step are named.
     """
     start, steps = time.perf_counter(), Steps(training, optimisation, correct)
-    trainer, module = training.trainer, training.module
+    trainer = training.trainer
     trainer.training, trainer.num_training_batches = True, float("inf") if count is None else count
     try:
         fast = training.fast_dropout and training.fabric.device.type == "cpu"
-        with FastDropout() if fast else contextlib.nullcontext(), logging_to(module, steps.log):
-            module.on_train_start()
+        with FastDropout() if fast else contextlib.nullcontext(), logging_to(trainer, steps.log):
+            trainer.call("on_train_start")
             for batches in passes:
                 steps.epoch(batches, count)
-            module.on_train_end()
-            metrics = steps.log.results()
+            trainer.call("on_train_end")
     except RunError:
         raise
     except Exception as error:
@@ -257,7 +264,8 @@ def train(
         num_tokens=int(torch.stack(steps.tokens).sum()),
         train_loss_nats=float(values @ torch.tensor(steps.sizes, dtype=torch.float64)) / sum(steps.sizes),
         seconds=time.perf_counter() - start,
-        metrics=metrics,
+        metrics=steps.metrics,
+        learning_rates=optimisation.rates(),
     )
 
 
@@ -275,6 +283,11 @@ def pooled_steps(training: Training, loader: Any, examples: int) -> float:
     return math.ceil(count * examples / len(dataset) / training.accumulate_grad_batches)
 
 
+def _first(tensor: Tensor, count: int, size: int) -> Tensor:
+    """The first examples of a tensor that has one row for each of `size` examples; another tensor as it is."""
+    return tensor[:count] if tensor.ndim and len(tensor) == size else tensor
+
+
 def exactly(loader: Any, examples: int) -> Iterator[Iterator[Any]]:
     """As many passes over a loader as it takes to see exactly so many examples; the last batch is cut."""
     left = examples
@@ -282,9 +295,9 @@ def exactly(loader: Any, examples: int) -> Iterator[Iterator[Any]]:
     def one() -> Iterator[Any]:
         nonlocal left
         for batch in loader:
-            size = extract_batch_size(batch)
+            size = examples_in(batch)
             if size > left:
-                batch = apply_to_collection(batch, Tensor, operator.itemgetter(slice(left)))
+                batch = apply_to_collection(batch, Tensor, _first, left, size)
             left -= min(size, left)
             yield batch
             if left <= 0:

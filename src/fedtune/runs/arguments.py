@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from typing import Any
 
 from fedtune.errors import UsageError, at_least, one_of
 from fedtune.runs.baselines import BASELINES
+from fedtune.runs.options import RunOptions
 from fedtune.storage.summary import MODES
 
 EVALUATED_ON = ("validation", "test")
@@ -14,6 +17,16 @@ CLIPPED = ("norm", "value")
 
 def check_arguments(loop: Any) -> None:
     """Raise `UsageError` for a value outside of what is allowed."""
+    if isinstance(loop.options, Mapping):
+        loop.options = RunOptions(**loop.options)
+    if not isinstance(loop.options, RunOptions):
+        raise UsageError("options", loop.options, "a RunOptions, or a dictionary of its values")
+    if isinstance(loop.run_dir, os.PathLike):
+        loop.run_dir = os.fspath(loop.run_dir)
+    if loop.run_dir is not None and not (isinstance(loop.run_dir, str) and loop.run_dir):
+        raise UsageError("run_dir", loop.run_dir, "the path of a directory, or None")
+    if not isinstance(loop.baselines, (str, list, tuple, set, frozenset)):
+        raise UsageError("baselines", loop.baselines, f"a list of {', '.join(BASELINES)}; an empty one for none")
     for name in ("max_rounds", "local_epochs", "accumulate_grad_batches", "check_val_every_n_rounds"):
         _whole(name, getattr(loop, name), 1)
     _whole("seed", loop.seed, 0)
@@ -39,7 +52,7 @@ def check_arguments(loop: Any) -> None:
         ("baselines", [loop.baselines] if isinstance(loop.baselines, str) else loop.baselines, BASELINES),
     ):
         for value in values:
-            if value not in allowed:
+            if not isinstance(value, str) or value not in allowed:
                 raise one_of(name, value, allowed)
 
 

@@ -27,7 +27,7 @@ from fedtune.storage.config import baseline_config, fingerprint
 from fedtune.storage.directory import RunDirectory
 from fedtune.storage.locks import locked
 from fedtune.storage.records import RoundRecord
-from fedtune.tensors import Tensors, assign_, counters, digest, distance, snapshot, travelling
+from fedtune.tensors import Tensors, assign_, counters, digest, distance, resting, restore_counters, snapshot, travelling
 
 BASELINES = ("centralised", "local")
 
@@ -68,7 +68,7 @@ class Baselines:
             self.records["centralised"] = self._centralised(start)
         if "local" in names:
             self.records["local"] = self._local(start, first)
-        assign_(counters(module), first)
+        restore_counters(module, first)
 
     def _centralised(self, start: ServerState) -> list[RoundRecord]:
         """As many rounds on the pooled data, each with as many examples as the federated one."""
@@ -111,7 +111,7 @@ class Baselines:
             done = directory.read("local.jsonl", "client", clients)
             for client in clients[len(done) :]:
                 epochs, loader = self.local_epochs * max(1, taken[client]), self.evaluator.data.client_dataloader(client)
-                assign_(counters(training.module), first)
+                restore_counters(training.module, first)
                 training.trainer.plan(epochs, functools.partial(steps_in, training, loader, epochs))
                 record = local(training, start.weights, client, loader, epochs)
                 record[part] = self.evaluator.evaluate(part).metrics
@@ -128,7 +128,14 @@ class Baselines:
     @contextlib.contextmanager
     def _directory(self, name: str, start: ServerState, split_matters: bool, **more: Any) -> Iterator[tuple[RunDirectory, Run]]:
         """A directory named after all that the baseline's numbers depend on; who shares it waits."""
-        about = {"name": name, "examples": [record.num_examples for record in self.run.history], "start": digest(start.weights)}
+        about: dict[str, Any] = {
+            "name": name,
+            "examples": [record.num_examples for record in self.run.history],
+            "start": digest(start.weights),
+        }
+        about["still"] = digest(resting(self.evaluator.training.module))
+        if self.run.config["content"]["task"] is None:  # nobody could tell whether other runs have the same data
+            about["of"] = self.run.run_dir
         about |= more
         config = baseline_config(self.run.config, about, split_matters)
         path = None if self.folder is None else self.folder / f"{name}-{fingerprint(config)}"
@@ -151,7 +158,7 @@ def centralised(training: Training, state: ServerState, loader: Any, examples: i
     optimisation = Optimisation(training.trainer, state.position)
     restore(optimisation.optimizer, state.memory.get("optimizer", {}).get("state", {}))
     if "module" in state.memory:
-        assign_(counters(training.module), state.memory["module"]["counters"])
+        restore_counters(training.module, state.memory["module"]["counters"])
     with seeded(training.seed, "centralised", number):
         report = train(training, optimisation, exactly(loader, examples), f"centralised, round {number}")
     after = ServerState(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,6 +54,11 @@ class FederatedCallback:
 
     replayed: ClassVar[bool] = True
 
+    @property
+    def state_key(self) -> str:
+        """What a state is kept under: the name of the class, and what else tells callbacks of one class apart."""
+        return f"{type(self).__module__}.{type(self).__qualname__}"
+
     def state_dict(self) -> dict[str, Any]:
         """What the callback knows after a round: numbers, text, lists and dictionaries."""
         return {}
@@ -88,7 +94,7 @@ class MonitorCheck(FederatedCallback):
 
     def on_round_end(self, run: Run, module: pl.LightningModule, record: RoundRecord) -> None:
         """Look at the metrics of the round."""
-        if self._monitor not in ("accuracy", *record.metrics):
+        if record.metrics and self._monitor not in ("accuracy", *record.metrics):
             raise one_of("monitor", self._monitor, record.metrics)
 
 
@@ -99,7 +105,11 @@ def exceptions_reported(callbacks: Sequence[FederatedCallback], run: Run, module
         yield
     except BaseException as error:
         for callback in callbacks:
-            callback.on_exception(run, module, error)
+            try:
+                callback.on_exception(run, module, error)
+            except Exception as another:  # it must not hide the first one, nor keep it from the other callbacks
+                said = f"{type(callback).__name__}.on_exception: {type(another).__name__}: {another}"
+                warnings.warn(said, stacklevel=1)
         raise
 
 
@@ -131,9 +141,9 @@ def restore_states(callbacks: Sequence[FederatedCallback], states: Mapping[str, 
 
 
 def _keyed(callbacks: Sequence[FederatedCallback]) -> Iterator[tuple[str, FederatedCallback]]:
-    """Callbacks by class, and by number where there are several of one."""
+    """Callbacks by their keys, and by number where there are several of one."""
     seen: Counter[str] = Counter()
     for callback in callbacks:
-        name = f"{type(callback).__module__}.{type(callback).__qualname__}"
+        name = callback.state_key
         seen[name] += 1
         yield name if seen[name] == 1 else f"{name} {seen[name]}", callback

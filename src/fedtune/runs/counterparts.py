@@ -50,7 +50,10 @@ def from_trainer(given: Mapping[str, Any]) -> dict[str, Any]:
     """
     found = dict(given)
     if "check_val_every_n_epoch" in found:
-        found.setdefault("check_val_every_n_rounds", found.pop("check_val_every_n_epoch"))
+        every = found.pop("check_val_every_n_epoch")
+        if "check_val_every_n_rounds" in found:
+            raise UsageError("check_val_every_n_epoch", every, "one of check_val_every_n_epoch and check_val_every_n_rounds")
+        found["check_val_every_n_rounds"] = every
     for name, instead in COUNTERPARTS.items():
         if name in found:
             raise UsageError(name, found[name], f"{instead} (a FederatedLoop has no {name})")
@@ -70,5 +73,10 @@ def check_callbacks(callbacks: Any, wanted: type) -> None:
             instead |= {"LearningRateMonitor": "fedtune.LearningRateMonitor"}
             allowed += f"; the counterpart of {name} is {instead.get(name, 'a subclass of it with the hooks of rounds')}"
         raise UsageError("callbacks", name, allowed)
+    keys = (
+        [one.state_key for one in callbacks if getattr(one, "only_one", False)] if isinstance(callbacks, (list, tuple)) else []
+    )
+    for key in (one for one in keys if keys.count(one) > 1):
+        raise UsageError("callbacks", key.rpartition(".")[2], "each once, or for different metrics")
     if not isinstance(callbacks, (list, tuple)):
         raise UsageError("callbacks", type(callbacks).__name__, "a list of them")

@@ -37,9 +37,9 @@ def resolve_precision(precision: str | int, accelerator: str = "auto") -> Resolv
         UsageError: none of "auto", "32-true" (or 32), "bf16-mixed".
     """
     known = _ALIASES.get(precision, precision) if isinstance(precision, (str, int)) else precision
-    if known in _REFUSED:
+    if isinstance(known, str | int) and known in _REFUSED:
         raise UsageError("precision", precision, f"{', '.join(PRECISIONS)}; {_REFUSED[known]}")
-    if known not in PRECISIONS:
+    if not isinstance(known, str) or known not in PRECISIONS:
         raise one_of("precision", precision, PRECISIONS)
     if known != "auto":
         return cast(Resolved, known)
@@ -69,7 +69,7 @@ def fabric_of(accelerator: str, precision: Resolved) -> Fabric:
     """Lightning's Fabric on one device. Raises `UsageError` where the machine lacks the accelerator."""
     try:
         return Fabric(accelerator=accelerator, devices=1, precision=precision)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, ImportError) as error:
         raise UsageError("accelerator", accelerator, f"one that this machine has: auto, cpu ({error})") from error
 
 

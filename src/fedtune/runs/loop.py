@@ -15,12 +15,12 @@ from fedtune.errors import UsageError
 from fedtune.federated.client import Worker
 from fedtune.federated.cohorts import cohort, max_weight
 from fedtune.federated.evaluation import Evaluator, by_loader, step_of
-from fedtune.federated.messages import ClientReport, Context
+from fedtune.federated.messages import ClientReport, Context, Position
 from fedtune.federated.parts import Algorithm
 from fedtune.federated.round import RoundOptions, run_round
 from fedtune.federated.state import RoundResult, ServerState
-from fedtune.federated.trainer import check_module
-from fedtune.federated.training import steps_in
+from fedtune.federated.still import Still
+from fedtune.federated.trainer import ModuleTrainer, check_module
 from fedtune.runs.arguments import check_arguments, check_data
 from fedtune.runs.baselines import BASELINES, Baselines
 from fedtune.runs.callbacks import FederatedCallback, MonitorCheck, Run, exceptions_reported
@@ -42,7 +42,7 @@ from fedtune.storage.directory import RunDirectory, writing
 from fedtune.storage.locks import locked
 from fedtune.storage.records import RoundRecord
 from fedtune.storage.summary import summarise, with_known_baselines
-from fedtune.tensors import assign_, buffers, counters, resting, snapshot, travelling
+from fedtune.tensors import assign_, buffers, counters, resting, restore_counters, sharing, snapshot, travelling
 
 _NOT_CONFIG = ("callbacks", "run_dir", "logger")  # not a plain value, or no part of what makes the numbers
 
@@ -115,11 +115,13 @@ class FederatedLoop:
     def __post_init__(self) -> None:
         check_arguments(self)
         check_callbacks(self.callbacks, FederatedCallback)
+        self._position = Position()
         resolve_precision(self.precision, self.accelerator)
         self._algorithm = algorithm_of(self.algorithm)
         if self.fast_dev_run:
             self.max_rounds, self.check_val_every_n_rounds, self.run_dir, self.logger = 1, 1, None, "none"
             self.limit_train_batches = self.limit_val_batches = self.limit_test_batches = int(self.fast_dev_run)
+            self.options = dataclasses.replace(self.options, baseline_dir=None)
         self._callbacks = [*self.callbacks, MonitorCheck(self.monitor), *mirror_of(self.logger)]
 
     def fit(self, module: pl.LightningModule, data: Any = None, *, datamodule: Any = None) -> list[RoundRecord]:
@@ -168,10 +170,21 @@ class FederatedLoop:
             raise UsageError("evaluate_on", self.evaluate_on, "a part that the data have")
         if step_of(module, self.evaluate_on) is None:
             run.print(f"{type(module).__name__} has no validation_step: the rounds are not evaluated")
+        resting_parts = [name for name, part in module.named_modules() if not part.training]
+        if resting_parts:
+            first = ", ".join(name or type(module).__name__ for name in resting_parts[:3])
+            run.print(f"{len(resting_parts)} parts of the module are in evaluation mode, and trained so: {first}, …")
         module.on_fit_start()
+        same = sharing(travelling(module) | resting(module))
+        if same is not None:
+            allowed = f"tensors with memory of their own ({' and '.join(dict.fromkeys(same))} share theirs)"
+            raise UsageError("module", type(module).__name__, allowed)
+        self._watch_the_end(training.trainer, directory, run)
         kept = resting(module), getattr(module, "from_files", ())
         directory.begin(ServerState(0, snapshot(travelling(module))), bool(self.baselines), *kept)  # no name keeps the copy
         final = self._federated(Rounds(evaluator, progress, directory, self.check_val_every_n_rounds), run)
+        training.trainer.at(final.position)
+        self._position = final.position
         test = evaluator.evaluate("test").metrics
         baselines = self._baselines(evaluator, progress, run)
         self._conclude(run, directory, test, baselines)  # a baseline that fails must not take the result with it
@@ -183,6 +196,22 @@ class FederatedLoop:
         module.on_fit_end()
         for callback in self._callbacks:
             callback.on_fit_end(run, module)
+
+    def _watch_the_end(self, trainer: ModuleTrainer, directory: RunDirectory, run: Run) -> None:
+        """Note that a module asks how long the run is, and say where that was another number in an earlier start."""
+        before = directory.read_json("horizon.json").get("max_rounds", self.max_rounds)
+        if before != self.max_rounds:
+            run.print(
+                f"the module asks how long the run is, and its first rounds were of a run of {before} rounds: "
+                f"a run of {self.max_rounds} from the start gives other numbers"
+            )
+
+        def noted() -> None:
+            trainer.on_horizon = lambda: None
+            if "max_rounds" not in directory.read_json("horizon.json"):
+                directory.write_json("horizon.json", {"max_rounds": self.max_rounds})
+
+        trainer.on_horizon = noted
 
     def _evaluated(self, module: pl.LightningModule, data: Any, part: str) -> list[dict[str, float]]:
         progress = Progress(self.options.progress)
@@ -227,6 +256,7 @@ class FederatedLoop:
             rounds.directory.memory,
             self.local_epochs,
             snapshot(counters(training.module)),
+            Still(training.module),
             algorithm.up,
             algorithm.down,
             client_ended if hooks else None,
@@ -246,14 +276,9 @@ class FederatedLoop:
             context = Context(self.seed, number, data.num_clients, tuple(drawn), most)
             return run_round(state, algorithm, context, runtime, options)
 
-        def steps() -> float:
-            loaders = map(data.client_dataloader, range(data.num_clients))
-            return self.max_rounds * max(steps_in(training, loader, self.local_epochs) for loader in loaders)
-
-        training.trainer.plan(self.max_rounds * self.local_epochs, steps)
         with rounds.progress.phase("federated", self.max_rounds, self.clients_per_round or data.num_clients):
             final = rounds.play(run, rounds.directory.start, next_round, self._callbacks)
-        assign_(counters(training.module), worker.counters)
+        restore_counters(training.module, worker.counters)
         return final
 
     def _baselines(self, evaluator: Evaluator, progress: Progress, run: Run) -> Baselines:

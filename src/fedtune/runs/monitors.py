@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from urllib.parse import quote
 
 import pytorch_lightning as pl
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-from fedtune.errors import UsageError, at_least, one_of
-from fedtune.federated.messages import ClientReport
-from fedtune.files import append_line, read_lines, replaced, write_lines
+from fedtune.errors import RunError, UsageError, at_least, one_of
+from fedtune.federated.evaluation import step_of
+from fedtune.files import replaced
 from fedtune.runs.callbacks import FederatedCallback, Run
 from fedtune.storage.records import RoundRecord
 from fedtune.storage.summary import MODES
-from fedtune.tensors import Tensors, assign_, snapshot, travelling
+from fedtune.tensors import Tensors, assign_, misfit, snapshot, travelling
 
 
 class _Watching(FederatedCallback):
@@ -26,18 +28,41 @@ class _Watching(FederatedCallback):
         mode: whether it should be "max" or "min"; by default the run's, where the metric is the run's, too.
     """
 
+    fresh: ClassVar[dict[str, Any]]  # what is known before the first round
+
     def __init__(self, monitor: str | None = None, mode: str | None = None) -> None:
         self.monitor, self.mode = monitor, mode
+        self._given = monitor, mode
+        self._known: dict[str, Any] | None = None
         if mode is not None and mode not in MODES:
             raise one_of(f"{type(self).__name__}.mode", mode, MODES)
 
     def on_fit_start(self, run: Run, module: pl.LightningModule) -> None:
-        """Take up what the run monitors."""
-        of_run = run.config["loop"]
+        """Take up what the run monitors, and what was known of it; of another run's nothing."""
+        of_run, (self.monitor, self.mode) = run.config["loop"], self._given
         if self.mode is None and self.monitor not in (None, of_run["monitor"]):
             allowed = f"max or min, as {self.monitor} is not the run's own metric, {of_run['monitor']}"
             raise UsageError(f"{type(self).__name__}.mode", None, allowed)
         self.monitor, self.mode = self.monitor or of_run["monitor"], self.mode or of_run["mode"]
+        if of_run["check_val_every_n_rounds"] > run.max_rounds or step_of(module, of_run["evaluate_on"]) is None:
+            raise UsageError("callbacks", type(self).__name__, "a run whose rounds are evaluated (none of this one's is)")
+        known, self._known = self._known, None
+        fits = known is not None and (known["monitor"], known["mode"]) == (self.monitor, self.mode) and run.history
+        for name, value in self.fresh.items():
+            setattr(self, name, known[name] if known is not None and fits else value)
+
+    @property
+    def state_key(self) -> str:
+        """The class, the metric and the mode."""
+        return f"{super().state_key} {self._given[0]} {self._given[1]}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is known by now of the metric."""
+        return {"monitor": self.monitor, "mode": self.mode} | {name: getattr(self, name) for name in self.fresh}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Know that again, where the metric is still the same; `on_fit_start` sees to that."""
+        self._known = state
 
     def value_of(self, record: RoundRecord) -> float | None:
         """The metric of a round; None where that was not evaluated.
@@ -50,8 +75,8 @@ class _Watching(FederatedCallback):
         return record.metrics.get(str(self.monitor))
 
     def is_better(self, value: float, than: float | None, by: float = 0.0) -> bool:
-        """Whether a value is better than another one, by more than so much."""
-        if not math.isfinite(value):
+        """Whether a value is better than another one, by more than so much; what is no number is not."""
+        if math.isnan(value):
             return False
         return than is None or (value - than > by if self.mode == "max" else than - value > by)
 
@@ -67,6 +92,8 @@ class EarlyStopping(_Watching):
         stopping_threshold: end once the metric is better than this.
         divergence_threshold: end once it is worse than this.
     """
+
+    fresh: ClassVar[dict[str, Any]] = {"best_score": None, "wait_count": 0, "stopped_round": 0}
 
     def __init__(
         self,
@@ -84,15 +111,6 @@ class EarlyStopping(_Watching):
         self.stopping_threshold, self.divergence_threshold = stopping_threshold, divergence_threshold
         self.best_score: float | None = None
         self.wait_count = self.stopped_round = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """The best value so far, and for how many rounds there was no better one."""
-        return {"best_score": self.best_score, "wait_count": self.wait_count, "stopped_round": self.stopped_round}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Know that again."""
-        self.best_score, self.wait_count = state["best_score"], state["wait_count"]
-        self.stopped_round = state["stopped_round"]
 
     def on_round_end(self, run: Run, module: pl.LightningModule, record: RoundRecord) -> None:
         """Look at the metric."""
@@ -127,8 +145,12 @@ class BestWeights(_Watching):
         monitor, mode: the metric and whether it should be "max" or "min"; by default the run's.
         restore: after the run the module holds these weights, and not those of the last round.
 
-    After a round: `best_round`, `best_score`. `load(module)` gives a module the weights.
+    After a round: `best_round`, `best_score`. `load(module)` gives a module the weights. For another metric than the run's the
+    file is `best-METRIC-MODE.safetensors`.
     """
+
+    fresh: ClassVar[dict[str, Any]] = {"best_round": None, "best_score": None}
+    only_one = True
 
     def __init__(self, monitor: str | None = None, mode: str | None = None, restore: bool = False) -> None:
         super().__init__(monitor, mode)
@@ -138,24 +160,25 @@ class BestWeights(_Watching):
         self._file: Path | None = None
         self._weights: Tensors = {}
 
-    def state_dict(self) -> dict[str, Any]:
-        """The best round so far and its value."""
-        return {"best_round": self.best_round, "best_score": self.best_score}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Know that again."""
-        self.best_round, self.best_score = state["best_round"], state["best_score"]
-
     def on_fit_start(self, run: Run, module: pl.LightningModule) -> None:
         """Find the place."""
         super().on_fit_start(run, module)
-        self._file = Path(run.run_dir) / "best.safetensors" if run.run_dir else None
+        of_run = run.config["loop"]
+        own = (self.monitor, self.mode) == (of_run["monitor"], of_run["mode"])
+        name = "best.safetensors" if own else f"best-{quote(str(self.monitor), safe='')}-{self.mode}.safetensors"
+        self._file, self._weights = Path(run.run_dir) / name if run.run_dir else None, {}
+        done = [(self.value_of(record), record.round) for record in run.history]
+        gone = [(value, number) for value, number in done if value is not None and self.is_better(value, self.best_score)]
+        if gone:
+            run.print(
+                f"BestWeights: the weights of rounds up to {len(run.history)} are not known; it watches the rounds from here on"
+            )
 
     def on_round_end(self, run: Run, module: pl.LightningModule, record: RoundRecord) -> None:
         """Keep the weights where they are the best."""
         value = self.value_of(record)
         replay = record.round == self.best_round
-        if value is None or not (replay or self.is_better(value, self.best_score)):
+        if value is None or not math.isfinite(value) or not (replay or self.is_better(value, self.best_score)):
             return
         self.best_round, self.best_score = record.round, value
         if self._file is None:
@@ -177,55 +200,45 @@ class BestWeights(_Watching):
         Raises:
             UsageError: no round was the best yet.
         """
-        from safetensors.torch import load_file
-
         if self.best_round is None:
             raise UsageError("BestWeights.load", None, "after a round that was evaluated")
-        weights = self._weights if self._file is None else load_file(self._file)
+        weights = self._weights if self._file is None else self._read(self._file)
+        wrong = misfit(weights, travelling(module))
+        if wrong:
+            raise RunError(f"{self._file or 'BestWeights'}: the weights do not fit the module: {wrong}")
         assign_(travelling(module), weights)
+
+    @staticmethod
+    def _read(file: Path) -> Tensors:
+        try:
+            return load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"{file} cannot be read ({error})") from error
 
 
 class LearningRateMonitor(FederatedCallback):
-    """Keeps the learning rates of each round: for every parameter group the rate after the last step of the client with most.
+    """Gives the learning rates of each round to the run's logger: for every parameter group the rate after the last step of the
+    client with most.
 
-    They go to the run's logger, and with a run directory into `learning_rates.jsonl`. After a round: `rates`, a dictionary a
-    round, with "round" and a name for each group, as Lightning's callback has them ("lr-AdamW", "lr-AdamW/pg1" and so on).
+    They are in the records, too: `record.clients[k].learning_rates`. After a round: `rates`, a dictionary a round, with "round"
+    and a name for each group, as Lightning's callback has them ("lr-AdamW", "lr-AdamW/pg1" and so on).
     """
+
+    only_one = True
 
     def __init__(self) -> None:
         self.rates: list[dict[str, Any]] = []
-        self._now: dict[str, float] = {}
-        self._most = 0
-        self._file: Path | None = None
 
     def on_fit_start(self, run: Run, module: pl.LightningModule) -> None:
         """Know the rates of the rounds before."""
-        self._file = Path(run.run_dir) / "learning_rates.jsonl" if run.run_dir else None
-        known = read_lines(self._file) if self._file else []
-        self.rates = [one for one in known if one.get("round", math.inf) <= len(run.history)]
-        if self._file is not None and len(self.rates) < len(known):
-            write_lines(self._file, self.rates)
-
-    def on_round_start(self, run: Run, module: pl.LightningModule, number: int) -> None:
-        """A new round."""
-        self._now, self._most = {}, 0
-
-    def on_client_end(self, run: Run, module: pl.LightningModule, report: ClientReport) -> None:
-        """Look at the optimizer of a client."""
-        if report.num_steps <= self._most:
-            return
-        self._most = report.num_steps
-        (optimizer,) = module.trainer.optimizers
-        groups = optimizer.param_groups
-        name = f"lr-{type(optimizer).__name__}"
-        names = [name] if len(groups) == 1 else [f"{name}/pg{number}" for number in range(1, len(groups) + 1)]
-        self._now = {name: float(group["lr"]) for name, group in zip(names, groups, strict=True)}
+        self.rates = [self._of(record) for record in run.history]
 
     def on_round_end(self, run: Run, module: pl.LightningModule, record: RoundRecord) -> None:
-        """Keep the rates."""
-        if not self._now:  # shown again after a crash: what it would keep is known by then
-            return
-        self.rates.append({"round": record.round, **self._now})
-        run.logged.update(self._now)
-        if self._file is not None:
-            append_line(self._file, self.rates[-1])
+        """Hand on the rates."""
+        self.rates[record.round - 1 :] = [self._of(record)]
+        run.logged.update({name: rate for name, rate in self.rates[-1].items() if name != "round"})
+
+    @staticmethod
+    def _of(record: RoundRecord) -> dict[str, Any]:
+        longest = max(record.clients, key=lambda report: report.num_steps)
+        return {"round": record.round, **longest.learning_rates}

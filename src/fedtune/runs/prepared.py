@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.loggers import Logger
 
 from fedtune.errors import UsageError
 from fedtune.federated.evaluation import Evaluator, Stages, attached
+from fedtune.federated.messages import Position
 from fedtune.federated.trainer import Line
-from fedtune.federated.training import Training
+from fedtune.federated.training import Training, steps_in
 from fedtune.runs.hardware import deterministic_algorithms, fabric_of, freed_memory_kept, resolve_precision
 from fedtune.runs.progress import Progress
 from fedtune.storage.records import RESERVED
@@ -33,8 +35,18 @@ def prepared(loop: Any, module: pl.LightningModule, data: Any, stage: str, progr
     limits = loop.limit_train_batches, loop.limit_val_batches, loop.limit_test_batches
     options = *clip, loop.accumulate_grad_batches, *limits, loop.options.fast_dropout
     training = Training(fabric, module, loop.seed, data, *options)
-    training.trainer.default_root_dir = loop.run_dir or "."
-    training.trainer.progress_bar_callback = Line(progress.line)
+    trainer = training.trainer
+    trainer.default_root_dir, trainer.progress_bar_callback = loop.run_dir or ".", Line(progress.line)
+    trainer.limit_train_batches, trainer.limit_val_batches, trainer.limit_test_batches = limits
+    trainer.fast_dev_run, trainer.callbacks = loop.fast_dev_run, list(loop.callbacks)
+    trainer.logger = loop.logger if isinstance(loop.logger, Logger) else None
+    trainer.at(loop._position if stage != "fit" else Position())
+
+    def steps() -> float:
+        loaders = map(data.client_dataloader, range(data.num_clients))
+        return loop.max_rounds * max(steps_in(training, loader, loop.local_epochs) for loader in loaders)
+
+    trainer.plan(loop.max_rounds * loop.local_epochs, steps)
     stages = Stages(data, module)
     with attached(training), deterministic_algorithms(loop.deterministic), freed_memory_kept(), stages.reported():
         for part in (data, module):

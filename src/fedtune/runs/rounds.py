@@ -94,7 +94,7 @@ class Rounds:
             for number in range(len(known) + 1, done):
                 self.directory.append("callbacks.jsonl", {"round": number, "stopped_at": None, "states": "{}"})
             self._keep(run, callbacks)
-        elif known and known[-1]["stopped_at"] == run.max_rounds:
+        elif known and run.max_rounds <= (known[-1]["stopped_at"] or 0):
             run.should_stop = True
             run.print(f"stopped by a callback after round {done}; a larger max_rounds goes on")
 

@@ -1,0 +1,76 @@
+"""What must not move while a client is trained, as it neither travels nor is kept: found out by looking."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import nn
+
+from fedtune.errors import RunError
+from fedtune.tensors import digest, frozen
+
+_LOG = logging.getLogger("fedtune")
+_LIGHTNING = {*vars(pl.LightningModule()), "training"}  # what every module has
+
+
+class Still:
+    """Frozen parameters and plain attributes of a module, as they were before the first client.
+
+    In-place changes are seen at every client by torch's count of them; those that it does not count (through `.data`), and
+    those of plain attributes, at the first client.
+    """
+
+    def __init__(self, module: pl.LightningModule) -> None:
+        self._module = module
+        self._versions = {name: tensor._version for name, tensor in frozen(module).items()}
+        self._before: tuple[dict[str, str], dict[str, Any]] | None = None
+        self._looked = False
+
+    def begin(self) -> None:
+        """Before a client."""
+        if self._before is None:
+            self._before = self._digests(), self._attributes()
+
+    def check(self, where: str) -> None:
+        """After a client.
+
+        Raises:
+            RunError: a frozen parameter has moved; it is named.
+        """
+        now = frozen(self._module)
+        moved = [name for name, version in self._versions.items() if name in now and now[name]._version != version]
+        if not self._looked and self._before is not None:
+            self._looked = True
+            found = self._digests()
+            moved += [name for name, value in self._before[0].items() if name in found and found[name] != value]
+            self._say(self._before[1], where)
+        if moved:
+            raise RunError(
+                f"{where}: training changed {moved[0]}, which is frozen, so it neither travels nor is kept; "
+                "allowed: a buffer of floating-point numbers, which travels and is averaged"
+            )
+
+    def _say(self, before: dict[str, Any], where: str) -> None:
+        now = self._attributes()
+        changed = sorted(name for name in before.keys() & now.keys() if before[name] != now[name])
+        if changed:
+            _LOG.warning(
+                f"{where}: training changed {', '.join(changed[:3])} of the module, which no checkpoint has and later clients "
+                "see; a buffer starts alike for every client, and is kept"
+            )
+
+    def _digests(self) -> dict[str, str]:
+        return {name: digest({name: tensor}) for name, tensor in frozen(self._module).items()}
+
+    def _attributes(self) -> dict[str, Any]:
+        """Numbers and extra state of the module and its parts."""
+        found: dict[str, Any] = {}
+        for path, part in self._module.named_modules():
+            for name, value in vars(part).items():
+                if type(value) in (int, float, bool) and name not in _LIGHTNING and not name.startswith("_"):
+                    found[f"{path}.{name}".lstrip(".")] = value
+            if type(part).get_extra_state is not nn.Module.get_extra_state:
+                found[f"{path}.extra_state".lstrip(".")] = repr(part.get_extra_state())
+        return found
