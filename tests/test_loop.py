@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
 import fedtune
+from fedtune.federated.batches import exactly
 from fedtune.federated.evaluation import attached
 from fedtune.federated.state import ServerState
-from fedtune.federated.training import Training, exactly
+from fedtune.federated.training import Training
 from fedtune.randomness import seeded
 from fedtune.runs.baselines import centralised
 from fedtune.tensors import snapshot, travelling

@@ -12,7 +12,6 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from lightning_fabric import Fabric
-from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
 
@@ -281,30 +280,3 @@ def pooled_steps(training: Training, loader: Any, examples: int) -> float:
     if count is None or not isinstance(dataset, Sized):
         return math.inf
     return math.ceil(count * examples / len(dataset) / training.accumulate_grad_batches)
-
-
-def _first(tensor: Tensor, count: int, size: int) -> Tensor:
-    """The first examples of a tensor that has one row for each of `size` examples; another tensor as it is."""
-    return tensor[:count] if tensor.ndim and len(tensor) == size else tensor
-
-
-def exactly(loader: Any, examples: int) -> Iterator[Iterator[Any]]:
-    """As many passes over a loader as it takes to see exactly so many examples; the last batch is cut."""
-    left = examples
-
-    def one() -> Iterator[Any]:
-        nonlocal left
-        for batch in loader:
-            size = examples_in(batch)
-            if size > left:
-                batch = apply_to_collection(batch, Tensor, _first, left, size)
-            left -= min(size, left)
-            yield batch
-            if left <= 0:
-                return
-
-    while left > 0:
-        before = left
-        yield one()
-        if left == before:
-            raise RunError("the pooled training data have no batch")

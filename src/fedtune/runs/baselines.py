@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from fedtune.federated.agreement import Agreement
+from fedtune.federated.batches import exactly
 from fedtune.federated.cohorts import cohort
 from fedtune.federated.evaluation import Evaluator
 from fedtune.federated.messages import Position
 from fedtune.federated.optimisation import Optimisation
 from fedtune.federated.state import RoundResult, ServerState
-from fedtune.federated.training import Training, exactly, pooled_steps, steps_in, train, train_epochs
+from fedtune.federated.training import Training, pooled_steps, steps_in, train, train_epochs
 from fedtune.randomness import seeded
 from fedtune.runs.callbacks import Run
 from fedtune.runs.progress import Progress

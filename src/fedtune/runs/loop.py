@@ -20,7 +20,7 @@ from fedtune.federated.parts import Algorithm
 from fedtune.federated.round import RoundOptions, run_round
 from fedtune.federated.state import RoundResult, ServerState
 from fedtune.federated.still import Still
-from fedtune.federated.trainer import ModuleTrainer, check_module
+from fedtune.federated.trainer import check_module
 from fedtune.runs.arguments import check_arguments, check_data
 from fedtune.runs.baselines import BASELINES, Baselines
 from fedtune.runs.callbacks import FederatedCallback, MonitorCheck, Run, exceptions_reported
@@ -32,7 +32,7 @@ from fedtune.runs.hardware import (
 )
 from fedtune.runs.loggers import mirror_of
 from fedtune.runs.options import RunOptions
-from fedtune.runs.prepared import given, prepared
+from fedtune.runs.prepared import given, prepared, watch_the_end
 from fedtune.runs.progress import Progress
 from fedtune.runs.renamed import taken
 from fedtune.runs.rounds import Rounds
@@ -179,7 +179,7 @@ class FederatedLoop:
         if same is not None:
             allowed = f"tensors with memory of their own ({' and '.join(dict.fromkeys(same))} share theirs)"
             raise UsageError("module", type(module).__name__, allowed)
-        self._watch_the_end(training.trainer, directory, run)
+        watch_the_end(training.trainer, directory, run)
         kept = resting(module), getattr(module, "from_files", ())
         directory.begin(ServerState(0, snapshot(travelling(module))), bool(self.baselines), *kept)  # no name keeps the copy
         final = self._federated(Rounds(evaluator, progress, directory, self.check_val_every_n_rounds), run)
@@ -196,22 +196,6 @@ class FederatedLoop:
         module.on_fit_end()
         for callback in self._callbacks:
             callback.on_fit_end(run, module)
-
-    def _watch_the_end(self, trainer: ModuleTrainer, directory: RunDirectory, run: Run) -> None:
-        """Note that a module asks how long the run is, and say where that was another number in an earlier start."""
-        before = directory.read_json("horizon.json").get("max_rounds", self.max_rounds)
-        if before != self.max_rounds:
-            run.print(
-                f"the module asks how long the run is, and its first rounds were of a run of {before} rounds: "
-                f"a run of {self.max_rounds} from the start gives other numbers"
-            )
-
-        def noted() -> None:
-            trainer.on_horizon = lambda: None
-            if "max_rounds" not in directory.read_json("horizon.json"):
-                directory.write_json("horizon.json", {"max_rounds": self.max_rounds})
-
-        trainer.on_horizon = noted
 
     def _evaluated(self, module: pl.LightningModule, data: Any, part: str) -> list[dict[str, float]]:
         progress = Progress(self.options.progress)

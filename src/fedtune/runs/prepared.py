@@ -12,10 +12,12 @@ from pytorch_lightning.loggers import Logger
 from fedtune.errors import UsageError
 from fedtune.federated.evaluation import Evaluator, Stages, attached
 from fedtune.federated.messages import Position
-from fedtune.federated.trainer import Line
+from fedtune.federated.trainer import Line, ModuleTrainer
 from fedtune.federated.training import Training, steps_in
+from fedtune.runs.callbacks import Run
 from fedtune.runs.hardware import deterministic_algorithms, fabric_of, freed_memory_kept, resolve_precision
 from fedtune.runs.progress import Progress
+from fedtune.storage.directory import RunDirectory
 from fedtune.storage.records import RESERVED
 
 
@@ -58,3 +60,20 @@ def prepared(loop: Any, module: pl.LightningModule, data: Any, stage: str, progr
         if fabric.device.type == "cuda" and hasattr(data, "keep_on"):
             data.keep_on(fabric.device)
         yield Evaluator(training, loop.evaluate_on, loop.options.evaluation, RESERVED, stages)
+
+
+def watch_the_end(trainer: ModuleTrainer, directory: RunDirectory, run: Run) -> None:
+    """Note that a module asks how long the run is, and say where that was another number in an earlier start."""
+    before = directory.read_json("horizon.json").get("max_rounds", run.max_rounds)
+    if before != run.max_rounds:
+        run.print(
+            f"the module asks how long the run is, and its first rounds were of a run of {before} rounds: "
+            f"a run of {run.max_rounds} from the start gives other numbers"
+        )
+
+    def noted() -> None:
+        trainer.on_horizon = lambda: None
+        if "max_rounds" not in directory.read_json("horizon.json"):
+            directory.write_json("horizon.json", {"max_rounds": run.max_rounds})
+
+    trainer.on_horizon = noted
