@@ -15,7 +15,6 @@ from pytorch_lightning.utilities.combined_loader import CombinedLoader
 from pytorch_lightning.utilities.data import extract_batch_size
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
-from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
 from fedtune.errors import RunError
@@ -47,9 +46,7 @@ class Transfer:
 
 def call_step(trainer: ModuleTrainer, name: str, batch: Any, index: int, *dataloader_idx: int) -> Any:
     """Call a step of a module as a `Trainer` does: with the number of the batch where the step asks for it."""
-    step = getattr(trainer.lightning_module, name)
-    takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)
-    return trainer.call(name, batch, *((index, *dataloader_idx) if takes_index else ()))
+    return trainer.call(name, batch, *((index, *dataloader_idx) if trainer.takes_index(name) else ()))
 
 
 def loss_of(output: Any) -> Tensor | None:

@@ -77,6 +77,7 @@ class ModuleTrainer:
         self.logger: Any = None
         self.callbacks: list[Any] = []
         self._results: Any = None  # where `self.log` leads
+        self._takes_index: dict[str, bool] = {}
         self._logger_connector = SimpleNamespace(should_reset_tensors=lambda hook: False, _current_fx=None)
         self._accelerator_connector = SimpleNamespace(is_distributed=False)
         self.default_root_dir = "."
@@ -90,14 +91,22 @@ class ModuleTrainer:
         """Begin a phase of so many epochs; `steps_in_all` finds its optimizer steps once they are wanted."""
         self.max_epochs_, self.steps_in_all = max_epochs, functools.cache(steps_in_all)
 
+    def takes_index(self, step: str) -> bool:
+        """Whether a step of the module asks for the number of the batch."""
+        if step not in self._takes_index:
+            method = getattr(self.lightning_module, step)
+            self._takes_index[step] = is_param_in_hook_signature(method, "batch_idx", min_args=2)
+        return self._takes_index[step]
+
     def call(self, hook: str, *values: Any) -> Any:
         """Call a hook or a step of the module, which may log in it."""
         module = self.lightning_module
-        before, module._current_fx_name = module._current_fx_name, hook
+        attributes = vars(module)  # past `nn.Module.__setattr__`, which takes longer than most hooks
+        before, attributes["_current_fx_name"] = attributes.get("_current_fx_name"), hook
         try:
             return getattr(module, hook)(*values)
         finally:
-            module._current_fx_name = before
+            attributes["_current_fx_name"] = before
 
     @property
     def max_epochs(self) -> int:

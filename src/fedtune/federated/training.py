@@ -151,7 +151,7 @@ class Steps:
         with self._training.fabric.autocast():
             output: Any = call_step(trainer, "training_step", batch, index)
         loss = loss_of(output)
-        if index % share == 0:
+        if index % share == 0 and not self._training.frees_gradients:  # else there is none, and nobody would see it go
             trainer.call("on_before_zero_grad", optimizer)
             trainer.call("optimizer_zero_grad", trainer.current_epoch, index, optimizer)
         if loss is None:
