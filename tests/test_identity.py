@@ -305,7 +305,7 @@ def test_the_summary_keeps_what_it_knew_of_baselines(make_data: Make, make_modul
         (lambda lines: lines.pop(0), "line 1: the record of round 2, where round 1 belongs"),
         (lambda lines: lines.insert(1, lines[0]), "line 2: the record of round 1, where round 2 belongs"),
         (lambda lines: lines.pop(), "lacks rounds up to 3; it has 2"),
-        (lambda lines: lines.insert(0, 5), "line 1: no record of a round"),
+        (lambda lines: lines.insert(0, 5), "line 1: no record, which is a JSON object, but 5"),
     ],
 )
 def test_records_are_checked_and_not_counted(tmp_path: Path, change: Any, said: str) -> None:
