@@ -40,9 +40,9 @@ def read_runs(folder: str | Path) -> DataFrame:
         `seed`, `complete` (whether the run has all its rounds), then the values in which the runs differ otherwise (dotted
         names), then `monitor` and `mode`, the `score` (the metric that is monitored), and what `rounds.jsonl` has: `round`, the
         metrics, `train_loss_nats`, `num_examples`, `seconds` and so on, and of the accuracy for each client the `client_min`,
-        `client_mean` and `client_max`. Sorted by run and round. A metric has a column of its name; but one that is named as a
-        column from above ("seed"), or begins with "model.", "data.", "loop.", "content." or "metric.", as settings and this rule do,
-        has `metric.NAME`.
+        `client_mean` and `client_max`. Sorted by run and round. A metric has a column of its name; but one that is named as
+        another column is ("seed"), or that begins with "model.", "data.", "loop.", "content." or "metric.", as settings and
+        this rule do, has `metric.NAME`.
 
     Raises:
         UsageError: there is no run below the folder.
