@@ -87,6 +87,7 @@ def in_client(**change: Any) -> Edit:
         (lambda line: line.update(clients=5), "clients is 5, where a list belongs"),
         (in_client(client="0"), "client is '0'"),
         (in_client(train_loss_nats=None), "train_loss_nats is None"),
+        (in_client(update_norm=-1), "update_norm is -1, where a number, 0 or more, belongs"),
         (in_client(more=1), "clients have ['more'], which no record has"),
         (in_client(metrics=[1]), "metrics is [1], where an object belongs"),
         (lambda line: line.update(failures=[5]), "failures have 5"),

@@ -453,7 +453,7 @@ def test_records_are_checked_and_not_counted(tmp_path: Path, change: Any, said: 
     assert file.read_bytes() == before
 
 
-@pytest.mark.parametrize("damage", ["double", "missing", "relabelled", "no record"])
+@pytest.mark.parametrize("damage", ["double", "missing", "relabelled", "no record", "text", "no part"])
 def test_a_local_baseline_is_made_anew_from_its_first_wrong_record(tmp_path: Path, damage: str) -> None:
     expected = fit(tmp_path, baselines=["local"]).baseline_runs["local"]
     (file,) = (tmp_path / "baselines").glob("local-*/local.jsonl")
@@ -463,6 +463,8 @@ def test_a_local_baseline_is_made_anew_from_its_first_wrong_record(tmp_path: Pat
         "missing": [lines[0], *lines[2:]],
         "relabelled": [*lines[:2], json.dumps(json.loads(lines[2]) | {"client": 0}), lines[3]],
         "no record": [*lines[:3], "[]"],
+        "text": [*lines[:2], json.dumps(json.loads(lines[2]) | {"test": {"accuracy": "high"}}), lines[3]],
+        "no part": [*lines[:3], json.dumps({name: value for name, value in json.loads(lines[3]).items() if name != "test"})],
     }
     file.write_text("".join(line + "\n" for line in wrong[damage]))
     with pytest.warns(UserWarning, match=r"local.jsonl, line \d is damaged; from there on it is made anew"):

@@ -51,6 +51,13 @@ def measured(name: str, value: Any) -> float:
     return float(finite(name, value))
 
 
+def length(name: str, value: Any) -> float:
+    """A number, 0 or more, that need not be finite."""
+    if measured(name, value) < 0:
+        raise _wrong(name, value, "a number, 0 or more,")
+    return measured(name, value)
+
+
 def finite_or_none(name: str, value: Any) -> float | None:
     """A finite number, or null where it is not known."""
     return None if value is None else finite(name, value)

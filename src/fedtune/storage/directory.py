@@ -15,7 +15,7 @@ from fedtune.errors import RunError, UsageError, shown
 from fedtune.federated.memory import ClientMemory, MemoryInRam, MemoryOnDisk
 from fedtune.federated.state import ServerState
 from fedtune.files import append_line, finite, parsed_lines, read_object, write_lines, write_text
-from fedtune.storage import checkpoint, start
+from fedtune.storage import checkpoint, checks, start
 from fedtune.storage.config import differences, read_config, versions
 from fedtune.storage.records import RoundRecord, read_rounds
 from fedtune.tensors import Tensors
@@ -32,7 +32,19 @@ def _is_states(line: dict[str, Any]) -> bool:
     return well and (stopped is None or type(stopped) is int)
 
 
-_ONLY_HERE = {"callbacks.jsonl": _is_states}  # files whose lines are in no other file, and how they look
+def _is_local(line: dict[str, Any]) -> bool:
+    """Whether a line of local.jsonl says how a client alone has trained, and its metrics on a part."""
+    form = dict.fromkeys(("client", "num_examples", "num_steps"), checks.count)
+    try:
+        checks.checked(line, {**form, "train_loss_nats": checks.finite, "seconds": checks.not_negative})
+        parts = {name: value for name, value in line.items() if name not in (*form, "train_loss_nats", "seconds")}
+        return len([checks.measured_by_name(name, value) for name, value in parts.items()]) > 0
+    except ValueError:
+        return False
+
+
+_FORMS = {"callbacks.jsonl": _is_states, "local.jsonl": _is_local}  # how a line looks
+_ONLY_HERE = ("callbacks.jsonl",)  # what its lines say is in no other file
 
 
 class RunDirectory:
@@ -150,7 +162,7 @@ class RunDirectory:
         for one, number in zip(found, wanted, strict=False):
             if not isinstance(one, dict) or isinstance(one.get(key), bool) or one.get(key) != number:
                 break
-            if name in _ONLY_HERE and not _ONLY_HERE[name](one):
+            if name in _FORMS and not _FORMS[name](one):
                 break
             good.append(one)
         if len(good) < len(found):

@@ -139,7 +139,7 @@ _FORM: dict[str, Check] = {  # of a line of rounds.jsonl, metrics apart
     **dict.fromkeys(_COUNTS, checks.count),
     **dict.fromkeys(_TIMES, checks.not_negative),
     "train_loss_nats": checks.finite,
-    "mean_update_norm": checks.measured,
+    "mean_update_norm": checks.length,
     "update_cosine": checks.finite_or_none,
     "drift": checks.measured_by_name,
     "clients": checks.listed,
@@ -151,7 +151,7 @@ _REPORT: dict[str, Check] = {
     **dict.fromkeys(("client", "num_examples", "num_steps", "num_tokens"), checks.count),
     "train_loss_nats": checks.finite,
     "seconds": checks.not_negative,
-    "update_norm": checks.measured,
+    "update_norm": checks.length,
     "metrics": checks.measured_by_name,
 }
 _FAILURE: dict[str, Check] = {"client": checks.count, "reason": checks.text}
