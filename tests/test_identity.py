@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import itertools
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -279,6 +282,81 @@ def test_a_state_that_json_does_not_keep_is_refused(tmp_path: Path) -> None:
         fit(tmp_path, callbacks=[Strange()])
 
 
+# ---------------------------------------------------------------- configuration
+
+
+class Given(Projected):
+    """A module with a hyperparameter of any type."""
+
+    def __init__(self, f: Any = None) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+LONG = torch.arange(5000)
+
+
+@pytest.mark.filterwarnings("ignore:Attribute 'f' is an instance of `nn.Module`")
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        (1, 1.0),
+        (True, 1),
+        ([1, 2], [1, 2.0]),
+        (None, "None"),
+        (torch.tensor([1.0]), torch.tensor([2.0])),
+        (torch.tensor([1.0]), torch.tensor([1.0], dtype=torch.float64)),
+        (torch.tensor([1.0]), torch.tensor([[1.0]])),
+        (LONG, torch.where(LONG == 2500, 7, LONG)),
+        (LONG.numpy(), LONG.numpy()[::-1]),
+        ({"w": [LONG]}, {"w": [LONG + 1]}),
+        (nn.ReLU(), nn.GELU()),
+        ({"a", "b"}, {"a", "c"}),
+    ],
+)
+def test_hyperparameters_are_compared_by_type_and_value(tmp_path: Path, before: Any, now: Any) -> None:
+    fit(tmp_path, rounds=1, module=Given(before))
+    with pytest.raises(fedtune.UsageError, match=r"which differs in model\.f") as caught:
+        fit(tmp_path, rounds=1, module=Given(now))
+    assert len(str(caught.value)) < 700
+    fit(tmp_path, rounds=1, module=Given(before))
+
+
+class Word(str, enum.Enum):  # noqa: UP042 - as older code has them
+    ONE = "one"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [math.nan, math.inf, 1e-05, 1, True, "1e-5", "2020-01-01", (1, 2), {"b", "a"}, Word.ONE, np.float32(0.1), Path("x")],
+)
+def test_the_same_hyperparameters_are_equal_after_they_were_written(tmp_path: Path, value: Any) -> None:
+    fit(tmp_path, rounds=1, module=Given(value))
+    fit(tmp_path, rounds=1, module=Given(value))
+
+
+def test_classes_of_one_name_are_two_and_the_number_of_clients_counts(tmp_path: Path) -> None:
+    class Fewer(Loaders):
+        def __init__(self) -> None:
+            super().__init__()
+            self.num_clients = 3
+
+    Fewer.__name__ = "Loaders"
+    fit(tmp_path, rounds=1)
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert config["model"] == {"class": "Projected", "from": __name__}
+    assert config["data"] == {"class": "Loaders", "from": __name__, "num_clients": 4}
+    with pytest.raises(fedtune.UsageError, match=r"data\.num_clients: 4 -> 3$"):
+        make_loop(max_rounds=1, run_dir=str(tmp_path)).fit(Projected(), Fewer())
+    other = type("Projected", (Projected,), {"__module__": "another"})
+    with pytest.raises(fedtune.UsageError, match=rf"model\.from: '{__name__}' -> 'another'$"):
+        fit(tmp_path, rounds=1, module=other())
+    for part, name in (("model", "from"), ("data", "from"), ("data", "num_clients")):  # as earlier versions wrote it
+        del config[part][name]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert len(fit(tmp_path, rounds=2).history) == 2
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -296,6 +374,60 @@ def test_the_summary_keeps_what_it_knew_of_baselines(make_data: Make, make_modul
     assert run(max_rounds=3, baselines=["centralised"])["baseline_rounds"] == 3
 
 
+def test_the_summary_knows_each_baseline_for_itself(tmp_path: Path) -> None:
+    class Named(Projected):
+        """Logs what looks like baselines, and is none."""
+
+        def validation_step(self, batch: Any) -> None:
+            super().validation_step(batch)
+            for name in ("local_x", "centralised_x", "local_accuracy", "rounds_to_1pct", "rounds", "test_accuracy"):
+                self.log(name, 7.25)
+
+        test_step = validation_step
+
+    def run(**options: Any) -> dict[str, Any]:
+        fit(tmp_path, module=Named(), **{"rounds": 2, **options})
+        return summary_of(tmp_path)
+
+    both = run(baselines=["centralised", "local"])
+    assert (both["local_x"], both["test_local_accuracy"], both["test_rounds"], both["test_accuracy"]) == (7.25,) * 4
+    assert both["local_accuracy"] <= 1
+    assert both["rounds"] == 2
+    assert run(baselines=["centralised"]) == both
+    assert run(baselines=["local"]) == both
+    assert run() == both
+    longer = run(rounds=3, baselines=["centralised"])
+    names = ("baseline_rounds", "baseline_rounds_centralised", "baseline_rounds_local")
+    assert [longer[name] for name in names] == [3, 3, 2]
+    assert longer["local_accuracy"] == both["local_accuracy"]
+    again = run(rounds=3)
+    assert [again[name] for name in names] == [3, 3, 2]
+
+
+def test_a_local_baseline_without_a_finite_metric_is_read_again(tmp_path: Path) -> None:
+    class Unknown(Projected):
+        def validation_step(self, batch: Any) -> None:
+            self.log("accuracy", math.nan)
+
+        test_step = validation_step
+
+    for _ in range(2):
+        summary = fit(tmp_path, rounds=1, module=Unknown(), baselines=["local"]).summary
+        assert (summary["local_accuracy"], summary["local_clients"], summary["baseline_rounds_local"]) == (None, 4, 1)
+
+
+def test_a_run_that_stops_before_its_first_round_has_a_summary(tmp_path: Path) -> None:
+    class Stops(fedtune.FederatedCallback):
+        def on_fit_start(self, run: Any, module: Any) -> None:
+            run.should_stop = True
+
+    found = fit(tmp_path, callbacks=[Stops()]).summary
+    assert [found[name] for name in ("rounds", "best_round", "best_accuracy", "client_accuracy_mean")] == [0, None, None, None]
+    assert (found["seconds"], found["bytes_up"]) == (0, 0)
+    assert 0 <= found["test_accuracy"] <= 1
+    assert len(fit(tmp_path).history) == 4
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -305,7 +437,7 @@ def test_the_summary_keeps_what_it_knew_of_baselines(make_data: Make, make_modul
         (lambda lines: lines.pop(0), "line 1: the record of round 2, where round 1 belongs"),
         (lambda lines: lines.insert(1, lines[0]), "line 2: the record of round 1, where round 2 belongs"),
         (lambda lines: lines.pop(), "lacks rounds up to 3; it has 2"),
-        (lambda lines: lines.insert(0, 5), "line 1: no record of a round"),
+        (lambda lines: lines.insert(0, 5), "line 1: no record, which is a JSON object, but 5"),
     ],
 )
 def test_records_are_checked_and_not_counted(tmp_path: Path, change: Any, said: str) -> None:
@@ -321,7 +453,7 @@ def test_records_are_checked_and_not_counted(tmp_path: Path, change: Any, said: 
     assert file.read_bytes() == before
 
 
-@pytest.mark.parametrize("damage", ["double", "missing", "relabelled", "no record"])
+@pytest.mark.parametrize("damage", ["double", "missing", "relabelled", "no record", "text", "no part"])
 def test_a_local_baseline_is_made_anew_from_its_first_wrong_record(tmp_path: Path, damage: str) -> None:
     expected = fit(tmp_path, baselines=["local"]).baseline_runs["local"]
     (file,) = (tmp_path / "baselines").glob("local-*/local.jsonl")
@@ -331,6 +463,8 @@ def test_a_local_baseline_is_made_anew_from_its_first_wrong_record(tmp_path: Pat
         "missing": [lines[0], *lines[2:]],
         "relabelled": [*lines[:2], json.dumps(json.loads(lines[2]) | {"client": 0}), lines[3]],
         "no record": [*lines[:3], "[]"],
+        "text": [*lines[:2], json.dumps(json.loads(lines[2]) | {"test": {"accuracy": "high"}}), lines[3]],
+        "no part": [*lines[:3], json.dumps({name: value for name, value in json.loads(lines[3]).items() if name != "test"})],
     }
     file.write_text("".join(line + "\n" for line in wrong[damage]))
     with pytest.warns(UserWarning, match=r"local.jsonl, line \d is damaged; from there on it is made anew"):

@@ -16,7 +16,9 @@ from fedtune.errors import UsageError
 from fedtune.federated.messages import ClientReport
 from fedtune.reports.curves import plot_grid
 from fedtune.reports.report import FILES, report
-from fedtune.reports.results import failures, settings
+from fedtune.reports.results import column_of, failures, metric_names, settings
+from fedtune.runs.figures import plot_curves, plot_run, plot_split
+from fedtune.storage.records import read_rounds
 
 
 def write_run(folder: Path, accuracies: list[float], **about: Any) -> None:
@@ -136,6 +138,102 @@ def test_runs_of_other_modules_and_data_are_reported_too(tmp_path: Path, make_mo
     make_loop(run_dir=str(tmp_path / "runs" / "boring")).fit(BoringModel(), GivenLoaders([loader, loader], loader))
     report(tmp_path / "runs", tmp_path / "out")
     assert "| BoringModel | – | 2 | 1 | 2 | – |" in (tmp_path / "out" / "tables.md").read_text()
+
+
+def with_metric(folder: Path, name: str, values: list[float | None], monitored: bool = False) -> None:
+    """Give the rounds of a run another metric."""
+    lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    for line, value in zip(lines, values, strict=True):
+        line[name] = value
+    (folder / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if monitored:
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        config["loop"] |= {"monitor": name, "mode": "min"}
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+COLUMNS = ["seed", "score", "mode", "task", "model", "monitor", "split", "run", "kind", "complete", "client_min", "seeds"]
+COLUMNS += ["rounds", "baseline", "accuracy_max", "megabytes", "loop.seed", "model.learning_rate", "content.digest", "metric.x"]
+ORDINARY = ["val.acc", "a.b.c", "val/acc", "x$_{", "_x", "", "漢字", "</script><script>alert(1)</script>", "a|b"]
+
+
+@pytest.mark.parametrize("name", [*COLUMNS, *ORDINARY])
+def test_no_name_of_a_metric_changes_what_else_is_known(runs: Path, tmp_path: Path, name: str) -> None:
+    before = fedtune.read_runs(runs)
+    table = fedtune.compare(before)
+    for run in ("a0", "a1", "b0", "b1", "c", "baselines/centralised-1"):
+        with_metric(runs / run, name, [7.0, None])
+    rounds = fedtune.read_runs(runs)
+    column = column_of(name)
+    assert (column == name) == (name in ORDINARY or name in ("seeds", "rounds", "baseline", "accuracy_max", "megabytes"))
+    assert rounds[before.columns].equals(before)
+    assert settings(rounds) == []
+    assert column in metric_names(rounds)
+    assert rounds[column].dropna().eq(7).sum() == 6
+    assert fedtune.compare(rounds).equals(table)
+    report(runs, tmp_path / "out")
+    assert "<script>alert(1)" not in (tmp_path / "out" / "report.html").read_text()
+    plot_grid(rounds, tmp_path / "x.png", column)
+
+
+@pytest.mark.parametrize("name", ["seed", "mode", "val.acc", "loop.seed", "a$b^$"])
+def test_a_metric_of_any_name_is_monitored(runs: Path, tmp_path: Path, name: str) -> None:
+    for run, values in (("a0", [0.5, 0.25]), ("a1", [0.5, 0.75]), ("b0", [2.0, 0.125]), ("b1", [None, 0.75])):
+        with_metric(runs / run, name, values, monitored=True)
+    table = fedtune.compare(fedtune.read_runs(runs)).set_index(["task", "clients"])
+    four = table.loc[("spooky", 4)]
+    assert [four[one] for one in ("monitor", "score", "score_min", "baseline", "seeds")] == [name, 0.4375, 0.125, 0.5, 2]
+    assert four["rounds_to_90pct"] == 2
+    report(runs, tmp_path / "out")
+
+
+def test_rounds_that_are_not_evaluated_are_left_out_of_tables_and_curves(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_run(tmp_path / "runs" / str(seed), [0.1, 0.5, 0.2], clients=2, seed=seed)
+        file = tmp_path / "runs" / str(seed) / "rounds.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        del lines[0]["accuracy"], lines[0]["loss_nats"], lines[2]["accuracy"]
+        lines[2]["loss_nats"] = None
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (row,) = fedtune.compare(fedtune.read_runs(tmp_path)).to_dict("records")
+    assert (row["accuracy"], row["loss_nats"], row["rounds"]) == (0.5, 0.5, 3)
+    report(tmp_path / "runs", tmp_path / "out")
+
+
+def test_settings_of_other_classes_name_runs_whatever_their_type(tmp_path: Path) -> None:
+    for number, split in enumerate((0.8, [1, 2], None)):
+        write_run(tmp_path / "runs" / str(number), [0.1], clients=2, split=split, task={"a": 1} if number else 3)
+    table = fedtune.compare(fedtune.read_runs(tmp_path))
+    assert set(table["split"]) == {"0.8", "[1, 2]", "–"}
+    report(tmp_path / "runs", tmp_path / "out")
+
+
+def test_baselines_alone_are_no_report(tmp_path: Path) -> None:
+    write_run(tmp_path / "centralised-1", [0.3, 0.4], baseline="centralised")
+    with pytest.raises(UsageError, match="a directory with federated runs in it"):
+        report(tmp_path, tmp_path / "out")
+
+
+def test_names_are_drawn_as_they_are(runs: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run_$x_$ {^ 漢字"
+    shutil.copytree(runs / "a0", folder)
+    with_metric(folder, "$_{^", [0.5, 0.5])
+    history = read_rounds(folder / "rounds.jsonl")
+    plot_run(folder, history, {"centralised": history}, "validation", "$_{^")
+    assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    many = {f"_{number}$": history for number in range(10)}
+    with pytest.MonkeyPatch.context() as patch:
+        drawn: list[Any] = []
+        patch.setattr("fedtune.runs.figures.save", lambda figure, path, dpi=0: drawn.append(figure))
+        plot_curves(many, "x.png", {"$a_": 0.1, "_b": 0.2, "c": 0.3})
+    labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert labels == [*many, "$a_ (0.10)", "_b (0.20)", "c (0.30)"]  # nothing is left out
+    plot_curves(many, tmp_path / "x.svg", {"$a_": 0.1}, "$\\frac{", "accuracy")
+    plot_curves({}, tmp_path / "none.png", title="\udcff")
+    plot_split([{"labels": {"$a_{": 3, "_b": 1, "漢字": 2}}], tmp_path / "split.png", "$^{")
+    write_run(runs / "odd", [0.5], task="$_{", model="漢$", clients=3, split="$^")
+    for suffix in ("png", "svg"):
+        plot_grid(fedtune.read_runs(runs), tmp_path / f"grid.{suffix}")
 
 
 def test_the_report_holds_every_run_and_every_failure(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

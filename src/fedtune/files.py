@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fedtune.errors import RunError, shown
+
 
 @contextlib.contextmanager
 def replaced(file: Path) -> Iterator[Path]:
@@ -61,10 +63,16 @@ def synchronise(path: Path) -> None:
 
 
 def append_line(file: Path, record: dict[str, Any]) -> None:
-    """Add a record to a JSON-lines file and wait until it is on the disk."""
+    """Add a record to a JSON-lines file and wait until it is on the disk. It takes the place of a last line that a crash left
+    unfinished."""
     new = not file.exists()
-    with open(file, "a", encoding="utf-8") as stream:
-        stream.write(json_line(record))
+    with open(file, "ab+") as stream:
+        end = stream.seek(0, os.SEEK_END)
+        if end:
+            stream.seek(end - 1)
+            if stream.read(1) != b"\n":
+                stream.truncate(file.read_bytes().rfind(b"\n") + 1)
+        stream.write(json_line(record).encode())
         stream.flush()
         os.fsync(stream.fileno())
     if new:
@@ -90,17 +98,61 @@ def finite(value: Any) -> Any:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file; a last line that a crash left unfinished does not count."""
-    if not file.exists():
-        return []
+    """The records of a JSON-lines file; a last line that a crash left unfinished does not count.
+
+    Raises:
+        RunError: another line is no JSON object, or the file cannot be read.
+    """
+    found = parsed_lines(file)
+    for number, one in enumerate(found, start=1):
+        if not isinstance(one, dict):
+            raise RunError(f"{file}, line {number}: no record, which is a JSON object{no_object(one)}")
+    return found
+
+
+def parsed_lines(file: Path) -> list[Any]:
+    """What the lines of a JSON-lines file say, `Unreadable` for one that is not JSON; without an unfinished last line.
+
+    Raises:
+        RunError: the file cannot be read.
+    """
+    try:
+        lines = file.read_bytes().split(b"\n") if file.exists() else []
+    except OSError as error:
+        raise RunError(f"{file} cannot be read: {error}") from error
     found = []
-    for line in file.read_text(encoding="utf-8").split("\n"):
-        if not line:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
             continue
         try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            found.append(json.loads(line.decode("utf-8")))
+        except (ValueError, RecursionError):
+            if number < len(lines):  # the last one has no end, so a crash came
+                found.append(Unreadable(line.decode("utf-8", "replace")))
+    return found
+
+
+class Unreadable(str):
+    """What stands in a file where JSON belongs."""
+
+
+def no_object(found: object) -> str:
+    """What stands where an object belongs, for the end of a message."""
+    return f": {shown(str(found))}" if isinstance(found, Unreadable) else f", but {shown(found)}"
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A file with one JSON object.
+
+    Raises:
+        RunError: it is something else, or cannot be read.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        raise RunError(f"{file} has no JSON object{no_object(found)}")
     return found
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.reports.results import alike, baselines_among, settings
-from fedtune.runs.figures import PALETTE, new_figure, save
+from fedtune.runs.figures import PALETTE, drawn_lines, new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,8 +45,8 @@ def plot_grid(rounds: DataFrame, path: str | Path, metric: str = "accuracy") -> 
         panel.set_title(", ".join(str(value) for value in line) + f"\n{split}", fontsize=9)
         panel.set(xlabel="round", ylabel=label)
         panel.grid(alpha=0.3)
-    handles = {label: line for panel in panels for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+    handles = drawn_lines(panels)
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=6, fontsize=8, frameon=False)
     save(figure, path, dpi=90)
 
 

@@ -80,9 +80,9 @@ def page(rounds: DataFrame, table: DataFrame, failed: dict[str, str], title: str
         results=_table(table),
         differences=_differences(rounds),
         failed=_list(failed),
-        about=json.dumps(about).replace("</", "<\\/"),
-        names=json.dumps(FILTERS),
-        metric=json.dumps(metrics[0]),
+        about=_script(about),
+        names=_script(FILTERS),
+        metric=_script(metrics[0]),
     )
 
 
@@ -120,6 +120,11 @@ def _figure(rounds: DataFrame, metrics: list[str]) -> tuple[str, list[dict[str, 
     figure.update_xaxes(title="round", tick0=0, dtick=max(1, round(rounds["round"].max() / 10)))
     figure.update_layout(height=560, yaxis_title=metrics[0], template="plotly_white", legend_font_size=10)
     return figure.to_html(full_html=False, include_plotlyjs=True, div_id="curves"), about
+
+
+def _script(value: Any) -> str:
+    """A value for a script, which no name in it can end."""
+    return json.dumps(value).replace("<", "\\u003c")
 
 
 def _select(name: str, values: list[str], every: str | None = None) -> str:

@@ -22,7 +22,8 @@ def report(folder: Path, out: Path) -> None:
     """Write tables.md, tables.csv, curves.png, curves.svg and report.html about all runs below a folder, and print where.
 
     Raises:
-        UsageError: there is no run below the folder, or `out` cannot be written.
+        UsageError: there is no federated run below the folder, or `out` cannot be written.
+        RunError: the files of a run are damaged.
     """
     failed = failures(folder)
     try:
@@ -32,6 +33,8 @@ def report(folder: Path, out: Path) -> None:
             raise
         reasons = "; ".join(f"{run}: {reason}" for run, reason in failed.items())
         raise UsageError("runs_dir", str(folder), f"a directory with runs that did not all fail ({reasons})") from error
+    if not (rounds.kind == "federated").any():
+        raise UsageError("runs_dir", str(folder), "a directory with federated runs in it, not only their baselines")
     table, metric = compare(rounds), metric_names(rounds)[0]
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -96,4 +99,4 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 
 def _lines(rows: list[list[str]]) -> str:
-    return "".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |\n" for row in rows)
+    return "".join("| " + " | ".join(" ".join(str(cell).replace("|", "\\|").split()) for cell in row) + " |\n" for row in rows)

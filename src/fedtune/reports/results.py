@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from fedtune.errors import UsageError
-from fedtune.files import read_lines
-from fedtune.storage.config import KEPT, dotted, fingerprint
-from fedtune.storage.records import RESERVED
+from fedtune.files import read_lines, read_object
+from fedtune.storage.config import KEPT, dotted, fingerprint, read_config
+from fedtune.storage.records import RESERVED, RoundRecord, record_in
 from fedtune.storage.summary import SHARES, spread
 
 if TYPE_CHECKING:
@@ -20,7 +19,10 @@ if TYPE_CHECKING:
 
 OTHER = ["monitor", "score", "score_min", "score_max"]  # columns of a table where runs monitor something else than accuracy
 CELL = ["task", "model", "split", "clients"]  # what a run is called by, but for its seed
-_COLUMNS = {"run", "kind", "seed", "complete", "monitor", "mode", "score", *CELL}
+_CLIENTS = ("client_min", "client_mean", "client_max")
+_COLUMNS = {"run", "kind", "seed", "complete", "monitor", "mode", "score", *_CLIENTS, *CELL, *RESERVED}
+_SECTIONS = ("model.", "data.", "loop.", "content.")  # of a configuration; with them begins the column of a setting
+_METRIC = "metric."  # with that begins the column of a metric whose name another column has, or may have
 _NAMED = {"data.task", "model.name", "data.split", "data.skew", "data.alpha", "data.num_clients"}
 _NAMED |= {"data.seed", "model.seed", "loop.seed"}
 CONTENT = "content.digest"  # a column where contents differ
@@ -38,10 +40,13 @@ def read_runs(folder: str | Path) -> DataFrame:
         `seed`, `complete` (whether the run has all its rounds), then the values in which the runs differ otherwise (dotted
         names), then `monitor` and `mode`, the `score` (the metric that is monitored), and what `rounds.jsonl` has: `round`, the
         metrics, `train_loss_nats`, `num_examples`, `seconds` and so on, and of the accuracy for each client the `client_min`,
-        `client_mean` and `client_max`. Sorted by run and round.
+        `client_mean` and `client_max`. Sorted by run and round. A metric has a column of its name; but one that is named as
+        another column is ("seed"), or that begins with "model.", "data.", "loop.", "content." or "metric.", as settings and
+        this rule do, has `metric.NAME`.
 
     Raises:
         UsageError: there is no run below the folder.
+        RunError: the files of a run are damaged.
     """
     from pandas import DataFrame, Series
 
@@ -53,13 +58,13 @@ def read_runs(folder: str | Path) -> DataFrame:
     rows = []
     for name, (config, rounds) in found.items():
         of_run = (
-            {"clients": rounds[0]["num_clients"]}
+            {"clients": rounds[0].num_clients}
             | _named(name, config)
             | {"complete": _complete(Path(folder) / name, config, rounds)}
-            | {"monitor": config.get("loop.monitor", "accuracy"), "mode": config.get("loop.mode", "max")}
+            | {"monitor": str(config.get("loop.monitor", "accuracy")), "mode": config.get("loop.mode", "max")}
         )
         of_run |= {key: _plain(_content_of(config) if key == CONTENT else config.get(key)) for key in other}
-        rows += [of_run | {"score": one.get(of_run["monitor"])} | _numbers(one) for one in rounds]
+        rows += [of_run | {"score": one.metrics.get(of_run["monitor"])} | _numbers(one) for one in rounds]
     table = DataFrame(rows).sort_values(["run", "round"], ignore_index=True)
     for name in ("accuracy", "loss_nats", "score"):  # a module of another kind may log neither
         table[name] = table.get(name, Series(dtype=float)).astype(float)
@@ -70,15 +75,24 @@ def metric_names(rounds: DataFrame) -> list[str]:
     """The columns of `read_runs` with what the modules logged: what is monitored first, then accuracy and its like."""
     from pandas.api.types import is_numeric_dtype
 
-    ours = {*_COLUMNS, *RESERVED, "client_min", "client_mean", "client_max", *settings(rounds)}
+    ours = {*_COLUMNS, *settings(rounds)}
     logged = [name for name in rounds.columns if name not in ours and is_numeric_dtype(rounds[name])]
-    first = [*rounds.monitor.unique(), "accuracy", "macro_f1", "loss_nats", *sorted(logged), "train_loss_nats"]
-    return [name for name in dict.fromkeys(first) if name in rounds and rounds[name].notna().any()]
+    first = [*map(column_of, rounds.monitor.unique()), "accuracy", "macro_f1", "loss_nats", *sorted(logged), "train_loss_nats"]
+    return [name for name in dict.fromkeys(first) if name in rounds and rounds[name].notna().any()] or ["train_loss_nats"]
+
+
+def column_of(metric: str) -> str:
+    """The column of a metric in `read_runs`.
+
+    >>> column_of("val.acc"), column_of("seed")
+    ('val.acc', 'metric.seed')
+    """
+    return _METRIC + metric if metric in _COLUMNS or metric.startswith((*_SECTIONS, _METRIC)) else metric
 
 
 def settings(rounds: DataFrame) -> list[str]:
-    """The columns of `read_runs` in which runs differ beyond task, model, split, clients and seed."""
-    return [column for column in rounds.columns if "." in column]
+    """The columns of `read_runs`, or of `compare`, in which runs differ beyond task, model, split, clients and seed."""
+    return [column for column in rounds.columns if column.startswith(_SECTIONS)]
 
 
 def unfinished(rounds: DataFrame) -> int:
@@ -88,10 +102,14 @@ def unfinished(rounds: DataFrame) -> int:
 
 
 def failures(folder: str | Path) -> dict[str, str]:
-    """Directory -> reason, of the runs that a sweep recorded as failed."""
+    """Directory -> reason, of the runs that a sweep recorded as failed.
+
+    Raises:
+        RunError: a record of a sweep is damaged.
+    """
     found = {}
     for file in sorted(Path(folder).rglob("status.json")):
-        status = json.loads(file.read_text(encoding="utf-8"))
+        status = read_object(file)
         if status.get("state") == "failed":
             found[str(file.parent.relative_to(folder))] = str(status.get("error"))
     return found
@@ -173,7 +191,8 @@ def _run(run: DataFrame, rounds: DataFrame) -> dict[str, Any]:
     """What is known of one run, from its rounds."""
     first, last, base = run.iloc[0], run.iloc[-1], baseline_of(run, rounds)
     monitor, names = first.monitor, ("accuracy", "score", "loss_nats", "client_min", "client_max")
-    target = _last(base[monitor]) if monitor in base else float("nan")
+    column = column_of(monitor)
+    target = _last(base[column]) if column in base else float("nan")
     row = {name: first[name] for name in [*CELL, *settings(rounds), "monitor"]} | {"rounds": last["round"], "baseline": target}
     row |= {name: _last(run[name]) for name in names}
     for share in SHARES:
@@ -190,33 +209,40 @@ def _last(values: Series[float]) -> float:
     return float(known.iloc[-1]) if len(known) else float("nan")
 
 
-def _runs(folder: Path) -> Iterator[tuple[str, tuple[dict[str, Any], list[dict[str, Any]]]]]:
+def _runs(folder: Path) -> Iterator[tuple[str, tuple[dict[str, Any], list[RoundRecord]]]]:
     for file in sorted(folder.rglob("rounds.jsonl")):
         config = file.parent / "config.yaml"
-        rounds = {one["round"]: one for one in read_lines(file)}
+        lines = [record_in(file, number, line) for number, line in enumerate(read_lines(file), start=1)]
+        rounds = {one.round: one for one in lines}
         if rounds and config.exists():
-            content = yaml.load(config.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-            yield str(file.parent.relative_to(folder)), (dotted(content), [rounds[number] for number in sorted(rounds)])
+            content = dotted(read_config(config))
+            yield str(file.parent.relative_to(folder)), (content, [rounds[number] for number in sorted(rounds)])
 
 
 def _named(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    split = config.get("data.split")
+    split, clients = config.get("data.split"), config.get("data.num_clients")
     level = {"by_author": "data.skew", "dirichlet": "data.alpha"}.get(str(split))
     pooled = "baseline.name" in config
     return {
         "run": name,
         "kind": config["baseline.name"] if pooled else "federated",
-        "task": config.get("data.task", config.get("data.class", "–")),
-        "model": config.get("model.name", config.get("model.class", "–")),
-        "split": "pooled" if pooled else f"{split} {config.get(level)}" if level else split or "–",
+        "task": _shown(config.get("data.task", config.get("data.class"))),
+        "model": _shown(config.get("model.name", config.get("model.class"))),
+        "split": "pooled" if pooled else f"{split} {config.get(level)}" if level else _shown(split),
         "seed": config.get("loop.seed"),
-    } | ({"clients": 1} if pooled else {"clients": config["data.num_clients"]} if "data.num_clients" in config else {})
+    } | ({"clients": 1} if pooled else {"clients": clients} if isinstance(clients, int) else {})
 
 
-def _numbers(record: Mapping[str, Any]) -> dict[str, Any]:
-    known = spread(record.get("client_accuracy") or [])
+def _shown(value: Any) -> str:
+    """The value of a setting that names a run: another's class may have given it any type."""
+    return "–" if value is None else str(_plain(value))
+
+
+def _numbers(record: RoundRecord) -> dict[str, Any]:
+    known = spread([value for value in record.client_accuracy if value is not None and math.isfinite(value)])
     clients = {f"client_{name}": float("nan") if value is None else value for name, value in known.items()}
-    return {key: value for key, value in record.items() if not isinstance(value, (list, dict))} | clients
+    own = {name: value for name in RESERVED if not isinstance(value := getattr(record, name), (list, dict))}
+    return own | {column_of(name): value for name, value in record.metrics.items()} | clients
 
 
 def _differing(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -224,7 +250,7 @@ def _differing(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     values: dict[str, set[str]] = {}
     for config in configs.values():
         for key, value in config.items():
-            if key not in _NAMED and not key.startswith(_ASIDE) and "baseline.name" not in config:
+            if key not in _NAMED and key.startswith(_SECTIONS) and not key.startswith(_ASIDE) and "baseline.name" not in config:
                 values.setdefault(key, set()).add(json.dumps(value, default=str))
     return [key for key, found in values.items() if len(found) > 1]
 
@@ -250,14 +276,14 @@ def _plain(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, (list, dict)) else value
 
 
-def _complete(folder: Path, config: Mapping[str, Any], rounds: list[dict[str, Any]]) -> bool:
+def _complete(folder: Path, config: Mapping[str, Any], rounds: list[RoundRecord]) -> bool:
     """Whether a run has as many rounds as it was asked for, or stopped by itself and said so in its summary."""
     examples = config.get("baseline.examples")
     asked = config.get("loop.max_rounds") if examples is None else len(examples)
-    if asked is None or rounds[-1]["round"] >= asked:
+    if asked is None or rounds[-1].round >= asked:
         return True
     summary = folder / "summary.json"
-    return summary.exists() and bool(json.loads(summary.read_text(encoding="utf-8"))["rounds"] == rounds[-1]["round"])
+    return summary.exists() and bool(read_object(summary).get("rounds") == rounds[-1].round)
 
 
 def _tuple(key: Hashable) -> tuple[Any, ...]:

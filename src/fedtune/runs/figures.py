@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,6 +16,7 @@ from fedtune.storage.summary import mean_of
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
 _LABELS = {"loss_nats": "loss in nats", "train_loss_nats": "training loss in nats"}
@@ -39,7 +43,7 @@ def plot_curves(
 
     metrics = drawn_metrics(runs, monitor)
     figure, panels = new_figure(1, len(metrics), (5 * len(metrics), 4.2))
-    for colour, (name, history) in zip(PALETTE, runs.items(), strict=False):
+    for colour, (name, history) in zip(itertools.cycle(PALETTE), runs.items(), strict=False):
         style: dict[str, Any] = {
             "color": colour,
             "linestyle": "--" if name == "centralised" else "-",
@@ -50,7 +54,7 @@ def plot_curves(
             points = [(record.round, value) for record in history if (value := _value(record, metric)) is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), label=name, **style)
-    for shade, (name, level) in zip(("0.35", "0.6"), (levels or {}).items(), strict=False):
+    for shade, (name, level) in zip(itertools.cycle(("0.35", "0.6")), (levels or {}).items(), strict=False):
         panels[0].axhline(level, color=shade, linestyle=":", label=f"{name} ({level:.2f})")
     for axes, metric in zip(panels, metrics, strict=True):
         axes.set(xlabel="round", ylabel=_LABELS.get(metric, metric))
@@ -58,7 +62,8 @@ def plot_curves(
             axes.set_ylim(0, None)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    handles = drawn_lines(panels)
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.suptitle(title)
     save(figure, path)
 
@@ -117,11 +122,10 @@ def _stack(axes: Axes, clients: Sequence[Mapping[str, int]]) -> None:
     start = [0] * len(clients)
     for index, name in enumerate(names):
         widths = [counts.get(name, 0) for counts in clients]
-        label = name if len(names) <= 20 else None  # a longer legend would hide the bars
-        axes.barh(range(len(clients)), widths, left=start, color=colours[index % 20], label=label, height=0.85)
+        axes.barh(range(len(clients)), widths, left=start, color=colours[index % 20], height=0.85)
         start = [before + width for before, width in zip(start, widths, strict=True)]
-    if len(names) <= 20:
-        axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
+    if len(names) <= 20:  # a longer legend would hide the bars
+        axes.legend(axes.containers, names, fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def new_figure(
@@ -137,6 +141,20 @@ def new_figure(
 
 
 def save(figure: Figure, path: str | Path, dpi: int = 120) -> None:
-    """Write a figure; the folder is made where it is missing."""
+    """Write a figure; the folder is made where it is missing. Names are drawn as they are: a $ in them begins no formula, and
+    what no font has is a box."""
+    from matplotlib.text import Text
+
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=dpi)
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+        text.set_text(text.get_text().encode(errors="replace").decode())  # a name of a file need not be Unicode
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from")
+        figure.savefig(path, dpi=dpi)
+
+
+def drawn_lines(panels: Sequence[Axes]) -> dict[str, Line2D]:
+    """Label -> line, of all lines that were given one. Of labels that begin with "_" matplotlib would make no legend."""
+    lines = [line for panel in panels for line in panel.get_lines()]
+    return {label: line for line in lines if not re.fullmatch(r"_child\d+", label := str(line.get_label()))}

@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -26,6 +27,8 @@ from fedtune.federated.messages import Position
 from fedtune.federated.state import ServerState
 from fedtune.files import replaced, synchronise, write_text
 from fedtune.tensors import Tensors, joined, parted
+
+_NAME = re.compile(r"round-[0-9]{4,}", re.ASCII)
 
 
 def save(folder: Path, state: ServerState, keep: int) -> Path:
@@ -128,7 +131,9 @@ def _check(notes: dict[str, Any]) -> str:
 
 
 def _numbered(folder: Path) -> list[Path]:
-    return sorted(folder.glob("round-[0-9]*"), key=lambda path: int(path.name.partition("-")[2]))
+    """The checkpoints of a folder, oldest first; what else lies there (a copy, another name) is none."""
+    found = [path for path in folder.glob("round-*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
 
 
 def _sha256(file: Path) -> str:

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import numbers
 import platform
 import subprocess
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import yaml
 
-from fedtune.errors import UsageError
+from fedtune.errors import RunError, UsageError, shown
+from fedtune.storage.plain import Unnamed, class_of, plain
 from fedtune.version import __version__
 
 # how and where a run is kept and shown; no number depends on it
 KEPT = {"loop.options.keep", "loop.options.progress", "loop.options.baseline_dir", "loop.monitor", "loop.mode"}
 # what may differ between the start of a run and its continuation: no number of a finished round depends on it
 _FREE = {"run_dir", "logger", "loop.max_rounds", "loop.baselines", "loop.options.local_clients", "content.label_names"} | KEPT
+
+# what runs of earlier versions have not written
+_LATER = {"model.from", "data.from", "data.num_clients"}
 
 
 def describe(module: Any, data: Any, loop: Mapping[str, Any]) -> dict[str, Any]:
@@ -27,7 +32,9 @@ def describe(module: Any, data: Any, loop: Mapping[str, Any]) -> dict[str, Any]:
     There the model is named once; so the data's model is only kept, as the tokenizer, where it is another one.
     """
     model, text = config_of(module), config_of(data)
-    other = text.pop("model", None)
+    if "num_clients" not in text and isinstance(getattr(data, "num_clients", None), numbers.Integral):
+        text["num_clients"] = int(data.num_clients)
+    other = text.pop("model", None) if hasattr(data, "config") else None
     if other is not None and other != model.get("name"):
         text["tokenizer"] = text["tokenizer"] or other
     content = {"task": getattr(data, "digest", None), "model": dict(getattr(module, "content", {}))}
@@ -40,10 +47,19 @@ def describe(module: Any, data: Any, loop: Mapping[str, Any]) -> dict[str, Any]:
 def identified(config: Mapping[str, Any]) -> None:
     """Raise `UsageError` when a value has no name by which another start could know it again."""
     for key, value in dotted(config).items():
-        for one in value if isinstance(value, list) else [value]:
+        for one in _within(value):
             if isinstance(one, Unnamed):
                 allowed = "plain values, or a function or class from the top of a module, where there is a run_dir"
                 raise UsageError(key, str(one), allowed)
+
+
+def _within(value: Any) -> Iterator[Any]:
+    """A value, or those in lists and dictionaries."""
+    if isinstance(value, (list, dict)):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _within(one)
+    else:
+        yield value
 
 
 def baseline_config(config: Mapping[str, Any], about: Mapping[str, Any], split_matters: bool) -> dict[str, Any]:
@@ -68,30 +84,11 @@ def without(config: Mapping[str, Any], keys: Collection[str], prefix: str = "") 
 
 
 def config_of(part: Any) -> dict[str, Any]:
-    """The configuration of ours as the command line takes it; of another's class its name and hyperparameters."""
+    """The configuration of ours as the command line takes it; of another's class its name, where that is "from", and its
+    hyperparameters (none of which can have such a name)."""
     if hasattr(part, "config"):
         return plain(part.config)
-    return {"class": type(part).__name__} | plain(dict(getattr(part, "hparams", {})))
-
-
-class Unnamed(str):
-    """What stands for a value that nobody could know again: a lambda, an object with an address."""
-
-
-def plain(values: Any) -> Any:
-    """Values as YAML keeps them: numbers, text, lists and dictionaries; functions and classes by their full name."""
-    if isinstance(values, Mapping):
-        return {str(key): plain(value) for key, value in values.items()}
-    if isinstance(values, (list, tuple)):
-        return [plain(value) for value in values]
-    if isinstance(values, np.generic):
-        return values.item()
-    if isinstance(values, (int, float, str, bool, type(None))):
-        return values
-    name = f"{getattr(values, '__module__', None)}.{getattr(values, '__qualname__', '<')}"
-    if "<" not in name:  # <lambda>, <locals>, or none
-        return name
-    return Unnamed(repr(values)) if " at 0x" in repr(values) else repr(values)
+    return class_of(part) | plain(dict(getattr(part, "hparams", {})))
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -101,8 +98,30 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ['data.seed: 0 -> 1']
     """
     old, new = dotted(before), dotted(now)
-    keys = [key for key in {**old, **new} if key not in _FREE and not key.startswith("versions")]
-    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
+    unknown = {key for key in _LATER if key not in old}
+    keys = [key for key in {**old, **new} if key not in _FREE | unknown and not key.startswith("versions")]
+    changed = [key for key in keys if _written(old.get(key)) != _written(new.get(key))]
+    return [f"{key}: {shown(old.get(key))} -> {shown(new.get(key))}" for key in changed]
+
+
+def _written(value: Any) -> str:
+    """A value with its type: 1, 1.0 and true are three, and no number is itself."""
+    return json.dumps(value, sort_keys=True, default=repr)
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """A configuration that a run has written.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    try:
+        found = yaml.load(file.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise RunError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict) or not found:
+        raise RunError(f"{file} has no configuration, but {shown(found)}")
+    return found
 
 
 def fingerprint(config: Mapping[str, Any]) -> str:

@@ -11,14 +11,40 @@ from typing import Any
 
 import yaml
 
-from fedtune.errors import RunError, UsageError
+from fedtune.errors import RunError, UsageError, shown
 from fedtune.federated.memory import ClientMemory, MemoryInRam, MemoryOnDisk
 from fedtune.federated.state import ServerState
-from fedtune.files import append_line, finite, read_lines, write_lines, write_text
-from fedtune.storage import checkpoint, start
-from fedtune.storage.config import differences, versions
+from fedtune.files import append_line, finite, parsed_lines, read_object, write_lines, write_text
+from fedtune.storage import checkpoint, checks, start
+from fedtune.storage.config import differences, read_config, versions
 from fedtune.storage.records import RoundRecord, read_rounds
 from fedtune.tensors import Tensors
+
+
+def _is_states(line: dict[str, Any]) -> bool:
+    """Whether a line of callbacks.jsonl says what each callback knew, and when the run was stopped if it was."""
+    try:
+        states = json.loads(line["states"])
+    except (KeyError, TypeError, ValueError):
+        return False
+    stopped = line.get("stopped_at")
+    well = isinstance(states, dict) and all(isinstance(state, dict) for state in states.values())
+    return well and (stopped is None or type(stopped) is int)
+
+
+def _is_local(line: dict[str, Any]) -> bool:
+    """Whether a line of local.jsonl says how a client alone has trained, and its metrics on a part."""
+    form = dict.fromkeys(("client", "num_examples", "num_steps"), checks.count)
+    try:
+        checks.checked(line, {**form, "train_loss_nats": checks.finite, "seconds": checks.not_negative})
+        parts = {name: value for name, value in line.items() if name not in (*form, "train_loss_nats", "seconds")}
+        return len([checks.measured_by_name(name, value) for name, value in parts.items()]) > 0
+    except ValueError:
+        return False
+
+
+_FORMS = {"callbacks.jsonl": _is_states, "local.jsonl": _is_local}  # how a line looks
+_ONLY_HERE = ("callbacks.jsonl",)  # what its lines say is in no other file
 
 
 class RunDirectory:
@@ -55,8 +81,14 @@ class RunDirectory:
         """
         if self.path is None:
             self._start = [state] * (1 + again)
-        else:
-            start.begin(self.path / "start", state, resting, from_files)
+            return
+        kept = self.path / "start"
+        if not checkpoint.rounds(kept) and (self._leftovers() or checkpoint.rounds(self.path / "checkpoints")):
+            raise RunError(
+                f"{kept} is missing, with the weights that the run began with, and its frozen ones; put it back, or start "
+                "again in a new run directory"
+            )
+        start.begin(kept, state, resting, from_files)
 
     def start(self) -> ServerState:
         """The state that the run began with."""
@@ -69,13 +101,25 @@ class RunDirectory:
         """The state after the last complete round and the records up to it; a later, unfinished round is dropped."""
         if self.path is None:
             return None, []
-        state = checkpoint.latest(self.path / "checkpoints")
-        self.memory.rewind(state.round if state else 0)
-        done = read_rounds(self.path / "rounds.jsonl", state.round if state else 0)
-        if (self.path / "rounds.jsonl").exists():
-            with writing(self.path / "rounds.jsonl"):
-                write_lines(self.path / "rounds.jsonl", [record.to_dict() for record in done])
+        state, file = checkpoint.latest(self.path / "checkpoints"), self.path / "rounds.jsonl"
+        number = state.round if state else 0
+        found = len(parsed_lines(file))
+        if state is None and (found > 1 or self._leftovers()):
+            raise RunError(
+                f"{self.path / 'checkpoints'} has no checkpoint, but other files of the run have complete rounds; put it back, "
+                "or start again in a new run directory"
+            )
+        done = read_rounds(file, number)
+        if found > number + 1:  # a crash leaves one at most
+            warnings.warn(f"{file}: rounds {number + 1} to {found} have no checkpoint and are done again", stacklevel=2)
+        self.memory.rewind(number)
+        self.rewrite(file.name, [record.to_dict() for record in done])
         return state, done
+
+    def _leftovers(self) -> bool:
+        """Whether there is what a run writes only when a round is complete."""
+        known = self.path is not None and len(parsed_lines(self.path / "callbacks.jsonl")) > 0
+        return known or bool(self.read_json("summary.json").get("rounds"))
 
     def complete(self, record: RoundRecord, state: ServerState) -> None:
         """Keep a finished round: first its record, then its checkpoint, which is what makes it count."""
@@ -93,29 +137,41 @@ class RunDirectory:
                 write_text(self.path / name, json.dumps(finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """A JSON file of the run; nothing where it is not there, or damaged, as the run makes it anew."""
-        try:
-            found = json.loads((self.path / name).read_text(encoding="utf-8")) if self.path is not None else {}
-        except (OSError, ValueError):
+        """A JSON file of the run; nothing where it is not there, or damaged, as the run makes it anew and says so."""
+        if self.path is None or not (self.path / name).exists():
             return {}
-        return found if isinstance(found, dict) else {}
+        try:
+            return read_object(self.path / name)
+        except RunError as error:
+            warnings.warn(f"{error}; it is made anew", stacklevel=2)
+            return {}
 
     def read(self, name: str, key: str, wanted: Iterable[int]) -> list[dict[str, Any]]:
         """The records of a JSON-lines file of the run, in which `key` has the wanted numbers, in their order.
 
         A line that a crash left unfinished, and all from the first on that is no such record, are removed from the file; what
         they said is found again. Where that is more than an unfinished line, a warning says so.
+
+        Raises:
+            RunError: a line is no such record, and nothing can say again what it said.
         """
         if self.path is None or not (self.path / name).exists():
             return []
-        found = read_lines(self.path / name)
-        good = []
+        file, good = self.path / name, []
+        found = parsed_lines(file)
         for one, number in zip(found, wanted, strict=False):
-            if not isinstance(one, dict) or one.get(key) != number:
+            if not isinstance(one, dict) or isinstance(one.get(key), bool) or one.get(key) != number:
+                break
+            if name in _FORMS and not _FORMS[name](one):
                 break
             good.append(one)
         if len(good) < len(found):
-            warnings.warn(f"{self.path / name}, line {len(good) + 1} is damaged; from there on it is made anew", stacklevel=2)
+            damaged = f"{file}, line {len(good) + 1} is damaged"
+            if name in _ONLY_HERE:
+                raise RunError(
+                    f"{damaged}: {shown(found[len(good)])}; remove the file to go on with callbacks that know nothing"
+                )
+            warnings.warn(f"{damaged}; from there on it is made anew", stacklevel=2)
         self.rewrite(name, good)
         return good
 
@@ -133,8 +189,7 @@ class RunDirectory:
 
     def _claim(self, file: Path, config: Mapping[str, Any]) -> None:
         if file.exists():
-            before = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-            different = differences(before, config)
+            different = differences(read_config(file), config)
             if different:
                 allowed = f"a new directory, or the configuration of the run in it, which differs in {'; '.join(different)}"
                 raise UsageError("run_dir", str(self.path), allowed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,8 @@ from fedtune.errors import RunError, shown
 from fedtune.federated.messages import ClientReport, Failure
 from fedtune.federated.state import RoundResult
 from fedtune.files import read_lines
+from fedtune.storage import checks
+from fedtune.storage.checks import Check, checked
 
 
 @dataclass(frozen=True)
@@ -106,14 +107,19 @@ class RoundRecord:
         return {"round": own.pop("round")} | own.pop("metrics") | own
 
     @classmethod
-    def from_dict(cls, flat: dict[str, Any]) -> RoundRecord:
-        """The record that `to_dict` made flat."""
-        names = {item.name for item in dataclasses.fields(cls)}
-        own = {name: value for name, value in flat.items() if name in names}
-        own["clients"] = [ClientReport(**report) for report in flat["clients"]]
-        own["failures"] = [Failure(**failure) for failure in flat["failures"]]
-        metrics = {name: math.nan if value is None else float(value) for name, value in flat.items() if name not in names}
-        return cls(metrics=metrics, **own)
+    def from_dict(cls, flat: Mapping[str, Any]) -> RoundRecord:
+        """The record that `to_dict` made flat.
+
+        Raises:
+            ValueError: it is none: something is missing, or of another type or range, or numbers contradict each other.
+        """
+        own = checked(flat, _FORM, optional=("client_accuracy", "train_metrics"))
+        own["clients"] = [ClientReport(**_part(one, "clients", _REPORT, ("update_norm", "metrics"))) for one in flat["clients"]]
+        own["failures"] = [Failure(**_part(one, "failures", _FAILURE)) for one in flat["failures"]]
+        metrics = {str(name): checks.measured(name, value) for name, value in flat.items() if name not in RESERVED}
+        found = cls(metrics=metrics, **own)
+        _agrees(found)
+        return found
 
 
 def _over_examples(reports: Sequence[ClientReport]) -> dict[str, float]:
@@ -126,6 +132,61 @@ def _over_examples(reports: Sequence[ClientReport]) -> dict[str, float]:
 
 
 RESERVED = frozenset(item.name for item in dataclasses.fields(RoundRecord))  # names that no metric can have
+_COUNTS = ("num_clients", "num_examples", "num_steps", "num_tokens", "bytes_up", "bytes_down")
+_TIMES = ("seconds", "seconds_train", "seconds_aggregate", "seconds_evaluate")
+_FORM: dict[str, Check] = {  # of a line of rounds.jsonl, metrics apart
+    "round": checks.count,
+    **dict.fromkeys(_COUNTS, checks.count),
+    **dict.fromkeys(_TIMES, checks.not_negative),
+    "train_loss_nats": checks.finite,
+    "mean_update_norm": checks.length,
+    "update_cosine": checks.finite_or_none,
+    "drift": checks.measured_by_name,
+    "clients": checks.listed,
+    "failures": checks.listed,
+    "client_accuracy": checks.finite_or_none_each,
+    "train_metrics": checks.measured_by_name,
+}
+_REPORT: dict[str, Check] = {
+    **dict.fromkeys(("client", "num_examples", "num_steps", "num_tokens"), checks.count),
+    "train_loss_nats": checks.finite,
+    "seconds": checks.not_negative,
+    "update_norm": checks.length,
+    "metrics": checks.measured_by_name,
+}
+_FAILURE: dict[str, Check] = {"client": checks.count, "reason": checks.text}
+
+
+def _part(found: Any, name: str, form: Mapping[str, Check], optional: Sequence[str] = ()) -> dict[str, Any]:
+    """One of the objects in a list of a record, which has no other names."""
+    if not isinstance(found, dict):
+        raise ValueError(f"{name} have {shown(found)}, where an object belongs")
+    strange = sorted(found.keys() - form.keys())
+    if strange:
+        raise ValueError(f"{name} have {shown(strange)}, which no record has")
+    return checked(found, form, optional)
+
+
+def _agrees(record: RoundRecord) -> None:
+    """Raise `ValueError` where the numbers of a round are not those of its clients."""
+    if len(set(record.cohort)) < len(record.cohort):
+        raise ValueError(f"clients are {shown(record.cohort)}, where each belongs once")
+    sums = {name: sum(getattr(one, name) for one in record.clients) for name in ("num_examples", "num_steps", "num_tokens")}
+    for name, value in {"num_clients": len(record.clients), **sums}.items():
+        if getattr(record, name) != value:
+            raise ValueError(f"{name} is {getattr(record, name)}, where its clients have {value}")
+
+
+def record_in(file: Path, number: int, flat: Mapping[str, Any]) -> RoundRecord:
+    """The record in a line of a file.
+
+    Raises:
+        RunError: it is none.
+    """
+    try:
+        return RoundRecord.from_dict(flat)
+    except ValueError as error:
+        raise RunError(f"{file}, line {number}: no record of a round ({error})") from error
 
 
 def read_rounds(file: Path, until: int | None = None) -> list[RoundRecord]:
@@ -139,12 +200,9 @@ def read_rounds(file: Path, until: int | None = None) -> list[RoundRecord]:
     """
     found = []
     for number, flat in enumerate(read_lines(file)[:until], start=1):
-        try:
-            record = RoundRecord.from_dict(flat)
-        except (AttributeError, KeyError, TypeError) as error:
-            raise RunError(f"{file}, line {number}: no record of a round ({type(error).__name__}: {error})") from error
+        record = record_in(file, number, flat)
         if record.round != number:
-            raise RunError(f"{file}, line {number}: the record of round {shown(record.round)}, where round {number} belongs")
+            raise RunError(f"{file}, line {number}: the record of round {record.round}, where round {number} belongs")
         found.append(record)
     if until is not None and len(found) < until:
         raise RunError(f"{file} lacks rounds up to {until}; it has {len(found)}")

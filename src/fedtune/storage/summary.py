@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from fedtune.storage.records import RoundRecord
 
@@ -18,8 +18,12 @@ def rounds_to(history: Sequence[RoundRecord], accuracy: float) -> int | None:
 
 
 def mean_of(locals_: Sequence[Mapping[str, Any]], part: str, metric: str) -> float | None:
-    """Mean over clients of a metric of the local baseline, or None where it is not there."""
-    values = [record[part][metric] for record in locals_ if metric in record.get(part, {})]
+    """Mean of a metric of the local baseline over the clients for which it is known, or None where it is for none.
+
+    >>> mean_of([{"test": {"accuracy": 0.5}}, {"test": {"accuracy": None}}], "test", "accuracy")
+    0.5
+    """
+    values: list[float] = [value for record in locals_ if _is_known(value := (record.get(part) or {}).get(metric))]
     return sum(values) / len(values) if values else None
 
 
@@ -53,21 +57,22 @@ def summarise(
         monitor, mode: the metric of the best round, and whether it is the "max" or the "min".
 
     Returns:
-        the metrics on the test part, each as `test_NAME` and, where no other entry has that name, as NAME; accuracies as
-        fractions, `loss_nats`, `seconds` of all rounds, `bytes_up` and `bytes_down` in all; null where not known.
+        the metrics on the test part, each as `test_NAME` (but `NAME` where it begins with that, or the module also logs a
+        `test_NAME`) and, where no other entry has that name, as NAME; accuracies as fractions, `loss_nats`, `seconds` of all
+        rounds, `bytes_up` and `bytes_down` in all; null where not known.
     """
     known = [record for record in history if math.isfinite(record.metrics.get(monitor, math.nan))]
     best = MODES[mode](known, key=lambda record: record.metrics[monitor], default=None)
     reached = None if best is None else best.metrics[monitor]
-    compared = dict.fromkeys(("accuracy", "macro_f1", monitor))
+    compared = _compared(monitor)
     pooled = [record.accuracy for record in baselines.get("centralised", ()) if "accuracy" in record.metrics]
     known_of_run: dict[str, Any] = {
         "majority_accuracy": baselines.get("majority_accuracy"),
         **{f"centralised_{name}": baselines.get("centralised_test", {}).get(name) for name in compared},
         **{f"local_{name}": mean_of(baselines.get("local", ()), "test", name) for name in compared},
         "local_clients": len(baselines["local"]) if baselines.get("local") else None,
-        **{f"client_accuracy_{name}": value for name, value in spread(history[-1].client_accuracy).items()},
-        "rounds": history[-1].round,
+        **{f"client_accuracy_{name}": value for name, value in spread(history[-1].client_accuracy if history else ()).items()},
+        "rounds": history[-1].round if history else 0,
         "evaluated_on": evaluated_on,
         "monitor": monitor,
         "mode": mode,
@@ -79,21 +84,42 @@ def summarise(
         "bytes_up": sum(record.bytes_up for record in history),
         "bytes_down": sum(record.bytes_down for record in history),
     }
-    tested = {name if name.startswith("test_") else f"test_{name}": value for name, value in test.items()}
-    return {**test, **tested, **known_of_run}
+    tested = {f"test_{name}": value for name, value in test.items() if not name.startswith("test_")}
+    return {**tested, **test, **known_of_run}
 
 
 def with_known_baselines(summary: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
-    """A summary that has what an earlier one knew of baselines that were not done this time.
+    """A summary that has what an earlier one knew of those baselines that were not done this time.
 
-    `baseline_rounds` says of how many rounds they are; it differs from `rounds` where the run has gone on since.
+    `baseline_rounds_centralised` and `baseline_rounds_local` say of how many rounds each is, and `baseline_rounds` of how many
+    the newest; it differs from `rounds` where the run has gone on since.
     """
-    known = [name for name, value in summary.items() if _is_of_baseline(name) and value is not None]
-    if known:
-        return summary | {"baseline_rounds": summary["rounds"]}
-    kept = {name: before[name] for name in summary if _is_of_baseline(name) and before.get(name) is not None}
-    return summary | kept | {"baseline_rounds": before.get("baseline_rounds") if kept else None}
+    found: dict[str, Any] = {}
+    earlier = {key for names in _names_of(str(before.get("monitor"))).values() for key in names}
+    for baseline, names in _names_of(summary["monitor"]).items():
+        if any(summary[name] is not None for name in names):
+            found[f"baseline_rounds_{baseline}"] = summary["rounds"]
+            continue
+        kept = {name: before[name] for name in names if name in earlier and _is_known(before.get(name))}
+        rounds = before.get(f"baseline_rounds_{baseline}", before.get("baseline_rounds"))
+        found |= kept | {f"baseline_rounds_{baseline}": rounds if kept and _is_known(rounds) else None}
+    known = [found[f"baseline_rounds_{baseline}"] for baseline in _names_of("accuracy")]
+    return summary | found | {"baseline_rounds": max((one for one in known if one is not None), default=None)}
 
 
-def _is_of_baseline(name: str) -> bool:
-    return name.startswith(("centralised_", "local_", "rounds_to_"))
+def _compared(monitor: str) -> list[str]:
+    """The metrics that are known of baselines."""
+    return list(dict.fromkeys(("accuracy", "macro_f1", monitor)))
+
+
+def _names_of(monitor: str) -> dict[str, list[str]]:
+    """The entries of a summary that belong to each baseline."""
+    compared, shares = _compared(monitor), [f"rounds_to_{share}pct" for share in SHARES]
+    return {
+        "centralised": [f"centralised_{name}" for name in compared] + shares,
+        "local": [f"local_{name}" for name in compared] + ["local_clients"],
+    }
+
+
+def _is_known(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
