@@ -94,6 +94,7 @@ class Steps:
         self._trainer.strategy.before_step = self._before_step
         self._first = self._trainer.global_step
         self._loss: Tensor | None = None
+        self._passes = 0
         self._output: dict[str, Any] = {}
         self.log, self.metrics = TrainingLog(), dict[str, float]()
         self.losses: list[Tensor] = []
@@ -119,7 +120,7 @@ class Steps:
     def _batch(self, batch: Any, index: int, is_last: bool) -> int | None:
         """One batch; -1 where the module wants no more of this epoch."""
         trainer, optimisation = self._trainer, self._optimisation
-        batch, self._loss, self._output = self._training.transfer(batch), None, {}
+        batch, self._loss, self._output, self._passes = self._training.transfer(batch), None, {}, 0
         self.log.batch = batch
         answer = trainer.call("on_train_batch_start", batch, index)
         if answer != -1:
@@ -151,7 +152,8 @@ class Steps:
         with self._training.fabric.autocast():
             output: Any = call_step(trainer, "training_step", batch, index)
         loss = loss_of(output)
-        if index % share == 0 and not self._training.frees_gradients:  # else there is none, and nobody would see it go
+        self._passes += 1  # an optimizer as LBFGS makes several
+        if index % share == 0 and (self._passes > 1 or not self._training.frees_gradients):  # else there are none to be seen
             trainer.call("on_before_zero_grad", optimizer)
             trainer.call("optimizer_zero_grad", trainer.current_epoch, index, optimizer)
         if loss is None:

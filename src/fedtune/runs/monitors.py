@@ -47,9 +47,10 @@ class _Watching(FederatedCallback):
         if of_run["check_val_every_n_rounds"] > run.max_rounds or step_of(module, of_run["evaluate_on"]) is None:
             raise UsageError("callbacks", type(self).__name__, "a run whose rounds are evaluated (none of this one's is)")
         known, self._known = self._known, None
-        fits = known is not None and (known["monitor"], known["mode"]) == (self.monitor, self.mode) and run.history
+        if known is None or not run.history or (known.get("monitor"), known.get("mode")) != (self.monitor, self.mode):
+            known = self.fresh
         for name, value in self.fresh.items():
-            setattr(self, name, known[name] if known is not None and fits else value)
+            setattr(self, name, known.get(name, value))
 
     @property
     def state_key(self) -> str:

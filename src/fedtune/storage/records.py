@@ -114,7 +114,10 @@ class RoundRecord:
             ValueError: it is none: something is missing, or of another type or range, or numbers contradict each other.
         """
         own = checked(flat, _FORM, optional=("client_accuracy", "train_metrics"))
-        own["clients"] = [ClientReport(**_part(one, "clients", _REPORT, ("update_norm", "metrics"))) for one in flat["clients"]]
+        own["clients"] = [
+            ClientReport(**_part(one, "clients", _REPORT, ("update_norm", "metrics", "learning_rates")))
+            for one in flat["clients"]
+        ]
         own["failures"] = [Failure(**_part(one, "failures", _FAILURE)) for one in flat["failures"]]
         metrics = {str(name): checks.measured(name, value) for name, value in flat.items() if name not in RESERVED}
         found = cls(metrics=metrics, **own)
@@ -153,6 +156,7 @@ _REPORT: dict[str, Check] = {
     "seconds": checks.not_negative,
     "update_norm": checks.length,
     "metrics": checks.measured_by_name,
+    "learning_rates": checks.measured_by_name,
 }
 _FAILURE: dict[str, Check] = {"client": checks.count, "reason": checks.text}
 
