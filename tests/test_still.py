@@ -125,7 +125,7 @@ class Averaged(Net):
         self.average.mul_(0.9).add_(torch.tensor([self.step, -self.step, 0.0]))
 
 
-@pytest.mark.parametrize("step", [1e-8, 1e-3, 1.0, 1e6, 1e8])
+@pytest.mark.parametrize("step", [1e-30, 1e-12, 1e-8, 1e-3, 1.0, 1e6, 1e8])
 def test_buffers_of_any_size_and_unchanged_ones_that_are_no_number_travel(step: float) -> None:
     ours, theirs = Averaged(step), Averaged(step)
     make_loop(max_rounds=1).fit(ours, Data())
@@ -579,3 +579,47 @@ class Plain:
 def test_data_of_any_class_are_set_up() -> None:
     assert len(make_loop().fit(Net(), Plain())) == 2
     assert isinstance(Stepped(), pl.LightningModule)
+
+
+def test_the_averaged_model_is_evaluated_with_the_counters_that_clients_start_with() -> None:
+    class Counting(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.seen += 1
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("seen", self.seen.float())
+
+    loop = make_loop(max_rounds=2, evaluate_on="test", monitor="seen")
+    history = loop.fit(Counting(), Three())
+    assert [record.metrics["seen"] for record in history] == [0.0, 0.0]
+    assert loop.summary["test_seen"] == 0.0
+
+
+def test_buffers_that_are_only_read_may_share_and_those_that_travel_may_lie_side_by_side() -> None:
+    class Views(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mask", torch.ones(1, 1).expand(4, 4), persistent=False)
+            self.register_buffer("places", torch.arange(8).expand(4, -1))
+            both = torch.zeros(2, 6)
+            self.register_buffer("left", both[:, :3])
+            self.register_buffer("right", both[:, 3:])
+
+    assert len(make_loop().fit(Views(), Three())) == 2
+
+
+def test_a_frozen_embedding_that_is_looked_at_has_not_moved() -> None:
+    class Looked(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding.from_pretrained(F.normalize(torch.ones(3, 4)), freeze=True, max_norm=5.0)
+
+        def loss(self, batch: Any) -> Tensor:
+            return super().loss(batch) + self.words(torch.tensor([0, 2])).sum()
+
+    assert len(make_loop().fit(Looked(), Three())) == 2

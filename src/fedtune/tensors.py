@@ -66,27 +66,40 @@ def restore_counters(module: nn.Module, kept: Tensors) -> None:
         before = kept.get(name)
         if before is None or torch.equal(before, tensor):
             continue
-        if before.shape == tensor.shape and before.dtype == tensor.dtype:
+        if before.shape == tensor.shape and before.dtype == tensor.dtype and torch._debug_has_internal_overlap(tensor) != 1:
             tensor.copy_(before)
         else:
             owner, _, last = name.rpartition(".")
             module.get_submodule(owner)._buffers[last] = before.clone()
 
 
-def sharing(tensors: Tensors) -> tuple[str, str] | None:
-    """The names of two tensors that share memory, or of one (twice) whose elements do; None where there are none."""
-    spans = []
-    for name, tensor in tensors.items():
+def sharing(written: Tensors, read: Tensors) -> tuple[str, str] | None:
+    """The names of two tensors that share an element, of which the first is written to, or of one (twice) whose own elements
+    share memory; None where there are none.
+
+    Args:
+        written: what is written to.
+        read: others of the module.
+    """
+    owners: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, tensor in {**written, **read}.items():
         if tensor.numel() and tensor.layout == torch.strided and tensor.device.type != "meta":
-            if torch._debug_has_internal_overlap(tensor) == 1:
+            if name in written and torch._debug_has_internal_overlap(tensor) == 1:
                 return name, name
-            length = sum((size - 1) * abs(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-            spans.append((tensor.data_ptr(), length * tensor.element_size(), name))
-    spans.sort()
-    for (start, length, name), (following, _, other) in itertools.pairwise(spans):
-        if following < start + length:
-            return name, other
+            owners.setdefault(tensor.untyped_storage().data_ptr(), []).append((name, tensor))
+    for tensors in owners.values():
+        for (name, tensor), (other, another) in itertools.combinations(tensors, 2):
+            if name in written and torch.isin(_places(tensor), _places(another)).any():
+                return name, other
     return None
+
+
+def _places(tensor: Tensor) -> Tensor:
+    """The bytes of a storage at which the elements of a tensor begin."""
+    found = torch.tensor([tensor.storage_offset()])
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        found = (found[:, None] + torch.arange(size) * stride).view(-1)
+    return found * tensor.element_size()
 
 
 def snapshot(tensors: Mapping[str, Tensor]) -> Tensors:

@@ -169,23 +169,36 @@ class _Inbox:
 
 
 class _Buffers:
-    """Exact sums of buffers, of values up to 2^32 and very small ones: on a coarse grid, and of what is left on a fine one."""
+    """Exact sums of buffers, of values up to 2^32 and very small ones: on a coarse grid, what is left on a finer one, and so on.
+
+    The last step is below 2^-126, the least normal number of fp32.
+    """
 
     def __init__(self, max_weight: int) -> None:
-        self._step = 2.0 ** -grid_bits(BUFFER_LIMIT, max_weight)
-        self._sums = ExactSum(lambda group: BUFFER_LIMIT if group == "coarse" else self._step, max_weight)
+        self._limits = [BUFFER_LIMIT]
+        while self._step(-1, max_weight) > 2.0**-126:
+            self._limits.append(self._step(-1, max_weight))
+        self._steps = [self._step(place, max_weight) for place in range(len(self._limits))]
+        self._sums = ExactSum(lambda group: self._limits[int(group)], max_weight)
+
+    def _step(self, place: int, max_weight: int) -> float:
+        return 2.0 ** -grid_bits(self._limits[place], max_weight)
 
     def add(self, buffers: Tensors, weight: int) -> None:
         """Take in one client's."""
-        exact = {name: tensor.double() for name, tensor in buffers.items()}
-        coarse = {name: tensor.div(self._step).round_().mul_(self._step) for name, tensor in exact.items()}
-        rest = {name: tensor - coarse[name] for name, tensor in exact.items()}
-        self._sums.add({"coarse": Pieces(coarse), "rest": Pieces(rest)}, weight)
+        left = {name: tensor.double() for name, tensor in buffers.items()}
+        groups: dict[str, Pieces] = {}
+        for place, step in enumerate(self._steps):
+            on_grid = {name: tensor.div(step).round_().mul_(step) for name, tensor in left.items()}
+            left = {name: tensor - on_grid[name] for name, tensor in left.items()}
+            groups[str(place)] = Pieces(on_grid)
+        self._sums.add(groups, weight)
 
     def mean(self, runtime: Runtime) -> Groups:
         """Their mean."""
         found = self._sums.mean(runtime)
-        return {"buffers": {name: tensor + found["rest"][name] for name, tensor in found["coarse"].items()}}
+        first, *rest = (found[str(place)] for place in range(len(self._steps)))
+        return {"buffers": {name: sum((one[name] for one in rest), start=tensor) for name, tensor in first.items()}}
 
 
 def _sent(state: ServerState, algorithm: Algorithm, options: RoundOptions) -> Groups:
@@ -204,7 +217,12 @@ def _beyond(group: str, pieces: Pieces, limit: float) -> str | None:
     """What is wrong with the values of a group, if anything."""
     for name, square in pieces.squares.items():
         if not math.isfinite(square):
-            return f"its {group} is not finite (in {name}); lower the learning rate"
+            cure = (
+                "a buffer that moves from or to infinity cannot be averaged"
+                if group == "buffers"
+                else "lower the learning rate"
+            )
+            return f"its {group} is not finite (in {name}); {cure}"
         if square > limit**2:  # else no element can be beyond the limit
             most = float(pieces.tensors[name].detach().abs().max())
             if most > limit:

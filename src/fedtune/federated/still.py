@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 from torch import nn
 
 from fedtune.errors import RunError
-from fedtune.tensors import digest, frozen
+from fedtune.tensors import counters, digest, frozen
 
 _LOG = logging.getLogger("fedtune")
 _LIGHTNING = {*vars(pl.LightningModule()), "training"}  # what every module has
@@ -41,11 +41,13 @@ class Still:
         """
         now = frozen(self._module)
         moved = [name for name, version in self._versions.items() if name in now and now[name]._version != version]
-        if not self._looked and self._before is not None:
-            self._looked = True
+        if self._before is not None and (moved or not self._looked):  # what was counted may have changed no value
             found = self._digests()
-            moved += [name for name, value in self._before[0].items() if name in found and found[name] != value]
-            self._say(self._before[1], where)
+            moved = [name for name, value in self._before[0].items() if name in found and found[name] != value]
+            self._versions = {name: tensor._version for name, tensor in now.items()}
+            if not self._looked:
+                self._looked = True
+                self._say(self._before[1], where)
         if moved:
             raise RunError(
                 f"{where}: training changed {moved[0]}, which is frozen, so it neither travels nor is kept; "
@@ -57,16 +59,20 @@ class Still:
         changed = sorted(name for name in before.keys() & now.keys() if before[name] != now[name])
         if changed:
             _LOG.warning(
-                f"{where}: training changed {', '.join(changed[:3])} of the module, which no checkpoint has and later clients "
-                "see; a buffer starts alike for every client, and is kept"
+                f"{where}: training changed {', '.join(changed[:3])} of the module, which does not travel: a buffer that is no "
+                "floating-point number starts alike for every client, an attribute is what the last client left"
             )
 
     def _digests(self) -> dict[str, str]:
         return {name: digest({name: tensor}) for name, tensor in frozen(self._module).items()}
 
     def _attributes(self) -> dict[str, Any]:
-        """Numbers and extra state of the module and its parts."""
-        found: dict[str, Any] = {}
+        """Numbers, extra state and counters of the module and its parts, but those of batch norms, which nothing depends on."""
+        found: dict[str, Any] = {
+            name: digest({name: tensor})
+            for name, tensor in counters(self._module).items()
+            if not name.endswith("num_batches_tracked")
+        }
         for path, part in self._module.named_modules():
             for name, value in vars(part).items():
                 if type(value) in (int, float, bool) and name not in _LIGHTNING and not name.startswith("_"):

@@ -94,7 +94,7 @@ class Steps:
         self._trainer.strategy.before_step = self._before_step
         self._first = self._trainer.global_step
         self._loss: Tensor | None = None
-        self._passes = 0
+        self._passes = self.seen = 0
         self._output: dict[str, Any] = {}
         self.log, self.metrics = TrainingLog(), dict[str, float]()
         self.losses: list[Tensor] = []
@@ -121,7 +121,7 @@ class Steps:
         """One batch; -1 where the module wants no more of this epoch."""
         trainer, optimisation = self._trainer, self._optimisation
         batch, self._loss, self._output, self._passes = self._training.transfer(batch), None, {}, 0
-        self.log.batch = batch
+        self.log.batch, self.seen = batch, self.seen + 1
         answer = trainer.call("on_train_batch_start", batch, index)
         if answer != -1:
             closure = _Closure(self, batch, index)
@@ -252,7 +252,7 @@ def train(
     finally:
         trainer.training = False
     if not steps.sizes:
-        raise RunError(f"{where}: there is no batch to train on")
+        raise RunError(f"{where}: there is no batch to train on" + (", as the module skipped each" if steps.seen else ""))
     values = torch.stack(steps.losses).cpu().double()
     bad = (~torch.isfinite(values)).nonzero()
     if len(bad):

@@ -175,7 +175,7 @@ class FederatedLoop:
             first = ", ".join(name or type(module).__name__ for name in resting_parts[:3])
             run.print(f"{len(resting_parts)} parts of the module are in evaluation mode, and trained so: {first}, …")
         module.on_fit_start()
-        same = sharing(travelling(module) | resting(module))
+        same = sharing(travelling(module), resting(module))
         if same is not None:
             allowed = f"tensors with memory of their own ({' and '.join(dict.fromkeys(same))} share theirs)"
             raise UsageError("module", type(module).__name__, allowed)
@@ -258,12 +258,12 @@ class FederatedLoop:
             number = state.round + 1
             drawn = cohort(self.seed, number, data.num_clients, self.clients_per_round)
             context = Context(self.seed, number, data.num_clients, tuple(drawn), most)
-            return run_round(state, algorithm, context, runtime, options)
+            result = run_round(state, algorithm, context, runtime, options)
+            restore_counters(training.module, worker.counters)  # those of the last client mean nothing to the average
+            return result
 
         with rounds.progress.phase("federated", self.max_rounds, self.clients_per_round or data.num_clients):
-            final = rounds.play(run, rounds.directory.start, next_round, self._callbacks)
-        restore_counters(training.module, worker.counters)
-        return final
+            return rounds.play(run, rounds.directory.start, next_round, self._callbacks)
 
     def _baselines(self, evaluator: Evaluator, progress: Progress, run: Run) -> Baselines:
         folder = self.options.baseline_dir or (self.run_dir and str(Path(self.run_dir) / "baselines"))

@@ -65,7 +65,7 @@ def prepared(loop: Any, module: pl.LightningModule, data: Any, stage: str, progr
 def watch_the_end(trainer: ModuleTrainer, directory: RunDirectory, run: Run) -> None:
     """Note that a module asks how long the run is, and say where that was another number in an earlier start."""
     before = directory.read_json("horizon.json").get("max_rounds", run.max_rounds)
-    if before != run.max_rounds:
+    if before != run.max_rounds and type(before) is int:
         run.print(
             f"the module asks how long the run is, and its first rounds were of a run of {before} rounds: "
             f"a run of {run.max_rounds} from the start gives other numbers"
