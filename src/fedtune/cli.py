@@ -100,11 +100,11 @@ def _fill_report(found: Parser) -> None:
 
 
 def _fill_describe(found: Parser) -> None:
-    from fedtune.data.classification import FederatedDataModule
+    from fedtune.runs.flags import add_data_arguments
     from fedtune.runs.parser import ConfigFile
 
     found.add_argument("--config", action=ConfigFile, help="YAML file with any of the values below")
-    found.add_class_arguments(FederatedDataModule, "data", skip={"model"})
+    add_data_arguments(found)
     found.add_argument("--model.name", type=str, default="minilm", help="the model whose tokenizer counts the tokens")
     found.add_argument("--picture", type=str, default="split.png", help="where the picture goes")
 
