@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from fedtune.runs.parser import Parser
 
 STOPPED, INTERRUPTED = 2, 130
+_LONGEST = 600  # characters of a line
 
 
 def stop(code: int, text: str) -> NoReturn:
     """End the command with one line."""
-    print(f"fedtune: {text}", file=sys.stderr)
+    print(f"fedtune: {text if len(text) <= _LONGEST else text[:_LONGEST] + '…'}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -147,6 +148,7 @@ def _sweep(options: Namespace) -> None:
     else:
         sweep = grid.read(options.file, options.only)
         if options.dry_run:
+            grid.check_cells(sweep, options.file)
             runner.plan(sweep, folder, options.workers)
             return
         failed = runner.run(sweep, folder, options.workers, "wandb" if options.wandb else "none")

@@ -133,6 +133,7 @@ def _measure(text: str) -> None:
     """Look at a text without building anything: how many values it means and how deep they are, tags, odd characters."""
     known: dict[str, tuple[int, int]] = {}  # anchor -> values and levels of what it names
     opened: list[list[Any]] = [[None, 0, 0]]  # anchor, values, levels
+    event: Any
     for event in yaml.parse(text, Loader=_Loader):
         line = event.start_mark.line + 1
         if getattr(event, "tag", None) is not None:
@@ -152,7 +153,7 @@ def _measure(text: str) -> None:
         elif isinstance(event, yaml.AliasEvent):
             if any(event.anchor == anchor for anchor, _, _ in opened):
                 raise YamlError(f"*{event.anchor} is within what it names, line {line}")
-            values, levels = known.get(event.anchor, (1, 0))
+            values, levels = known.get(str(event.anchor), (1, 0))
         else:
             continue
         if not isinstance(event, yaml.CollectionStartEvent):
@@ -181,6 +182,8 @@ def _rewritten(text: str) -> str:
     whole: Callable[[str], Any] = lambda digits: int(digits) if len(digits) < 80 else _too_large(digits)  # noqa: E731
     try:
         return json.dumps(json.loads(text, object_pairs_hook=once, parse_int=whole), ensure_ascii=False)
+    except json.JSONDecodeError:
+        return text  # it may be YAML all the same
     except RecursionError as error:
         raise YamlError(f"more than {DEEPEST} levels") from error
 

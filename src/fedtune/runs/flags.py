@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,9 +15,11 @@ from fedtune.algorithms.specification import algorithm_of, specification_of
 from fedtune.data.classification import FederatedDataModule
 from fedtune.data.registry import TASKS
 from fedtune.data.splits import SPLITS
-from fedtune.errors import UsageError
+from fedtune.errors import UsageError, one_of
 from fedtune.models import TextClassifier, build_classifier, check_classifier
-from fedtune.models.pretrained import content_of
+from fedtune.models.options import check_options
+from fedtune.models.pretrained import MODELS, content_of
+from fedtune.runs.arguments import check_data
 from fedtune.runs.loop import FederatedLoop
 from fedtune.runs.options import RunOptions
 from fedtune.runs.parser import ConfigFile, Parser, check_plain
@@ -140,6 +143,35 @@ def content_of_run(arguments: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]
         task = data.digest
     with flags("model"):
         return {"task": task, "model": content_of(model["name"]) if model["init"] == "pretrained" else {}}
+
+
+def check(arguments: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check what a run would check before it reads texts or weights.
+
+    Raises:
+        UsageError: a value that cannot be used, under the name of its flag.
+    """
+    data, model = arguments["data"], dict(arguments["model"])
+    name = model.pop("name")
+    with flags("loop"):
+        loop = FederatedLoop(**{**arguments["loop"], "options": RunOptions(**arguments["loop"]["options"])})
+    with flags("data"):
+        made = FederatedDataModule(**data, model=name)
+        if data["task"] not in TASKS:
+            raise one_of("task", data["task"], TASKS)
+        if data["split"] not in SPLITS:
+            raise one_of("split", data["split"], SPLITS)
+        known = inspect.signature(TASKS[data["task"]]).parameters
+        for option in data["task_options"] or {}:
+            if option not in known:
+                raise one_of("task_options", option, known)
+    with flags("loop"):
+        check_data(loop, made)
+    with flags("model"):
+        if name in MODELS:  # a registered one may have to be fetched first
+            check_options({"num_labels": 2, **model})
+        else:
+            check_classifier(name, model)
 
 
 def fit(arguments: Mapping[str, Mapping[str, Any]], **where: Any) -> FederatedLoop:

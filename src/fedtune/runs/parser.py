@@ -55,7 +55,9 @@ class Parser(ArgumentParser):
                 for change in changes:
                     value = _changed(value, *change)
                 given.append(f"--{name}={value if isinstance(value, str) else yaml_files.dump(value)}")
-        return self.checked(super().parse_args(given, *more, **options))
+        plain = [word for word in given if not word.startswith("--print_config")]
+        found = self.checked(super().parse_args(plain, *more, **options))
+        return found if plain == given else super().parse_args(given, *more, **options)
 
     def check_content(self, content: Any, where: str) -> None:
         """Raise `UsageError` for nested values that are no values of flags: a section without names, what would be imported.
@@ -102,7 +104,7 @@ class Parser(ArgumentParser):
             text = f"{cut(came)}: no such flag; nearest: {', '.join(near) or 'none, see --help'}"
         text = re.sub(r'^Parser key "([^"]+)":', r"--\1:", text)
         text = re.sub(r"Does not validate against any of .*? Subtypes: \[(.*?)\] Errors: .* Given value: (.*)", _of_many, text)
-        text = re.sub(r"Expected an? <class '([\w.]+)'>\.? Got value: (.*)", _of_one, text)
+        text = re.sub(r"Expected an? <class '([\w.]+)'>\.? Got value: ?(.*)", _of_one, text)
         print(f"fedtune: {cut(f'{self.where}: ' if self.where else '')}{cut(text, _LONGEST)}", file=sys.stderr)
         raise SystemExit(2)
 
@@ -209,7 +211,7 @@ def _named(hint: Any) -> str:
 
 def _of_many(found: re.Match[str]) -> str:
     names = [name.rpartition(".")[2] for name in re.findall(r"[\w.]+(?=')|(?<= )[\w.]+(?=\[)|^[\w.]+(?=\[)", found[1])]
-    allowed = [_WORDS.get(name, {"dict": "a dictionary"}.get(name, name)) for name in names if name != "class"]
+    allowed = [_WORDS.get(name, {"dict": "a dictionary"}.get(name, name)) for name in names if name not in ("class", "Literal")]
     return f"got {cut(found[2])!r}; allowed: {', '.join(allowed) or cut(found[1])}"
 
 
