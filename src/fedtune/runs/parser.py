@@ -59,36 +59,49 @@ class Parser(ArgumentParser):
         found = self.checked(super().parse_args(plain, *more, **options))
         return found if plain == given else super().parse_args(given, *more, **options)
 
-    def check_content(self, content: Any, where: str) -> None:
-        """Raise `UsageError` for nested values that are no values of flags: a section without names, what would be imported.
+    def check_content(self, content: Mapping[str, Any], where: str, prefix: str = "") -> None:
+        """Check nested values of flags: their names, that a section has names, that no value is missing or imported.
 
         Args:
             where: what the line names: the file.
+
+        Raises:
+            UsageError, SystemExit: for another content.
         """
-        for section in self._sections():
-            found = content
-            for part in section.split("."):
-                found = found.get(part, {}) if isinstance(found, Mapping) else {}
-            if not isinstance(found, Mapping):
-                raise UsageError(f"{where}: {section}", found, f"names and values, as in {{{section}: {{name: value}}}}")
+        self.where = where
+        known, sections = {action.dest: action for action in self._actions}, self._sections()
+        for key, value in content.items():
+            name = f"{prefix}{key}"
+            if name in sections:
+                if not isinstance(value, Mapping):
+                    raise UsageError(f"{where}: {name}", value, f"names and values, as in {{{name}: {{name: value}}}}")
+                self.check_content(value, where, f"{name}.")
+            elif name not in known:
+                self.error(f"unrecognized arguments: --{name}")
+            else:
+                self._check_value(known[name], value)
         for name in _names(content):
             if name in _IMPORTING:
                 raise UsageError(where, name, "names of flags, with plain values")
+        self.where = None
 
     def checked(self, found: Namespace) -> Namespace:
         """The values, none of them missing where one is needed, nor one that no run could use or keep."""
         for action in self._actions:
-            hint = getattr(action, "_typehint", None)
-            if hint is None or action.dest not in found:
-                continue
-            value = found[action.dest]
-            try:
-                check_plain(f"--{action.dest}", value)
-            except UsageError as error:
-                self.error(str(error))
-            if value is None and action.default is not None and type(None) not in typing.get_args(hint):
-                self.error(f"--{action.dest}: got null; allowed: {_named(hint)}")
+            if action.dest in found:
+                self._check_value(action, found[action.dest])
         return found
+
+    def _check_value(self, action: Any, value: Any) -> None:
+        hint = getattr(action, "_typehint", None)
+        if hint is None:
+            return
+        try:
+            check_plain(f"--{action.dest}", value)
+        except UsageError as error:
+            self.error(str(error))
+        if value is None and action.default is not None and type(None) not in typing.get_args(hint):
+            self.error(f"--{action.dest}: got null; allowed: {_named(hint)}")
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with the message, as one line."""
@@ -103,7 +116,7 @@ class Parser(ArgumentParser):
             )
             text = f"{cut(came)}: no such flag; nearest: {', '.join(near) or 'none, see --help'}"
         text = re.sub(r'^Parser key "([^"]+)":', r"--\1:", text)
-        text = re.sub(r"Does not validate against any of .*? Subtypes: \[(.*?)\] Errors: .* Given value: (.*)", _of_many, text)
+        text = re.sub(r"Does not validate against any of .*? Subtypes: \[(.*?)\] Errors: .* Given value: ?(.*)", _of_many, text)
         text = re.sub(r"Expected an? <class '([\w.]+)'>\.? Got value: ?(.*)", _of_one, text)
         print(f"fedtune: {cut(f'{self.where}: ' if self.where else '')}{cut(text, _LONGEST)}", file=sys.stderr)
         raise SystemExit(2)
@@ -138,6 +151,8 @@ class Parser(ArgumentParser):
         for word in waiting:
             if len(word) > yaml_files.LARGEST or re.search("[\x00\ud800-\udfff]", word):
                 self.error(str(UsageError(cut(word.partition("=")[0]), word, "text in UTF-8, at most 1 MB")))
+            if re.fullmatch(r"(--[\w.]+=)?[-+]?[0-9_]{80,}", word):
+                self.error(str(UsageError(cut(word.partition("=")[0]), word, "whole numbers below 2**63")))
             flag, separator, value = word.partition("=")
             action = self._option_string_actions.get(flag)
             once = flag.startswith("--") and not flag.endswith("+") and not isinstance(action, ActionConfigFile)
@@ -256,5 +271,7 @@ def _changed(value: Any, path: list[str], append: bool, new: Any) -> Any:
         return [*parts, new] if append else new
     if isinstance(value, list):
         return [*value[:-1], _changed(value[-1] if value else None, path, append, new)]
+    if value is not None and not isinstance(value, (str, Mapping)):
+        return value  # a number has nothing in it; who takes the value says so
     before = {"name": value} if isinstance(value, str) else dict(value or {})
     return {**before, path[0]: _changed(before.get(path[0]), path[1:], append, new)}

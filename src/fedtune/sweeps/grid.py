@@ -80,9 +80,9 @@ def read(file: str | Path, only: Sequence[str] = ()) -> Sweep:
 
     Args:
         file: YAML with `method` ("grid", or "random" with `run_cap`), `parameters` and, optionally, `run_cap`, `name`,
-            `command`, `metric` {name, goal, target}. A parameter has `value`, `values`, a `distribution` with its bounds, or `parameters`
-            of its own; dotted names are the same as nested ones. `seed` sets all three seeds. Flags in `command` hold for
-            each run.
+            `command`, `metric` {name, goal, target}. A parameter has `value`, `values`, a `distribution` with its bounds, or
+            `parameters` of its own; dotted names are the same as nested ones. `seed` sets all three seeds. Flags in `command`
+            hold for each run.
         only: "key=value" each; cells without that value are left out. The key may be shortened to its last part.
 
     Raises:
