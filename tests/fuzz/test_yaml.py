@@ -8,7 +8,7 @@ import io
 import os
 import random
 import re
-import time
+import signal
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -89,20 +89,31 @@ NAMES = ["class_path", "init_args", "probabilites", "q", "value", "values", "min
 NAMES += ["name", "seed", "data", "data.seed", "target", "command", "method", "<<", "? [1]", "1", "null", "é", "a b", "", "."]
 
 
+class Hang(BaseException):
+    pass
+
+
+def _hang(*_: Any) -> None:
+    raise Hang
+
+
 def outcome(*words: str) -> str:
     """What a command did: "0", "2", or what it should not have done."""
     out, err = io.StringIO(), io.StringIO()
-    began = time.monotonic()
+    signal.signal(signal.SIGALRM, _hang)
+    signal.setitimer(signal.ITIMER_REAL, SLOWEST)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             cli.main(words)
         code: Any = 0
     except SystemExit as stop:
         code = stop.code or 0
+    except Hang:
+        return "hang"
     except BaseException as error:
         return "traceback: " + traceback.format_exception_only(error)[-1][:200] + _place(error)
-    if time.monotonic() - began > SLOWEST:
-        return "hang"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
     said = err.getvalue()
     if code == 2 and not (said.startswith("fedtune: ") and said.count("\n") == 1 and len(said) <= LONGEST):
         return f"wrong line: {said[:300]!r}"
@@ -116,8 +127,53 @@ def _place(error: BaseException) -> str:
     return f" at {last.filename.rpartition('/')[2]}:{last.lineno}"
 
 
+VALUES: list[Any] = [
+    *(None, True, False, 0, 1, -1, 2, 3, 10**9, 10**18, 10**30, -(10**400), 1e-5, 0.5, 1e300, float("nan"), float("inf")),
+    *(
+        "",
+        "1e-5",
+        "no",
+        "null",
+        "x" * 5000,
+        "[red]",
+        "a\u2028b",
+        "\x85",
+        "🙂",
+        "/dev/zero",
+        "os.getcwd",
+        "../..",
+        "0x10",
+        "1:30",
+    ),
+    *([], {}, [[]], [None], [1, "a"], {"": 1}, {"name": None}, {"name": {}}, {"class_path": "os.getcwd"}, {"a.b": {"a": 1}}),
+    *({"value": 1}, {"values": [1, 1]}, {"values": []}, {"min": 0, "max": 10**8}, {"parameters": {}}, {"min": 2, "max": 1}),
+    *({"distribution": "q_beta", "q": 0}, {"distribution": "log_uniform", "min": -1, "max": 9999}, {"distribution": "normal"}),
+    *({"distribution": "log_normal", "sigma": 1e300}, {"distribution": "q_uniform", "min": 0, "max": 1, "q": 1e-12}),
+]
+
+
+def another_part(content: Any, rng: random.Random) -> Any:
+    """Nested values, one of them another: with a name too many, or of another place, or an odd value."""
+    if isinstance(content, dict) and content and rng.random() < 0.85:
+        name = rng.choice(list(content))
+        if rng.random() < 0.1:
+            return {**content, rng.choice(NAMES): rng.choice(VALUES)}
+        if rng.random() < 0.1:
+            return {key: value for key, value in content.items() if key != name}
+        return {**content, name: another_part(content[name], rng)}
+    if isinstance(content, list) and content and rng.random() < 0.85:
+        place = rng.randrange(len(content))
+        return [*content[:place], another_part(content[place], rng), *content[place + 1 :]]
+    return rng.choice(VALUES)
+
+
 def mutated(text: str, rng: random.Random) -> bytes:
-    """A text of YAML after one to three accidents."""
+    """A text of YAML after one to three accidents, half of the time in its values alone."""
+    if rng.random() < 0.5:
+        content = yaml.safe_load(text)
+        for _ in range(rng.choice([1, 1, 2, 3])):
+            content = another_part(content, rng)
+        return yaml.safe_dump(content, allow_unicode=True, sort_keys=False).encode()
     for _ in range(rng.randint(1, 3)):
         text = rng.choice(ACCIDENTS)(text, rng)
     raw = text.encode("utf-8", "surrogatepass")

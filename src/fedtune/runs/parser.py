@@ -22,6 +22,7 @@ from fedtune.storage.config import nested
 
 Change = tuple[list[str], bool, Any]  # where in a dictionary, whether to append, the value
 _IMPORTING = ("class_path", "init_args", "dict_kwargs")  # with these, jsonargparse imports what a value names
+_SEEDS = ("data.seed", "model.seed", "loop.seed")
 _LONGEST = 500  # characters of a message
 _MODE = "fedtune"
 
@@ -69,6 +70,15 @@ class Parser(ArgumentParser):
             UsageError, SystemExit: for another content.
         """
         self.where = where
+        if not prefix and content.get("seed") is not None:
+            for section in (one.partition(".")[0] for one in _SEEDS):
+                if (
+                    isinstance(content.get(section), Mapping)
+                    and content[section].get("seed", content["seed"]) != content["seed"]
+                ):
+                    raise UsageError(
+                        f"{where}: {section}.seed", content[section]["seed"], "nothing beside seed, which sets all three"
+                    )
         known, sections = {action.dest: action for action in self._actions}, self._sections()
         for key, value in content.items():
             name = f"{prefix}{key}"
@@ -162,6 +172,9 @@ class Parser(ArgumentParser):
             if flag in before and before[flag] != came:
                 self.error(f"{cut(flag)}: got {shown(before[flag])} and {shown(came)}; allowed: one value")
             before[flag] = came
+        for flag in _SEEDS:
+            if "--seed" in before and before.get(f"--{flag}", before["--seed"]) != before["--seed"]:
+                self.error(f"--{flag}: got {shown(before[f'--{flag}'])}; allowed: nothing beside --seed, which sets all three")
 
 
 class ConfigFile(ActionConfigFile):

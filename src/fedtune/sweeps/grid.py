@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -219,12 +218,17 @@ def _draws(content: Mapping[str, Any], parameters: Mapping[str, Mapping[str, Any
             yield {name: specs.draw(name, spec, number) for name, spec in parameters.items()}
         return
     choices = [specs.choices(name, spec) for name, spec in parameters.items()]
-    runs = math.prod(map(len, choices))
+    sizes = [one.stop - one.start if isinstance(one, range) else len(one) for one in choices]
+    runs = math.prod(sizes)
     cap = min(content.get("run_cap", runs), runs)
     if cap > specs.MOST:
-        raise UsageError("parameters", f"{cap} runs", f"at most {specs.MOST} runs; fewer with run_cap")
-    for values in itertools.islice(itertools.product(*choices), cap):
-        yield dict(zip(parameters, values, strict=True))
+        raise UsageError("parameters", f"{cap:.3g} runs", f"at most {specs.MOST} runs; fewer with run_cap")
+    for number in range(cap):  # the last parameter varies first; a product would hold every value of a long range
+        values = []
+        for one, size in zip(reversed(choices), reversed(sizes), strict=True):
+            number, place = divmod(number, size)
+            values.append(one[place])
+        yield dict(zip(parameters, reversed(values), strict=True))
 
 
 def _taken(values: Mapping[str, Any], only: Sequence[str]) -> bool:
