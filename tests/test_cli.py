@@ -188,6 +188,79 @@ def test_a_bad_value_ends_with_code_2_and_one_line(run: Run, tiny: list[str], fl
 
 
 @pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--seed=1", "--seed", "2"], "--seed: got '1' and '2'; allowed: one value"),
+        (["--seed=1", "--data.seed=2"], "--data.seed: got '2'; allowed: nothing beside --seed"),
+        (["--seed", "9" * 6000], "allowed: whole numbers below 2**63"),
+        (["--data.alpha=.nan"], "--data.alpha: got nan; allowed: a finite number"),
+        (
+            ["--loop.algorithm=fedavgm", "--loop.algorithm.beta=.inf"],
+            "--loop.algorithm.beta: got inf; allowed: a finite number",
+        ),
+        (["--data.task=\udcff"], "--data.task: got '--data.task=\\udcff'; allowed: text in UTF-8"),
+        (["--data.mask=null"], "--data.mask: got 'None'; allowed: true or false"),
+        (["--data=5"], "--data: got 5; allowed: a dictionary of names and values"),
+        (["--loop.options=os.getcwd"], "--loop.options: got 'os.getcwd'; allowed: a dictionary"),
+        (["--loop.options={class_path: os.getcwd}"], "no such flag"),
+        (["--data.task_options={a: 1, a: 2}"], "allowed: a dictionary, null"),
+        (["--data.task=" + "x" * 5000], "x…"),
+        (["--data.task", "a\0b"], "allowed: text in UTF-8"),
+    ],
+    ids=range(13),
+)
+def test_a_flag_has_one_plain_value(run: Run, flags: list[str], said: str) -> None:
+    code, _, err = run("run", *flags, "--data.limit=3", as_they_are=True)
+    assert code == 2
+    assert said in err
+    assert err.count("\n") == 1
+    assert len(err) < 620
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("data: 5", ": data: got 5; allowed: names and values"),
+        ("data: {mask: }", "'mask' has no value, line 1"),
+        ("data: {mask: null}", ": --data.mask: got null; allowed: true or false"),
+        ("data: {seed: 1, seed: 2}", "the key 'seed' is there twice"),
+        ("seed: 1\ndata: {seed: 2}", ": data.seed: got 2; allowed: nothing beside seed"),
+        ("data: {split: {class_path: os.getcwd}}", "'class_path'"),
+        ("loop: {options: {class_path: os.getcwd}}", "--loop.options.class_path: no such flag"),
+        ("loop: {options: 5}", ": loop.options: got 5"),
+        ("data: {num_clients: many}", ": --data.num_clients: got 'many'; allowed: a whole number"),
+        ("data: {task_options: [1]}", ": --data.task_options: got '[1]'; allowed: a dictionary, null"),
+        ("a: &a [*a]", "*a is within what it names"),
+        ("data: {seed: " + "9" * 6000 + "}", "whole numbers are below 2**63"),
+        ("data: {alpha: .inf}", ": --data.alpha: got inf; allowed: a finite number"),
+    ],
+    ids=range(13),
+)
+def test_a_configuration_with_an_odd_value_is_named(run: Run, tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    code, _, err = run("run", "--config", str(file))
+    assert code == 2
+    assert said in err
+    assert str(file) in err
+    assert err.count("\n") == 1
+
+
+def test_plain_values_stay_as_they_are(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "data: {task: csv, task_options: {path: '1e5', label: '7', author: 'no'}, alpha: 1e-3}\nloop: {options: {keep: 3}}"
+    )
+    code, out, err = run("run", "--config", str(file), "--data.task_options.text=body", "--loop.options={agreement: false}")
+    assert code == 2  # there is no such file of texts
+    code, out, err = run("run", "--config", str(file), "--data.task_options.text=body", "--print_config")
+    assert code == 0, err
+    found = yaml.safe_load(out)
+    assert found["data"]["task_options"] == {"path": "1e5", "label": "7", "author": "no", "text": "body"}
+    assert (found["data"]["alpha"], found["loop"]["options"]["keep"]) == (0.001, 3)
+
+
+@pytest.mark.parametrize(
     ("content", "said"),
     [
         (b"body,label\nx,a\n", "text: got 'text'; allowed: a column of"),

@@ -202,7 +202,7 @@ def test_run_cap_holds_for_a_grid_and_a_target_is_kept(write: Write) -> None:
     values = {"seed": {"values": [0, 1, 2, 3]}, "data.num_clients": {"min": 1, "max": 10**9}}
     metric = {"name": "loss_nats", "goal": "minimize", "target": 0.5}
     sweep = grid.read(write(values, run_cap=2, metric=metric, project="p", entity="e"))
-    assert [cell.varied for cell in sweep.cells] == [{"seed": 0, "data.num_clients": number} for number in (1, 2)]
+    assert [cell.varied for cell in sweep.cells] == [{"data.num_clients": 1, "seed": number} for number in (0, 1)]
     assert [sweep.is_reached(value) for value in (0.6, 0.5, 0.4, None)] == [False, True, True, False]
     assert sweep.environment == {"WANDB_PROJECT": "p", "WANDB_ENTITY": "e"}
     with pytest.raises(UsageError, match=r"got '4e[+]09 runs'; allowed: at most 10000 runs"):

@@ -156,13 +156,15 @@ class Parser(ArgumentParser):
 
     def _check_words(self, words: Sequence[str]) -> None:
         """End for a flag that is given twice with different values, and for words that are no text."""
+        for word in words:
+            flag = cut(word.partition("=")[0])
+            if len(word) > yaml_files.LARGEST or re.search("[\x00\ud800-\udfff]", word):
+                self.error(str(UsageError(flag, word, "text in UTF-8, at most 1 MB")))
+            if re.fullmatch(r"(--[\w.]+=)?[-+]?[0-9_]{80,}", word):
+                self.error(str(UsageError(flag, word, "whole numbers below 2**63")))
         before: dict[str, str | None] = {}
         waiting = iter(words)
         for word in waiting:
-            if len(word) > yaml_files.LARGEST or re.search("[\x00\ud800-\udfff]", word):
-                self.error(str(UsageError(cut(word.partition("=")[0]), word, "text in UTF-8, at most 1 MB")))
-            if re.fullmatch(r"(--[\w.]+=)?[-+]?[0-9_]{80,}", word):
-                self.error(str(UsageError(cut(word.partition("=")[0]), word, "whole numbers below 2**63")))
             flag, separator, value = word.partition("=")
             action = self._option_string_actions.get(flag)
             once = flag.startswith("--") and not flag.endswith("+") and not isinstance(action, ActionConfigFile)
