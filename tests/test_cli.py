@@ -17,10 +17,14 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*arguments: str) -> tuple[int, str, str]:
-        """Exit code, standard output and standard error of a command."""
+    def run(*arguments: str, as_they_are: bool = False) -> tuple[int, str, str]:
+        """Exit code, standard output and standard error of a command; a later --flag=value takes the place of an earlier."""
+        last = {
+            word.partition("=")[0]: word for word in arguments if word.startswith("--") and "=" in word and "+=" not in word
+        }
+        kept = [word for word in arguments if as_they_are or last.get(word.partition("=")[0], word) == word]
         try:
-            cli.main(arguments)
+            cli.main(kept)
             code = 0
         except SystemExit as stop:
             code = int(stop.code or 0)
@@ -130,9 +134,8 @@ def test_dotted_names_in_a_configuration_are_nested_ones(run: Run, tiny: list[st
     file.write_text("[1, 2]")
     assert "--config: got" in run("run", "--config", str(file))[2]
     file.write_text("loop: {max_round: 3}")
-    assert run("run", "--config", str(file))[2].startswith(
-        "fedtune: --loop.max_round: no such flag; nearest: --loop.max_rounds"
-    )
+    said = f"fedtune: {file}: --loop.max_round: no such flag; nearest: --loop.max_rounds"
+    assert run("run", "--config", str(file))[2].startswith(said)
 
 
 def test_describe_shows_a_table_and_draws_a_picture(run: Run, tiny: list[str], tmp_path: Path) -> None:
@@ -150,7 +153,7 @@ BAD = [
     (["--model.name=minlm"], "--model.name: got 'minlm'; allowed: minilm (nearest)"),
     (["--data.num_client=3"], "--data.num_client: no such flag; nearest: --data.num_clients"),
     (["--data.num_clients=0"], "--data.num_clients: got 0; allowed: 1 or more"),
-    (["--data.num_clients=many"], "--data.num_clients: got 'many'; allowed: int"),
+    (["--data.num_clients=many"], "--data.num_clients: got 'many'; allowed: a whole number"),
     (["--data.num_clients=999"], "--data.num_clients: got 999; allowed: at most the number of training texts"),
     (["--data.batch_size=-4"], "--data.batch_size: got -4; allowed: 1 or more"),
     (["--data.max_length=99"], "--data.max_length: got 99; allowed: at most 32"),
@@ -182,6 +185,79 @@ def test_a_bad_value_ends_with_code_2_and_one_line(run: Run, tiny: list[str], fl
     assert code == 2
     assert said in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--seed=1", "--seed", "2"], "--seed: got '1' and '2'; allowed: one value"),
+        (["--seed=1", "--data.seed=2"], "--data.seed: got '2'; allowed: nothing beside --seed"),
+        (["--seed", "9" * 6000], "allowed: whole numbers below 2**63"),
+        (["--data.alpha=.nan"], "--data.alpha: got nan; allowed: a finite number"),
+        (
+            ["--loop.algorithm=fedavgm", "--loop.algorithm.beta=.inf"],
+            "--loop.algorithm.beta: got inf; allowed: a finite number",
+        ),
+        (["--data.task=\udcff"], "--data.task: got '--data.task=\\udcff'; allowed: text in UTF-8"),
+        (["--data.mask=null"], "--data.mask: got 'None'; allowed: true or false"),
+        (["--data=5"], "--data: got 5; allowed: a dictionary of names and values"),
+        (["--loop.options=os.getcwd"], "--loop.options: got 'os.getcwd'; allowed: a dictionary"),
+        (["--loop.options={class_path: os.getcwd}"], "no such flag"),
+        (["--data.task_options={a: 1, a: 2}"], "allowed: a dictionary, null"),
+        (["--data.task=" + "x" * 5000], "x…"),
+        (["--data.task", "a\0b"], "allowed: text in UTF-8"),
+    ],
+    ids=range(13),
+)
+def test_a_flag_has_one_plain_value(run: Run, flags: list[str], said: str) -> None:
+    code, _, err = run("run", *flags, "--data.limit=3", as_they_are=True)
+    assert code == 2
+    assert said in err
+    assert err.count("\n") == 1
+    assert len(err) < 620
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("data: 5", ": data: got 5; allowed: names and values"),
+        ("data: {mask: }", "'mask' has no value, line 1"),
+        ("data: {mask: null}", ": --data.mask: got null; allowed: true or false"),
+        ("data: {seed: 1, seed: 2}", "the key 'seed' is there twice"),
+        ("seed: 1\ndata: {seed: 2}", ": data.seed: got 2; allowed: nothing beside seed"),
+        ("data: {split: {class_path: os.getcwd}}", "'class_path'"),
+        ("loop: {options: {class_path: os.getcwd}}", "--loop.options.class_path: no such flag"),
+        ("loop: {options: 5}", ": loop.options: got 5"),
+        ("data: {num_clients: many}", ": --data.num_clients: got 'many'; allowed: a whole number"),
+        ("data: {task_options: [1]}", ": --data.task_options: got '[1]'; allowed: a dictionary, null"),
+        ("a: &a [*a]", "*a is within what it names"),
+        ("data: {seed: " + "9" * 6000 + "}", "whole numbers are below 2**63"),
+        ("data: {alpha: .inf}", ": --data.alpha: got inf; allowed: a finite number"),
+    ],
+    ids=range(13),
+)
+def test_a_configuration_with_an_odd_value_is_named(run: Run, tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    code, _, err = run("run", "--config", str(file))
+    assert code == 2
+    assert said in err
+    assert str(file) in err
+    assert err.count("\n") == 1
+
+
+def test_plain_values_stay_as_they_are(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "data: {task: csv, task_options: {path: '1e5', label: '7', author: 'no'}, alpha: 1e-3}\nloop: {options: {keep: 3}}"
+    )
+    code, out, err = run("run", "--config", str(file), "--data.task_options.text=body", "--loop.options={agreement: false}")
+    assert code == 2  # there is no such file of texts
+    code, out, err = run("run", "--config", str(file), "--data.task_options.text=body", "--print_config")
+    assert code == 0, err
+    found = yaml.safe_load(out)
+    assert found["data"]["task_options"] == {"path": "1e5", "label": "7", "author": "no", "text": "body"}
+    assert (found["data"]["alpha"], found["loop"]["options"]["keep"]) == (0.001, 3)
 
 
 @pytest.mark.parametrize(

@@ -94,14 +94,14 @@ def test_random_draws_within_bounds_and_the_same_each_time(write: Write) -> None
         ({"seed": {"value": 1}}, {"early_terminate": {}}, [], "early_terminate with --wandb"),
         ({"seed": {"value": 1}}, {"methid": 1}, [], r"method \(nearest\)"),
         ({"seed": 3}, {}, [], "parameter seed: got 3; allowed: value, values"),
-        ({"seed": {"min": 1, "max": 2}}, {}, [], "for the method grid"),
+        ({"seed": {"min": 1.0, "max": 2}}, {}, [], "for the method grid"),
         ({"seed": {"min": 1, "max": 2}}, {"method": "random"}, [], "run_cap: got None"),
-        ({"seed": {"distribution": "beta"}}, {"method": "random", "run_cap": 1}, [], "distribution: got 'beta'"),
-        ({"seed": {"distribution": "normal"}}, {"method": "random", "run_cap": 1}, [], "what its distribution normal needs"),
+        ({"seed": {"distribution": "betta"}}, {"method": "random", "run_cap": 1}, [], "distribution: got 'betta'"),
+        ({"seed": {"distribution": "uniform"}}, {"method": "random", "run_cap": 1}, [], "allowed: min and max, for uniform"),
         ({"seed": {"value": 1}}, {"metric": "accuracy"}, [], "metric: got 'accuracy'; allowed: name and goal"),
-        ({"seed": {"value": 1}}, {"metric": {"name": "a", "goal": "maximise"}}, [], r"maximize \(nearest\)"),
+        ({"seed": {"value": 1}}, {"metric": {"name": "accuracy", "goal": "maximise"}}, [], r"maximize \(nearest\)"),
         ({"seed": {"value": 1}}, {"method": "random", "run_cap": "ten"}, [], "run_cap: got 'ten'"),
-        ({"seed": {"values": 3}}, {"method": "random", "run_cap": 1}, [], "what its distribution categorical needs"),
+        ({"seed": {"values": 3}}, {"method": "random", "run_cap": 1}, [], "values: got 3; allowed: a list"),
         ({"model": {"value": 3}, "model.seed": {"value": 1}}, {}, [], "nothing, beside a value for model"),
         ({"model": {"parameters": None}}, {}, [], "parameters of model: got None"),
         ({"run_dir": {"value": "x"}}, {}, [], "any of a run but config, run_dir"),
@@ -145,3 +145,174 @@ def test_the_papers_grid_has_every_cell_and_its_protocol() -> None:
     for part, values in given.items():
         for name in set(values) - varied:
             assert all(cell.arguments[part][name] == protocol[part][name] for cell in cells), (part, name)
+
+
+def drawn(write: Write, spec: dict[str, Any], runs: int = 30) -> list[Any]:
+    file = write({"model.weight_decay": spec, "seed": {"value": 0}}, method="random", run_cap=runs)
+    return [cell.varied["model.weight_decay"] for cell in grid.read(file).cells]
+
+
+@pytest.mark.parametrize(
+    ("spec", "low", "high", "step"),
+    [
+        ({"distribution": "uniform", "min": 1, "max": 2}, 1, 2, None),
+        ({"distribution": "q_uniform", "min": 0, "max": 1, "q": 0.25}, 0, 1, 0.25),
+        ({"distribution": "q_uniform", "min": 0, "max": 9}, 0, 9, 1),
+        ({"distribution": "log_uniform", "min": -9.0, "max": -1.0}, 0.0001, 0.37, None),
+        ({"distribution": "inv_log_uniform", "min": 1.0, "max": 9.0}, 0.0001, 0.37, None),
+        ({"distribution": "log_uniform_values", "min": 0.001, "max": 10}, 0.001, 10, None),
+        ({"distribution": "inv_log_uniform_values", "min": 0.001, "max": 10}, 0.001, 10, None),
+        ({"distribution": "q_log_uniform_values", "min": 1, "max": 100, "q": 5}, 0, 100, 5),
+        ({"distribution": "q_log_uniform", "min": 0, "max": 5, "q": 2}, 0, 150, 2),
+        ({"distribution": "log_normal"}, 0.01, 50, None),
+        ({"distribution": "q_log_normal", "sigma": 0.5}, 0, 10, 1),
+        ({"distribution": "beta", "a": 2, "b": 2}, 0, 1, None),
+        ({"distribution": "q_beta", "q": 0.5}, 0, 1, 0.5),
+        ({"distribution": "normal", "mu": 9}, 4, 14, None),
+        ({"distribution": "q_normal", "mu": 9}, 4, 14, 1),
+    ],
+)
+def test_every_distribution_of_wandb_is_drawn_from(write: Write, spec: Any, low: float, high: float, step: Any) -> None:
+    values = drawn(write, spec)
+    assert all(low <= value <= high for value in values)
+    assert len(set(values)) > 1
+    if step is not None:
+        assert all(value / step == round(value / step) for value in values)
+        assert all(isinstance(value, type(step)) for value in values)
+
+
+def test_probabilities_are_those_of_the_values(write: Write) -> None:
+    file = write({"seed": {"values": [0, 1], "probabilities": [0.0, 1]}, "data.seed": {"value": 0}}, method="random", run_cap=5)
+    with pytest.raises(UsageError, match=r"data.seed: got .*; allowed: nothing beside seed"):
+        grid.read(file)
+    file = write({"seed": {"values": [0, 1], "probabilities": [0.0, 1]}}, method="random", run_cap=5)
+    assert [cell.varied["seed"] for cell in grid.read(file).cells] == [1]
+
+
+def test_whole_numbers_and_steps_make_a_grid_as_in_wandb(write: Write) -> None:
+    whole = write(
+        {"data.num_clients": {"min": 2, "max": 4}, "model.dropout": {"distribution": "q_uniform", "min": 0, "max": 0.5}}
+    )
+    assert [cell.varied["data.num_clients"] for cell in grid.read(whole).cells] == [2, 3, 4]
+    steps = write({"model.dropout": {"distribution": "q_uniform", "min": 0.0, "max": 0.5, "q": 0.25}})
+    assert [cell.varied["model.dropout"] for cell in grid.read(steps).cells] == [0.0, 0.25]  # its end is left out there, too
+
+
+def test_run_cap_holds_for_a_grid_and_a_target_is_kept(write: Write) -> None:
+    values = {"seed": {"values": [0, 1, 2, 3]}, "data.num_clients": {"min": 1, "max": 10**9}}
+    metric = {"name": "loss_nats", "goal": "minimize", "target": 0.5}
+    sweep = grid.read(write(values, run_cap=2, metric=metric, project="p", entity="e"))
+    assert [cell.varied for cell in sweep.cells] == [{"data.num_clients": 1, "seed": number} for number in (0, 1)]
+    assert [sweep.is_reached(value) for value in (0.6, 0.5, 0.4, None)] == [False, True, True, False]
+    assert sweep.environment == {"WANDB_PROJECT": "p", "WANDB_ENTITY": "e"}
+    with pytest.raises(UsageError, match=r"got '4e[+]09 runs'; allowed: at most 10000 runs"):
+        grid.read(write(values))
+
+
+WORDS = ["${env}", "fedtune", "run", "--config", "${args_json_file}"]
+
+
+def test_flags_in_the_command_hold_for_every_run(write: Write) -> None:
+    from fedtune.sweeps import wandb_agents
+
+    seeds = {"seed": {"values": [0, 1]}}
+    command = [*WORDS, "--loop.max_rounds", 3, "--loop.algorithm=fedavgm", "--loop.algorithm.beta=0.5"]
+    file = write(seeds, command=command, program="fedtune")
+    cells = grid.read(file).cells
+    assert [cell.arguments["loop"]["max_rounds"] for cell in cells] == [3, 3]
+    assert cells[0].arguments["loop"]["algorithm"]["server"][0]["beta"] == 0.5
+    assert cells[0].varied == {"seed": 0}
+    assert wandb_agents.registered(file, "runs/w")["command"][-3:] == [
+        *("--loop.max_rounds=3", "--loop.algorithm=fedavgm", "--loop.algorithm.beta=0.5")
+    ]
+    assert len(grid.read(write(seeds, command=["python", "-m", "fedtune.cli", "run", "${args}"])).cells) == 2
+    for odd, said in (
+        (["python", "train.py", "${args}"], "command: got"),
+        (["fedtune", "run"], "command: got"),
+        ([*WORDS, "${args_no_hyphens}"], "command: got"),
+        ([*WORDS, "--seed=3"], "parameter seed: got .* allowed: nothing beside the flag"),
+        ([*WORDS, "--runs_dir=x"], "flags of a run but config, run_dir, runs_dir"),
+        ([*WORDS, "--loop.max_rounds"], "each with a value"),
+        ("fedtune run", "command: got 'fedtune run'"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            grid.read(write(seeds, command=odd))
+
+
+RANDOM = {"method": "random", "run_cap": 2}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "content", "said"),
+    [
+        ({"model.optimizer": {"values": "sgd"}}, {}, "parameter model.optimizer, values: got 'sgd'; allowed: a list"),
+        ({"model.optimizer": {"values": []}}, {}, "a list with a value or more"),
+        ({"seed": {"value": 1, "values": [1, 2]}}, {}, "parameter seed: got 'values'; allowed: value"),
+        (
+            {"seed": {"values": [1, 2], "probabilites": [0.5, 0.5]}},
+            RANDOM,
+            "parameter seed: got 'probabilites'; allowed: values",
+        ),
+        ({"seed": {"values": [1, 2], "probabilities": [0.5, 0.6]}}, RANDOM, "probabilities: got .* 2 numbers that sum to 1"),
+        ({"seed": {"values": [1, 2], "probabilities": [0.5, 0.5]}}, {}, "for the method grid"),
+        ({"seed": {"min": 1, "max": 2, "q": 1}}, RANDOM, "parameter seed: got 'q'; allowed: min, max"),
+        ({"model.dropout": {"min": "0.1", "max": 0.2}}, RANDOM, "min: got '0.1'; allowed: a number, without quotes"),
+        ({"model.dropout": {"min": float("nan"), "max": 0.2}}, RANDOM, "min: got nan; allowed: a number"),
+        ({"model.dropout": {"min": 0.2, "max": 0.1}}, RANDOM, "min below max"),
+        ({"model.dropout": {"max": 0.1}}, RANDOM, "min and max"),
+        (
+            {"model.dropout": {"distribution": "q_uniform", "min": 0, "max": 1, "q": 0}},
+            RANDOM,
+            "q: got 0; allowed: a number above",
+        ),
+        ({"model.dropout": {"distribution": "q_uniform", "min": 0, "max": 1, "q": 1e-9}}, {}, "at most 10000 values in a grid"),
+        ({"model.dropout": {"distribution": "log_uniform", "min": 0, "max": 1e5}}, RANDOM, "exponents of e"),
+        ({"model.dropout": {"distribution": "log_uniform_values", "min": 0, "max": 1}}, RANDOM, "a number above 0"),
+        ({"model.dropout": {"distribution": "log_normal", "sigma": 1e300}}, RANDOM, "finite"),
+        ({"seed": {"value": 1}}, {"method": "random", "run_cap": 99999999999}, "run_cap: got 99999999999; allowed: at most"),
+        ({"seed": {"value": 1}}, {"run_cap": 0}, "run_cap: got 0"),
+        ({"seed": {"value": 1}}, {"run_cap": True}, "run_cap: got True"),
+        (
+            {"seed": {"value": 1}},
+            {"metric": {"name": "acuracy"}},
+            r"metric, name: got 'acuracy'; allowed: accuracy \(nearest\)",
+        ),
+        ({"seed": {"value": 1}}, {"metric": {"name": "accuracy", "target": "high"}}, "target: got 'high'; allowed: a number"),
+        ({"seed": {"value": 1}}, {"metric": {"name": "accuracy", "impute": "best"}}, "metric: got 'impute'"),
+        ({"seed": {"value": 1}}, {"program": "train.py"}, "program: got 'train.py'"),
+        ({"seed": {"value": 1}}, {"name": 5}, "name: got 5; allowed: text"),
+        ({"seed": {"value": float("inf")}}, {}, "got inf; allowed: a finite number"),
+        ({"data": {"value": {"seed": 1}}, "data.seed": {"value": 2}}, {}, "nothing beside data {'seed': 1}"),
+        ({"data": {"parameters": {"seed": {"value": 1}}}, "data.seed": {"value": 1}}, {}, "once in a file"),
+        ({"data": {"parameters": {"seed": {"value": 1}}, "value": 3}}, {}, "nothing beside parameters"),
+        ({"data": {"value": 5}}, {}, "data: got 5; allowed: names and values"),
+        ({"loop.options": {"value": 5}}, {}, "loop.options: got 5; allowed: names and values"),
+        ({"data": {"value": {"class_path": "os.getcwd"}}}, {}, None),
+        ({"loop.options": {"value": {"class_path": "os.getcwd"}}}, {}, None),
+        ({"data.mask": {"value": None}}, {}, None),
+    ],
+)
+def test_every_key_is_applied_or_refused(
+    write: Write, capsys: pytest.CaptureFixture[str], parameters: Any, content: Any, said: str | None
+) -> None:
+    file = write(parameters, **content)
+    with pytest.raises(UsageError if said else SystemExit, match=said) as error:
+        grid.read(file)
+    assert file in (str(error.value) if said else capsys.readouterr().err)
+
+
+def test_a_dry_run_checks_what_a_run_would(write: Write) -> None:
+    for name, value, said in (
+        ("data.batch_size", 0, "--data.batch_size: got 0; allowed: 1 or more"),
+        ("data.task", "authers", r"--data.task: got 'authers'; allowed: authors \(nearest\)"),
+        ("data.split", "os.getcwd", "--data.split: got 'os.getcwd'; allowed: "),
+        ("data.task_options", {"volumes": 1}, "--data.task_options: got 'volumes'"),
+        ("model.optimizer", "sgdd", "--model.optimizer: got 'sgdd'"),
+        ("model.name", "/no/such", "--model.name: got '/no/such'"),
+        ("loop.options", {"keep": 0}, "--loop.options.keep: got 0"),
+        ("loop.clients_per_round", 99, "--loop.clients_per_round: got 99; allowed: at most num_clients, 8"),
+    ):
+        sweep = grid.read(write({name: {"values": [value]}, "seed": {"values": [0, 1]}}))
+        with pytest.raises(UsageError, match=f"sweep.yaml: {said}.*2 of 2 runs could not start"):
+            grid.check_cells(sweep, "sweep.yaml")
+    grid.check_cells(grid.read(EXPERIMENTS / "paper.yaml"), "paper.yaml")

@@ -185,6 +185,23 @@ def test_a_plan_tells_what_is_done_and_estimates_the_rest(
     assert not (tmp_path / "runs" / sweep.cells[1].name).exists()
 
 
+def test_a_sweep_that_has_reached_its_target_starts_no_other_run(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = Path(write())
+    content = yaml.safe_load(file.read_text()) | {"metric": {"name": "accuracy", "goal": "maximize", "target": 0.5}}
+    file.write_text(yaml.safe_dump(content))
+    sweep = grid.read(file)
+    first = tmp_path / "runs" / sweep.cells[1].name
+    first.mkdir(parents=True)
+    (first / "status.json").write_text(json.dumps({"state": "finished", "seconds": 1, "metrics": {"accuracy": 0.5}}))
+    monkeypatch.setattr(runner, "_start", lambda *_: pytest.fail("a run was started"))
+    assert runner.run(sweep, tmp_path / "runs") == 0
+    out = capsys.readouterr().out
+    assert "target accuracy 0.5 reached: no other run is started" in out
+    assert "1 of 3 done" in out
+
+
 def test_a_folder_is_for_one_process_and_its_owner_is_named(tmp_path: Path, make_data: Any, make_module: Any) -> None:
     from conftest import make_loop
 

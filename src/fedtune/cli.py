@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from fedtune.runs.parser import Parser
 
 STOPPED, INTERRUPTED = 2, 130
+_LONGEST = 600  # characters of a line
 
 
 def stop(code: int, text: str) -> NoReturn:
     """End the command with one line."""
-    print(f"fedtune: {text}", file=sys.stderr)
+    print(f"fedtune: {text if len(text) <= _LONGEST else text[:_LONGEST] + '…'}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -100,11 +101,11 @@ def _fill_report(found: Parser) -> None:
 
 
 def _fill_describe(found: Parser) -> None:
-    from fedtune.data.classification import FederatedDataModule
+    from fedtune.runs.flags import add_data_arguments
     from fedtune.runs.parser import ConfigFile
 
     found.add_argument("--config", action=ConfigFile, help="YAML file with any of the values below")
-    found.add_class_arguments(FederatedDataModule, "data", skip={"model"})
+    add_data_arguments(found)
     found.add_argument("--model.name", type=str, default="minilm", help="the model whose tokenizer counts the tokens")
     found.add_argument("--picture", type=str, default="split.png", help="where the picture goes")
 
@@ -147,6 +148,7 @@ def _sweep(options: Namespace) -> None:
     else:
         sweep = grid.read(options.file, options.only)
         if options.dry_run:
+            grid.check_cells(sweep, options.file)
             runner.plan(sweep, folder, options.workers)
             return
         failed = runner.run(sweep, folder, options.workers, "wandb" if options.wandb else "none")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,12 +13,16 @@ from jsonargparse import Namespace
 from fedtune.algorithms import ALGORITHMS
 from fedtune.algorithms.specification import algorithm_of, specification_of
 from fedtune.data.classification import FederatedDataModule
-from fedtune.errors import UsageError
+from fedtune.data.registry import TASKS
+from fedtune.data.splits import SPLITS
+from fedtune.errors import UsageError, one_of
 from fedtune.models import TextClassifier, build_classifier, check_classifier
-from fedtune.models.pretrained import content_of
+from fedtune.models.options import check_options
+from fedtune.models.pretrained import MODELS, content_of
+from fedtune.runs.arguments import check_data
 from fedtune.runs.loop import FederatedLoop
 from fedtune.runs.options import RunOptions
-from fedtune.runs.parser import ConfigFile, Parser
+from fedtune.runs.parser import ConfigFile, Parser, check_plain
 from fedtune.runs.renamed import in_configuration
 from fedtune.runs.wandb import LOGGERS
 from fedtune.storage.config import KEPT, fingerprint, without
@@ -30,7 +35,7 @@ _FLAGS = {"data.model": "model.name", "model.model": "model.name", "loop.run_dir
 def add_run_arguments(run: Parser) -> None:
     """Give a parser the arguments of `fedtune run`."""
     run.add_argument("--config", action=ConfigFile, help="YAML or JSON file with any of the values below")
-    run.add_class_arguments(FederatedDataModule, "data", skip={"model"})
+    add_data_arguments(run)
     run.add_class_arguments(TextClassifier, "model", skip={"num_labels", "label_names"})
     run.add_class_arguments(FederatedLoop, "loop", skip={"run_dir", "logger", "callbacks", "algorithm"})
     run.add_argument(
@@ -40,7 +45,7 @@ def add_run_arguments(run: Parser) -> None:
         help=f"one of {', '.join(ALGORITHMS)}; its parameters and parts are flags, too: --loop.algorithm.beta 0.5, "
         "--loop.algorithm.aggregator.weighting uniform, --loop.algorithm.up+=Quantise",
     )
-    run.deep = "loop.algorithm"
+    run.deep += ("loop.algorithm",)
     run.add_argument("--seed", type=int | None, default=None, help="sets data.seed, model.seed and loop.seed")
     run.add_argument("--run_dir", type=str | None, default=None, help="directory of the run; nothing is written without it")
     run.add_argument(
@@ -54,13 +59,37 @@ def add_run_arguments(run: Parser) -> None:
         run.add_argument(f"--{name}", type=dict | None, default=None, help="ignored: a run's config.yaml has it")
 
 
-def resolve(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def add_data_arguments(found: Parser) -> None:
+    """Give a parser the arguments of the data module. Task and split are names there: no value is imported."""
+    found.add_class_arguments(FederatedDataModule, "data", skip={"model", "task", "split", "task_options"})
+    found.add_argument("--data.task", type=str, default="authors", help=f"one of {', '.join(TASKS)}")
+    found.add_argument("--data.split", type=str, default="iid", help=f"one of {', '.join(SPLITS)}")
+    found.add_argument(
+        "--data.task_options",
+        type=dict | None,
+        default=None,
+        help="more arguments of the task's builder, as a dictionary; they are flags, too: --data.task_options.path my.csv",
+    )
+    found.deep += ("data.task_options",)
+
+
+def resolve(values: Mapping[str, Any], where: str = "the configuration") -> dict[str, dict[str, Any]]:
     """The arguments of a run from nested values, as in a configuration file.
 
+    Args:
+        where: what a line about them names: the file.
+
     Raises:
+        UsageError: values that are none of a run.
         SystemExit: a value that a run does not have, or of a wrong type; said in one line.
     """
-    return resolved(_run_parser().parse_object(in_configuration(values, "the configuration")))
+    parser = _run_parser()
+    named = in_configuration(values, where)
+    parser.check_content(named, where)
+    parser.where = where
+    found = parser.checked(parser.parse_object(named))
+    parser.where = None
+    return resolved(found)
 
 
 @functools.cache
@@ -81,6 +110,7 @@ def resolved(options: Namespace) -> dict[str, dict[str, Any]]:
             found[part]["seed"] = options.seed
     with flags("loop"):
         found["loop"]["algorithm"] = specification_of(algorithm_of(found["loop"]["algorithm"]))
+        check_plain("algorithm", found["loop"]["algorithm"])
     if found["data"]["num_clients"] == 1 and found["data"]["split"] in _WHOLE:
         found["data"] |= {"split": "iid", "skew": 1.0, "alpha": 0.5}
     return found
@@ -113,6 +143,35 @@ def content_of_run(arguments: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]
         task = data.digest
     with flags("model"):
         return {"task": task, "model": content_of(model["name"]) if model["init"] == "pretrained" else {}}
+
+
+def check(arguments: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check what a run would check before it reads texts or weights.
+
+    Raises:
+        UsageError: a value that cannot be used, under the name of its flag.
+    """
+    data, model = arguments["data"], dict(arguments["model"])
+    name = model.pop("name")
+    with flags("loop"):
+        loop = FederatedLoop(**{**arguments["loop"], "options": RunOptions(**arguments["loop"]["options"])})
+    with flags("data"):
+        made = FederatedDataModule(**data, model=name)
+        if data["task"] not in TASKS:
+            raise one_of("task", data["task"], TASKS)
+        if data["split"] not in SPLITS:
+            raise one_of("split", data["split"], SPLITS)
+        known = inspect.signature(TASKS[data["task"]]).parameters
+        for option in data["task_options"] or {}:
+            if option not in known:
+                raise one_of("task_options", option, known)
+    with flags("loop"):
+        check_data(loop, made)
+    with flags("model"):
+        if name in MODELS:  # a registered one may have to be fetched first
+            check_options({"num_labels": 2, **model})
+        else:
+            check_classifier(name, model)
 
 
 def fit(arguments: Mapping[str, Mapping[str, Any]], **where: Any) -> FederatedLoop:

@@ -4,43 +4,114 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 import sys
-from collections.abc import Sequence
+import typing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_dumper, set_loader
 
-from fedtune.errors import UsageError
+from fedtune import yaml_files
+from fedtune.errors import UsageError, shown
 from fedtune.runs import renamed
 from fedtune.storage.config import nested
 
 Change = tuple[list[str], bool, Any]  # where in a dictionary, whether to append, the value
+_IMPORTING = ("class_path", "init_args", "dict_kwargs")  # with these, jsonargparse imports what a value names
+_SEEDS = ("data.seed", "model.seed", "loop.seed")
+_LONGEST = 500  # characters of a message
+_MODE = "fedtune"
+
+set_loader(_MODE, yaml_files.parse, (yaml.YAMLError,))
+set_dumper(_MODE, yaml_files.dump)
 
 
 class Parser(ArgumentParser):
-    """A parser whose every error is one line.
+    """A parser whose every error is one line, and whose values are plain.
 
-    `deep` names an argument that is a name, or a dictionary of any depth; its flags may name what is in it:
+    `deep` names arguments that are a name, or a dictionary of any depth; their flags may name what is in it:
     `--loop.algorithm fedavgm --loop.algorithm.beta 0.5 --loop.algorithm.up+=Quantise`.
     """
 
-    deep: str | None = None
+    deep: tuple[str, ...] = ()
+    where: str | None = None  # the file that is being read
+
+    def __init__(self, *positional: Any, **options: Any) -> None:
+        super().__init__(*positional, parser_mode=_MODE, **options)
 
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Namespace:  # type: ignore[override]
         """The values of all flags; those within `deep` change what a configuration file says of it."""
         given = [renamed.flag(word) for word in (sys.argv[1:] if args is None else args)]
-        if self.deep is not None:
-            given, changes = _parted(given, f"--{self.deep}")
+        self._check_words(given)
+        given = self._whole_sections(given)
+        for name in self.deep:
+            given, changes = _parted(given, f"--{name}")
             if changes:
                 plain = [flag for flag in given if not flag.startswith("--print_config")]
-                value = super().parse_args(plain, *more, **options)[self.deep]
+                value = super().parse_args(plain, *more, **options)[name]
                 for change in changes:
                     value = _changed(value, *change)
-                given.append(f"--{self.deep}={value if isinstance(value, str) else json.dumps(value)}")
-        return super().parse_args(given, *more, **options)
+                given.append(f"--{name}={value if isinstance(value, str) else yaml_files.dump(value)}")
+        plain = [word for word in given if not word.startswith("--print_config")]
+        found = self.checked(super().parse_args(plain, *more, **options))
+        return found if plain == given else super().parse_args(given, *more, **options)
+
+    def check_content(self, content: Mapping[str, Any], where: str, prefix: str = "") -> None:
+        """Check nested values of flags: their names, that a section has names, that no value is missing or imported.
+
+        Args:
+            where: what the line names: the file.
+
+        Raises:
+            UsageError, SystemExit: for another content.
+        """
+        self.where = where
+        if not prefix and content.get("seed") is not None:
+            for section in (one.partition(".")[0] for one in _SEEDS):
+                if (
+                    isinstance(content.get(section), Mapping)
+                    and content[section].get("seed", content["seed"]) != content["seed"]
+                ):
+                    raise UsageError(
+                        f"{where}: {section}.seed", content[section]["seed"], "nothing beside seed, which sets all three"
+                    )
+        known, sections = {action.dest: action for action in self._actions}, self._sections()
+        for key, value in content.items():
+            name = f"{prefix}{key}"
+            if name in sections:
+                if not isinstance(value, Mapping):
+                    raise UsageError(f"{where}: {name}", value, f"names and values, as in {{{name}: {{name: value}}}}")
+                self.check_content(value, where, f"{name}.")
+            elif name not in known:
+                self.error(f"unrecognized arguments: --{name}")
+            else:
+                self._check_value(known[name], value)
+        for name in _names(content):
+            if name in _IMPORTING:
+                raise UsageError(where, name, "names of flags, with plain values")
+        self.where = None
+
+    def checked(self, found: Namespace) -> Namespace:
+        """The values, none of them missing where one is needed, nor one that no run could use or keep."""
+        for action in self._actions:
+            if action.dest in found:
+                self._check_value(action, found[action.dest])
+        return found
+
+    def _check_value(self, action: Any, value: Any) -> None:
+        hint = getattr(action, "_typehint", None)
+        if hint is None:
+            return
+        try:
+            check_plain(f"--{action.dest}", value)
+        except UsageError as error:
+            self.error(str(error))
+        if value is None and action.default is not None and type(None) not in typing.get_args(hint):
+            self.error(f"--{action.dest}: got null; allowed: {_named(hint)}")
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with the message, as one line."""
@@ -50,12 +121,62 @@ class Parser(ArgumentParser):
         unknown = re.match(r"[Uu]nrecognized arguments: (--\S+)", text)
         if unknown:
             came = unknown.group(1).split("=")[0]
-            near = difflib.get_close_matches(came, [flag for action in self._actions for flag in action.option_strings], n=3)
-            text = f"{came}: no such flag; nearest: {', '.join(near) or 'none, see --help'}"
+            near = difflib.get_close_matches(
+                came[:_LONGEST], [one for known in self._actions for one in known.option_strings], 3
+            )
+            text = f"{cut(came)}: no such flag; nearest: {', '.join(near) or 'none, see --help'}"
         text = re.sub(r'^Parser key "([^"]+)":', r"--\1:", text)
-        text = re.sub(r"Expected an? <class '(\w+)'>\.? Got value: (\S+)", r"got '\2'; allowed: \1", text)
-        print(f"fedtune: {text}", file=sys.stderr)
+        text = re.sub(r"Does not validate against any of .*? Subtypes: \[(.*?)\] Errors: .* Given value: ?(.*)", _of_many, text)
+        text = re.sub(r"Expected an? <class '([\w.]+)'>\.? Got value: ?(.*)", _of_one, text)
+        print(f"fedtune: {cut(f'{self.where}: ' if self.where else '')}{cut(text, _LONGEST)}", file=sys.stderr)
         raise SystemExit(2)
+
+    def _sections(self) -> list[str]:
+        return [action.dest for action in self._actions if type(action).__name__ == "_ActionConfigLoad"]
+
+    def _whole_sections(self, words: list[str]) -> list[str]:
+        """Words whose values of whole sections (`--loop.options '{keep: 3}'`, or a file with it) are plain dictionaries."""
+        sections = {f"--{name}" for name in self._sections()}
+        found, waiting = [], iter(words)
+        for word in waiting:
+            flag, separator, value = word.partition("=")
+            if flag in sections:
+                value = value if separator else next(waiting, "")
+                try:
+                    is_file = Path(value).is_file()
+                except (OSError, ValueError):
+                    is_file = False
+                content = yaml_files.read(value, flag) if is_file else yaml_files.parse_or_text(value)
+                if not isinstance(content, dict):
+                    self.error(str(UsageError(flag, content, "a dictionary of names and values, or a file with one")))
+                self.check_content(nested({f"{flag[2:]}.{key}": one for key, one in content.items()}), flag)
+                word = f"{flag}={json.dumps(content)}"
+            found.append(word)
+        return found
+
+    def _check_words(self, words: Sequence[str]) -> None:
+        """End for a flag that is given twice with different values, and for words that are no text."""
+        for word in words:
+            flag = cut(word.partition("=")[0])
+            if len(word) > yaml_files.LARGEST or re.search("[\x00\ud800-\udfff]", word):
+                self.error(str(UsageError(flag, word, "text in UTF-8, at most 1 MB")))
+            if re.fullmatch(r"(--[\w.]+=)?[-+]?[0-9_]{80,}", word):
+                self.error(str(UsageError(flag, word, "whole numbers below 2**63")))
+        before: dict[str, str | None] = {}
+        waiting = iter(words)
+        for word in waiting:
+            flag, separator, value = word.partition("=")
+            action = self._option_string_actions.get(flag)
+            once = flag.startswith("--") and not flag.endswith("+") and not isinstance(action, ActionConfigFile)
+            if not once or type(action).__name__ in ("_AppendAction", "_StoreTrueAction") or (action and action.nargs == 0):
+                continue
+            came = value if separator else next(waiting, None)
+            if flag in before and before[flag] != came:
+                self.error(f"{cut(flag)}: got {shown(before[flag])} and {shown(came)}; allowed: one value")
+            before[flag] = came
+        for flag in _SEEDS:
+            if "--seed" in before and before.get(f"--{flag}", before["--seed"]) != before["--seed"]:
+                self.error(f"--{flag}: got {shown(before[f'--{flag}'])}; allowed: nothing beside --seed, which sets all three")
 
 
 class ConfigFile(ActionConfigFile):
@@ -64,15 +185,69 @@ class ConfigFile(ActionConfigFile):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Take the values of a file."""
         try:
-            content = yaml.safe_load(Path(values).read_text(encoding="utf-8"))
+            content = yaml_files.read(values, "--config", "a YAML or JSON file that can be read")
             if not isinstance(content, dict):
                 raise UsageError("--config", values, "a file with names and values")
             named = renamed.in_configuration(nested({str(key): value for key, value in content.items()}), values)
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            parser.error(f"--config: got {values!r}; allowed: a YAML or JSON file that can be read ({error})")
+            parser.check_content(named, values)
         except UsageError as error:
             parser.error(str(error))
-        super().__call__(parser, cfg, json.dumps(named, default=str), option_string)
+        parser.where = values
+        super().__call__(parser, cfg, yaml_files.dump(named), option_string)
+        parser.where = None
+
+
+def check_plain(name: str, value: Any) -> None:
+    """Raise `UsageError` for what no run can use or keep, at any depth: NaN, infinity, numbers without end, no text."""
+    if isinstance(value, Mapping):
+        for key, one in value.items():
+            check_plain(f"{name}.{cut(str(key))}", one)
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            check_plain(name, one)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(name, value, "a finite number")
+    elif isinstance(value, int) and abs(value) >= yaml_files.WHOLE:
+        raise UsageError(name, float(value) if abs(value) < 10**300 else "a number of many digits", "below 2**63")
+    elif isinstance(value, str) and re.search("[\x00\ud800-\udfff]", value):
+        raise UsageError(name, value, "text in UTF-8")
+
+
+def cut(text: str, longest: int = 200) -> str:
+    """A text of at most so many characters, and a sign where there were more.
+
+    >>> cut("abcdef", 3)
+    'abc…'
+    """
+    return text if len(text) <= longest else text[:longest] + "…"
+
+
+def _names(content: Any) -> typing.Iterator[Any]:
+    """All names in nested values."""
+    if isinstance(content, Mapping):
+        yield from content
+    for one in content.values() if isinstance(content, Mapping) else content if isinstance(content, list) else ():
+        yield from _names(one)
+
+
+_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
+
+
+def _named(hint: Any) -> str:
+    """A type in words."""
+    name = getattr(hint, "__name__", str(hint))
+    return _WORDS.get(name, str(hint))
+
+
+def _of_many(found: re.Match[str]) -> str:
+    names = [name.rpartition(".")[2] for name in re.findall(r"[\w.]+(?=')|(?<= )[\w.]+(?=\[)|^[\w.]+(?=\[)", found[1])]
+    allowed = [_WORDS.get(name, {"dict": "a dictionary"}.get(name, name)) for name in names if name not in ("class", "Literal")]
+    return f"got {cut(found[2])!r}; allowed: {', '.join(allowed) or cut(found[1])}"
+
+
+def _of_one(found: re.Match[str]) -> str:
+    name = found[1].rpartition(".")[2]
+    return f"got {cut(found[2])!r}; allowed: {_WORDS.get(name, {'Sequence': 'a list'}.get(name, name))}"
 
 
 def _parted(given: list[str], flag: str) -> tuple[list[str], list[Change]]:
@@ -94,15 +269,8 @@ def _parted(given: list[str], flag: str) -> tuple[list[str], list[Change]]:
         if value is None:
             rest.append(word)  # no value follows; the parser says so
         else:
-            changes.append(([part for part in path.split(".") if part], bool(append), _read(value)))
+            changes.append(([part for part in path.split(".") if part], bool(append), yaml_files.parse_or_text(value)))
     return rest, changes
-
-
-def _read(value: str) -> Any:
-    try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
-        return value
 
 
 def _changed(value: Any, path: list[str], append: bool, new: Any) -> Any:
@@ -118,5 +286,7 @@ def _changed(value: Any, path: list[str], append: bool, new: Any) -> Any:
         return [*parts, new] if append else new
     if isinstance(value, list):
         return [*value[:-1], _changed(value[-1] if value else None, path, append, new)]
+    if value is not None and not isinstance(value, (str, Mapping)):
+        return value  # a number has nothing in it; who takes the value says so
     before = {"name": value} if isinstance(value, str) else dict(value or {})
     return {**before, path[0]: _changed(before.get(path[0]), path[1:], append, new)}

@@ -74,6 +74,11 @@ class _Board:
             return None
         return str(found.get("error"))
 
+    def reached(self) -> bool:
+        """Whether a finished run has reached the target of the sweep."""
+        metric = self.sweep.metric[0]
+        return any(self.sweep.is_reached(one.get("metrics", {}).get(metric)) for one in self.ended().values())
+
     def summary(self) -> str:
         """One line: how many are done, running, failed, what is left, the best."""
         done = self.ended()
@@ -192,6 +197,11 @@ def _start_server() -> None:
 def _all(board: _Board, console: Console, logger: str) -> None:
     queue = list(board.sweep.cells)
     while queue or board.running:
+        if queue and board.reached():
+            console.print(
+                f"target {board.sweep.metric[0]} {board.sweep.target} reached: no other run is started", soft_wrap=True
+            )
+            queue.clear()
         for cell in list(queue):
             folder = board.folder / cell.name
             error = board.failed_elsewhere(cell)
@@ -205,7 +215,7 @@ def _all(board: _Board, console: Console, logger: str) -> None:
                 board.running.append(_start(cell, board, logger))
         lines = [one.line for one in board.running]
         ready = wait(lines, timeout=1.0)
-        if not lines:
+        if queue and not lines:
             time.sleep(1.0)  # what is left runs in another sweep
         for one in [one for one in board.running if one.line in ready]:
             try:
@@ -221,6 +231,7 @@ def _start(cell: Cell, board: _Board, logger: str) -> _Running:
 
     slot = min(set(range(board.workers)) - {one.slot for one in board.running})
     environment = {"WANDB_RUN_GROUP": board.sweep.name} | os.environ  # the server may have been started with another one
+    environment |= board.sweep.environment
     if torch.cuda.device_count() > 1:
         environment["CUDA_VISIBLE_DEVICES"] = gpu(slot, torch.cuda.device_count())
     threads = max(1, len(os.sched_getaffinity(0)) // board.workers)

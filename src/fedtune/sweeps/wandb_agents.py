@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any
 
 from fedtune.errors import RunError, UsageError
 from fedtune.runs.wandb import import_wandb, is_online
-from fedtune.sweeps.grid import load, parameters_of
+from fedtune.sweeps.grid import check, load
 from fedtune.sweeps.runner import gpu
 
 # the agent writes a cell's values into a JSON file, which the command line reads like any configuration
@@ -32,8 +33,12 @@ def online() -> bool:
 def registered(file: str, runs_dir: str) -> dict[str, Any]:
     """The content of a sweep file as W&B takes it: with the command that an agent runs for a cell."""
     content = load(file)
-    parameters_of(content["parameters"])  # refuses what is no parameter
-    return content | {"command": [*_COMMAND, runs_dir]}
+    try:
+        fixed = check(content, with_wandb=True)
+    except UsageError as error:
+        raise UsageError(f"{file}: {error.argument}", error.came, error.allowed) from error
+    more = [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in fixed.items()]
+    return content | {"command": [*_COMMAND, runs_dir, *more]}
 
 
 def run(file: str, runs_dir: str, workers: int, only: Sequence[str]) -> int:
