@@ -11,7 +11,7 @@ WORKERS ?= 2
 PEERS_VENV := .venv-peers
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo sweep report notebooks bench test check clean
+.PHONY: help install demo sweep report notebooks bench test check clean fuzz
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ $(PEERS_VENV)/.installed: setup.cfg
 
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest
+
+fuzz: $(STAMP) ## odd files and flags by the thousand: FEDTUNE_FUZZ=10000
+	FEDTUNE_FUZZ=$${FEDTUNE_FUZZ:-10000} $(BIN)/python -m pytest tests/fuzz
 
 check: $(STAMP) ## check format, style, types and the direction of imports
 	$(BIN)/ruff format --check .

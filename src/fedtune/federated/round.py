@@ -169,7 +169,7 @@ class _Inbox:
 
 
 class _Buffers:
-    """Exact sums of buffers, of values up to 2^32 and very small ones: on a coarse grid, what is left on a finer one, and so on.
+    """Exact sums of buffers, of values up to 2^32 and very small ones: on a coarse grid, what is left on a finer one, …
 
     The last step is below 2^-126, the least normal number of fp32.
     """
