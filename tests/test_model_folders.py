@@ -336,6 +336,18 @@ def test_problem_type_and_names_come_from_the_task_not_from_the_folder(folder: P
     refused(lambda: fedtune.BertClassifier(str(folder), 3, label_names=["a", "b", "a"]), "3 different names")
 
 
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_outputs_have_names_and_layers_are_whole_whatever_the_folder_says(folder: Path, padding_free: bool) -> None:
+    ids, mask = torch.tensor([[2, 6, 7, 8, 3]] * 2), torch.ones(2, 5, dtype=torch.long)
+    plain = fedtune.BertClassifier(str(folder), 3, padding_free=padding_free).eval()
+    change(folder / "config.json", return_dict=False, chunk_size_feed_forward=2)
+    module = fedtune.BertClassifier(str(folder), 3, padding_free=padding_free).eval()
+    assert torch.equal(module(ids, mask), plain(ids, mask))
+    module.network.save_pretrained(folder)
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    assert torch.allclose(again(ids, mask).logits, plain(ids, mask), atol=1e-6)
+
+
 # files that cannot be used
 
 

@@ -140,7 +140,6 @@ def test_quotes_are_letters_where_there_is_no_quote() -> None:
             "in line 5 breaks in line 11",
         ),
         (BODY.replace("row number 3,", '"row number 3,').replace("row number 9,", 'row number 9",'), "line 5 swallows 6 lines"),
-        (BODY.replace("row number 3,", '"row number 3,').replace("row number 4,", 'row number 4",'), "line 5 swallows 1 lines"),
         (BODY.replace("row number 5,", 'a 5" disk,'), "line 7 has another one); or quote: null"),
         (BODY.replace("row number 5,", '"row" number 5,'), "begins in line 7"),
         (BODY.replace("row number 5,", "row\0number 5,"), "line 7 holds a NUL byte"),
@@ -175,6 +174,39 @@ def test_a_label_first_does_not_make_lines_of_a_text_suspicious() -> None:
     assert "a quote that opens in line 7 swallows 2 lines that are rows themselves, with the label '0'" in refused(
         read, "\n".join(lines)
     )
+
+
+LOG = '"Tea,pos\ncoffee,neg\nboth,pos",neg\n'
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        BODY + '"Well,pos\nbye",neg\n',
+        BODY + LOG.replace("both", '""both""'),
+        BODY + '"Well,pos\nbye,neg\nreally,pos","neg"\n',
+        BODY + LOG + '"a text, with a comma",pos\n',
+        '"text","label"\n' + "".join(f'"Well,{label}\nbye,{label}\n{text}","{label}"\n' for text, label in ROWS),
+        "text,label\n" + "".join(f'"{text}",{label}\n' for text, label in ROWS) + LOG,
+        "text,label\n" + "".join(LOG.replace("both", text).replace("neg\n", f"{label}\n") for text, label in ROWS),
+    ],
+)
+def test_texts_whose_lines_look_like_rows_are_read_where_fields_are_quoted_by_rule(body: str) -> None:
+    import csv
+
+    texts = [text for text, _ in csv.reader(io.StringIO(body))][1:]
+    assert list(read(body).texts) == texts
+    assert any("\n" in text for text in texts)
+
+
+def test_stray_quotes_are_found_where_no_field_needs_them() -> None:
+    body = BODY.replace("row number 7,", '"row number 7,').replace("row number 20,", '"row number 20",')
+    assert "in line 9 breaks in line 22" in refused(read, body)
+    for row in (3, 10):
+        body = body.replace(f"row number {row},", f'"row number {row},')
+        body = body.replace(f"row number {row + 1},", f'row number {row + 1}",')
+    body = body.replace('"row number 7,', "row number 7,").replace('"row number 20",', '"row number 20",')
+    assert "line 5 swallows 1 lines" in refused(read, body)
 
 
 def test_a_header_that_is_none_and_one_that_was_not_expected_are_found() -> None:
@@ -381,7 +413,7 @@ def test_pairs_are_read_and_count_in_the_digest(kind: str) -> None:
 # ---------------------------------------------------------------- parts
 
 
-SPLIT = ["train", "dev", "Training", " TEST"] * 10
+SPLIT = ["train", "dev", " Train", " TEST"] * 10
 
 
 @pytest.mark.parametrize("kind", KINDS[:3])
@@ -393,7 +425,7 @@ def test_a_column_says_which_part_a_text_is_in(kind: str) -> None:
         return {part: {task.texts[row] for row in rows} for part, rows in task.parts.items()}
 
     own = {name: {text for text, split in zip(TEXTS, SPLIT, strict=True) if split == name} for name in SPLIT}
-    train = own["train"] | own["Training"]
+    train = own["train"] | own[" Train"]
     assert found() == {"train": train, "validation": own["dev"], "test": own[" TEST"]}
     other = found(test_split="dev")
     assert other["test"] == own["dev"]
@@ -405,12 +437,48 @@ def test_a_column_says_which_part_a_text_is_in(kind: str) -> None:
     assert "validation_split" in refused(make, kind, columns, split="part", test_split="dev", validation_split="dev")
 
 
+@pytest.mark.parametrize(
+    ("values", "options", "said"),
+    [
+        (("train", "valid", "eval"), {}, "validation_split: got None; allowed: a choice, as several are named like validation"),
+        (("train", "valid", "eval"), {"test_split": "validation"}, "test_split: got None; allowed: a choice"),
+        (("train", "training", "test"), {}, "named like train: train, training"),
+        (("train", "dev", "val", "test"), {"test_split": "train"}, "named like validation: dev, val"),
+        (("train", "test", "heldout"), {}, "named like test: test, heldout"),
+        (("train", "dev"), {"validation_split": "dev", "test_split": "val"}, "another split than test_split"),
+        (("train", "fold 1", "fold 2"), {"test_split": "fold 1"}, "row 3 of data.csv, line 4, has 'fold 2'"),
+    ],
+)
+def test_several_values_that_mean_one_part_have_to_be_chosen(values: Any, options: dict[str, str], said: str) -> None:
+    columns = {"text": TEXTS, "label": [str(i // 5 % 2) for i in range(40)], "part": (list(values) * 40)[:40]}
+    assert said in refused(make, "csv", columns, split="part", **options)
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "chosen"),
+    [
+        (("train", "valid", "eval"), {"validation_split": "valid", "test_split": "eval"}, ("train", "valid", "eval")),
+        (("train", "valid", "eval"), {"test_split": "Eval "}, ("train", "valid", "eval")),
+        (("train", "training", "test", "dev"), {"train_split": "training"}, ("training", "dev", "test")),
+        (("train", "dev", "test", "heldout"), {"test_split": "heldout"}, ("train", "dev", "heldout")),
+        (("1", "2", "3"), {"train_split": "1", "validation_split": "3", "test_split": "2"}, ("1", "3", "2")),
+    ],
+)
+def test_parts_of_a_column_are_those_chosen_and_share_no_row(values: Any, options: dict[str, str], chosen: Any) -> None:
+    column = (list(values) * 40)[:40]
+    columns = {"text": TEXTS, "label": [str(i // 5 % 2) for i in range(40)], "part": column}
+    task = make("csv", columns, split="part", **options)
+    for part, value in zip(("train", "validation", "test"), chosen, strict=True):
+        assert [task.texts[row] for row in task.parts[part]] == [TEXTS[i] for i in range(40) if column[i] == value]
+    assert len(set(task.texts)) == len(task.texts)
+
+
 def test_an_unlabelled_part_is_named_and_another_can_be_taken() -> None:
     labels = ["-1" if split == " TEST" else LABELS[i // 4 % 2] for i, split in enumerate(SPLIT)]
     columns = {"text": TEXTS, "label": labels, "part": SPLIT}
     line = refused(make, "csv", columns, split="part")
     assert line.startswith("test_split: got 'test'; allowed: data with labels (all 10 labels from row 4 of data.csv, line 5,")
-    assert "test_split=validation, or test_split=train" in line
+    assert "test_split=dev, or test_split=train" in line
     assert len(make("csv", columns, split="part", test_split="validation").parts["test"]) == 10
     Path("test.csv").write_text("text,label\nnew,\nnewer,\n")
     assert "test_path: got 'test.csv'; allowed: data with labels (all 2 labels" in refused(read, BODY, test_path="test.csv")

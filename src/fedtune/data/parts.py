@@ -101,24 +101,60 @@ def by_column(table: Table, choice: SplitChoice, source: str) -> dict[str, Table
     """Divide the rows of a table by its column `split`.
 
     Raises:
-        UsageError: a value that names no part, by its row; no row to train on.
+        UsageError: a value that names no part and is not chosen, by its row; several values that mean one part, of which none
+            is chosen; no row to train on.
     """
-    values = table.columns["split"]
     parts: dict[str, list[int]] = {}
-    for row, value in enumerate(values):
-        part = canonical(value) if isinstance(value, str) else None
-        if part is None:
-            allowed = f"a column of the values {', '.join(TASK_PARTS)}, or of names that mean the same: "
-            allowed += ", ".join(name for names in SYNONYMS.values() for name in names[1:])
-            raise UsageError("split", table.named["split"], f"{allowed} ({table.place(row)} has {value!r})")
-        parts.setdefault(part, []).append(row)
-    train, validation, test = (
-        canonical(name) or name if name else name for name in (choice.train, choice.validation, choice.test)
-    )
-    named = SplitChoice(train or "", validation, test)
-    present = [part for part in TASK_PARTS if part in parts]
+    for row, value in enumerate(table.columns["split"]):
+        if not isinstance(value, str):
+            raise _no_part(table, row)
+        parts.setdefault(_folded(value), []).append(row)
+    named = _resolved(choice, list(parts))
+    chosen = {named.train, named.validation, named.test}
+    for name, rows in parts.items():
+        if canonical(name) is None and name not in chosen:
+            raise _no_part(table, rows[0])
+    present = [name for part in TASK_PARTS for name in parts if canonical(name) == part]
+    present += [name for name in parts if name not in present]
     found = named.of(present, source)
-    return with_hints({part: _rows(table, parts[split]) for part, split in found.items()}, found, present)
+    return with_hints({part: _rows(table, parts[name]) for part, name in found.items()}, found, present)
+
+
+def _folded(name: str) -> str:
+    return name.strip().casefold()
+
+
+def _no_part(table: Table, row: int) -> UsageError:
+    allowed = f"a column of the values {', '.join(TASK_PARTS)}, of names that mean the same "
+    allowed += f"({', '.join(name for names in SYNONYMS.values() for name in names[1:])}), or of names that an option "
+    allowed += f"chooses, for example test_split ({table.place(row)} has {table.columns['split'][row]!r})"
+    return UsageError("split", table.named["split"], allowed)
+
+
+def _resolved(choice: SplitChoice, present: Sequence[str]) -> SplitChoice:
+    """The choice in the names that a column has: each part has one, also where several mean it.
+
+    Raises:
+        UsageError: several values that mean a part, of which none is chosen; one value as two parts.
+    """
+    found = {part: None if name is None else _folded(name) for part, name in vars(choice).items()}
+    for part, name in found.items():
+        alike = [one for one in present if name is not None and canonical(one) == canonical(name) is not None]
+        if name is not None and name not in present and len(alike) > 1:
+            raise _choice(part, canonical(name) or part, alike)
+        found[part] = alike[0] if name not in present and alike else name
+    for part, name in found.items():
+        others = {found[other] for other in found if other != part}
+        alike = [one for one in present if canonical(one) == part and one not in others]
+        if (name is None or (part == "train" and _folded(choice.train) == "train")) and len(alike) > 1:
+            raise _choice(part, part, alike)
+    named = SplitChoice(found["train"] or "", found["validation"], found["test"])
+    named.check()
+    return named
+
+
+def _choice(part: str, meant: str, alike: Sequence[str]) -> UsageError:
+    return UsageError(f"{part}_split", None, f"a choice, as several are named like {meant}: {', '.join(alike)}")
 
 
 def _rows(table: Table, rows: list[int]) -> Table:

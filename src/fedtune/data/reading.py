@@ -73,7 +73,8 @@ def _read_csv(source: Source, file: Any, wanted: Columns, how: Format) -> tuple[
         would_be = rows.would_be_labels()
         if would_be:
             suspects.append((rows.start, would_be))
-    check_swallowed(source, suspects, set(columns["label"]))
+    if not rows.quoted:
+        check_swallowed(source, suspects, set(columns["label"]))
     if len(starts):
         check_header(source, rows, columns, starts)
     return columns, starts

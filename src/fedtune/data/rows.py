@@ -34,6 +34,7 @@ class Rows:
             field = f"(?:{{0}}[^{{0}}]*+(?:{{0}}{{0}}[^{{0}}]*+)*+{{0}}|{field})".format(re.escape(quote))
         self._strict = re.compile(f"{field}(?:{re.escape(self.delimiter)}{field})*+")
         self.start = 1  # line where the last row begins
+        self._real, self._bare = False, 0  # quoting that no stray quotes look like; rows without a quote
         first = self._next()
         if first is None:
             raise source.error("a file that is not empty")
@@ -41,6 +42,8 @@ class Rows:
         if how.width not in (None, self.width):
             raise source.error(f"a file of {how.width} columns (line {self.start} has {self.width})")
         self.waiting = None if how.header else first
+        if how.header:  # the row of names does not count
+            self._bare = 0
         self.names = [name.strip() for name in first] if how.header else None
         self.by_name = all(isinstance(wanted[role], str) for role in ("text", "label"))
         self.places = {role: self._place(role, name) for role, name in wanted.items()}
@@ -67,6 +70,14 @@ class Rows:
         would_be = [line.replace(self._quote or "", "").rstrip("\r\n").split(self.delimiter) for line in others]
         return [row[place] for row in would_be] if {len(row) for row in would_be} == {self.width} else []
 
+    @property
+    def quoted(self) -> bool:
+        """Whether the rows so far show that fields are quoted by rule: each has quotes, or one has quotes for a reason.
+
+        That is a delimiter between them in one line, a doubled quote, or several fields in a row of several lines.
+        """
+        return self._real or not self._bare
+
     def _next(self) -> list[str] | None:
         while True:
             self.lines.held.clear()
@@ -79,17 +90,22 @@ class Rows:
                 at = f"the row that begins in line {self.start} breaks in line {self.lines.number}"
                 raise self.source.error(f"quotes that are closed, and doubled within a field ({at}: {error})") from error
             if row:
-                self._check_quotes()
+                self._check_quotes(row)
                 return row
 
-    def _check_quotes(self) -> None:
+    def _check_quotes(self, row: list[str]) -> None:
         """Refuse a quote within a field that has none around it: its writer took quotes for letters, perhaps elsewhere, too."""
-        lines = self.lines.held
-        if self._quote is None or (len(lines) == 1 and self._quote not in lines[0]):
+        lines, quote = self.lines.held, self._quote
+        if quote is None or (len(lines) == 1 and quote not in lines[0]):
+            self._bare += 1
             return
         if not self._strict.fullmatch("".join(lines).rstrip("\r\n")):
             allowed = f"quotes around whole fields, doubled within them (line {self.start} has another one)"
             raise self.source.error(f"{allowed}; or quote: null, if quotes are letters here")
+        if not self._real and len(lines) == 1:
+            self._real = any(quote in field or self.delimiter in field for field in row)
+        elif not self._real:
+            self._real = sum(line.count(quote) for line in lines) > 2
 
     def _place(self, role: str, name: str | int) -> int:
         if isinstance(name, int):
@@ -132,13 +148,16 @@ def _is_number(text: str) -> bool:
 
 
 def check_swallowed(source: Source, suspects: list[tuple[int, list[str]]], labels: set[Any]) -> None:
-    """Raise `UsageError` where a quoted field of several lines has swallowed rows: each of its lines would be one.
+    """Raise `UsageError` where quoted fields of several lines have swallowed rows: each of their lines would be one.
+
+    A single line that would be a row by itself is taken for one of a text: many a text has a line like that.
 
     Args:
         suspects: for each row of several lines its first line's number, and what would be labels (`Rows.would_be_labels`).
         labels: all labels of the file.
     """
-    for start, would_be in suspects:
-        if labels.issuperset(would_be):
-            allowed = f"quotes that are closed in their row (a quote that opens in line {start} swallows {len(would_be)} "
-            raise source.error(f"{allowed}lines that are rows themselves, with the label {would_be[0]!r})")
+    found = [(start, would_be) for start, would_be in suspects if labels.issuperset(would_be)]
+    if sum(len(would_be) for _, would_be in found) > 1:
+        start, would_be = found[0]
+        allowed = f"quotes that are closed in their row (a quote that opens in line {start} swallows {len(would_be)} "
+        raise source.error(f"{allowed}lines that are rows themselves, with the label {would_be[0]!r})")

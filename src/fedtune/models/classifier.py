@@ -211,6 +211,9 @@ class TextClassifier(pl.LightningModule, abc.ABC):
         if options["keep_head"]:
             weights.check_kept_head(options["name"], options["num_labels"], options["label_names"])
         config.num_labels, config.problem_type = options["num_labels"], "single_label_classification"
+        config.return_dict = True  # a folder may say otherwise; here and in a pipeline the outputs have names
+        if hasattr(config, "chunk_size_feed_forward"):
+            config.chunk_size_feed_forward = 0  # the same values, but for lengths that it divides alone
         set_labels(config, options["label_names"] or [f"LABEL_{number}" for number in range(options["num_labels"])])
         if options["dropout"] is not None:
             self.set_dropout(config, options["dropout"])
