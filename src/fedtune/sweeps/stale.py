@@ -8,11 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fedtune.errors import RunError, UsageError
 from fedtune.runs.flags import content_of_run
-from fedtune.storage.config import dotted
+from fedtune.storage.config import dotted, read_config
 from fedtune.storage.locks import is_locked
 from fedtune.sweeps.grid import Cell
 
@@ -59,7 +57,7 @@ def put_aside(folder: Path, name: str) -> Path | None:
 
 def _content(file: Path) -> dict[str, Any] | None:
     try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))["content"]
+        found = read_config(file).get("content")
         return {key: value for key, value in found.items() if key != "label_names"} if isinstance(found, dict) else None
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+    except RunError:  # the run itself says so
         return None
