@@ -14,7 +14,7 @@ import re
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from fedtune.errors import RunError, shown
 
@@ -75,7 +75,7 @@ def regular(path: Path, follow: bool = True) -> None:
 
 
 @contextlib.contextmanager
-def opened(file: Path, flags: int = os.O_RDONLY, mode: Any = "rb") -> Iterator[IO[Any]]:
+def opened(file: Path, flags: int = os.O_RDONLY, mode: Any = "rb") -> Iterator[Any]:
     """Inside the block a file, open; what is no file is not waited for. For writing no link is followed.
 
     Raises:

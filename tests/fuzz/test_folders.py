@@ -292,7 +292,7 @@ def three_runs(run: Path, folder: Path) -> Path:
 def test_a_damaged_run_goes_on_rightly_or_says_what_to_do(finished: Path, tmp_path: Path) -> None:
     expected = undamaged(finished, tmp_path)
     bad = {}
-    for number in range(FIRST, FIRST + CASES * 2 // 3):
+    for number in range(FIRST, FIRST + CASES * 9 // 10):
         what, wrong = case(number, finished, tmp_path / "case", resumed, expected)
         if wrong:
             bad[f"{number}: {what}"] = wrong
@@ -303,7 +303,7 @@ def test_a_damaged_run_goes_on_rightly_or_says_what_to_do(finished: Path, tmp_pa
 def test_a_report_over_a_damaged_folder_leaves_out_what_it_names(finished: Path, tmp_path: Path) -> None:
     good = three_runs(finished, tmp_path / "good")
     bad = {}
-    for number in range(FIRST, FIRST + CASES // 3):
+    for number in range(FIRST, FIRST + CASES // 10):
         what, wrong = case(number, good, tmp_path / "case", reported)
         if wrong:
             bad[f"{number}: {what}"] = wrong

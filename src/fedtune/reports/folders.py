@@ -36,7 +36,7 @@ def directories(folder: Path, damaged: dict[str, str] | None = None) -> Iterator
             try:
                 found = os.stat(path)
                 with os.scandir(path) as entries:
-                    inside = sorted(entries, key=lambda entry: entry.name)
+                    inside = sorted(entries, key=lambda entry: entry.name, reverse=True)  # the last one is taken first
             except OSError as error:
                 raise RunError(f"{path} cannot be read: {error.strerror}") from error
             if (found.st_dev, found.st_ino) in seen:
@@ -67,7 +67,7 @@ def _followed(path: Path) -> list[tuple[Path, int | None]]:
     try:
         if _is_run(path):
             return [(path, None)]
-        return [(path, _DEPTH)] if any(one.is_dir() and _is_run(Path(one)) for one in os.scandir(path)) else []
+        return [(path, _DEPTH)] if any(_is_run(path / name) for name in os.listdir(path)) else []
     except OSError as error:
         raise RunError(f"{path} cannot be read: {error.strerror}") from error
 

@@ -77,20 +77,23 @@ def page(rounds: DataFrame, table: DataFrame, failed: dict[str, str], title: str
     few = "" if len(drawn) == rounds.run.nunique() else f" Curves of the first {len(drawn)} only."
     figure, about = _figure(rounds[rounds.run.isin(drawn)], metrics)
     runs, longest = rounds[rounds.kind == "federated"].run.nunique(), int(rounds["round"].max())
-    values = {name: sorted(map(str, rounds.loc[rounds.kind == "federated", name].unique()), key=_natural) for name in FILTERS}
+    values = {
+        name: sorted(map(_printed, rounds.loc[rounds.kind == "federated", name].unique()), key=_natural) for name in FILTERS
+    }
     return _PAGE.substitute(
         title=_text(title),
         summary=f"{runs} runs, {longest} rounds at most, {unfinished(rounds)} unfinished, {len(failed)} failed or damaged."
         + few,
-        filters=_select("metric", metrics) + "".join(_select(name, found, "all") for name, found in values.items()),
+        filters=_select("metric", list(map(_printed, metrics)))
+        + "".join(_select(name, found, "all") for name, found in values.items()),
         figure=figure,
         results=_table(table),
         differences=_differences(rounds),
         failed=_list(failed),
         about=_script(about),
         names=_script(FILTERS),
-        metric=_script(metrics[0]),
-        titles=_script({name: _drawn(name) for name in metrics}),
+        metric=_script(_printed(metrics[0])),
+        titles=_script({_printed(name): _drawn(name) for name in metrics}),
     )
 
 
@@ -123,8 +126,8 @@ def _figure(rounds: DataFrame, metrics: list[str]) -> tuple[str, list[dict[str, 
                     **drawn,
                 )
             )
-            of_run = {key: str(first[key]) for key in FILTERS}
-            about.append(of_run | {"metric": metric, "baseline": bool(baseline)})
+            of_run = {key: _printed(first[key]) for key in FILTERS}
+            about.append(of_run | {"metric": _printed(metric), "baseline": bool(baseline)})
     figure.update_xaxes(title="round", tick0=0, dtick=max(1, round(rounds["round"].max() / 10)))
     figure.update_layout(height=560, yaxis_title=_drawn(metrics[0]), template="plotly_white", legend_font_size=10)
     return figure.to_html(full_html=False, include_plotlyjs=True, div_id="curves"), about
@@ -135,9 +138,13 @@ def _script(value: Any) -> str:
     return json.dumps(value).replace("<", "\\u003c")
 
 
+def _printed(value: object) -> str:
+    return printable(value, _LONGEST)
+
+
 def _text(value: object) -> str:
     """A text that the page shows as it is."""
-    return html.escape(printable(value, _LONGEST))
+    return html.escape(_printed(value))
 
 
 def _drawn(value: object) -> str:
@@ -153,7 +160,7 @@ def _select(name: str, values: list[str], every: str | None = None) -> str:
 
 
 def _table(table: DataFrame) -> str:
-    shown = table.rename(columns=printable).map(lambda value: printable(value, _LONGEST) if isinstance(value, str) else value)
+    shown = table.rename(columns=printable).map(lambda value: _printed(value) if isinstance(value, str) else value)
     return str(shown.to_html(index=False, border=0))
 
 
