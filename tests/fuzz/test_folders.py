@@ -27,7 +27,7 @@ import fedtune
 from fedtune.errors import RunError, UsageError
 from fedtune.reports.report import FILES, report
 
-CASES = int(os.environ.get("FEDTUNE_FUZZ", "200"))
+CASES = int(os.environ.get("FEDTUNE_FUZZ", "80"))
 FIRST = int(os.environ.get("FEDTUNE_FUZZ_SEED", "0"))
 LIMIT = 20  # seconds
 OTHERS = [
