@@ -266,7 +266,8 @@ def test_a_round_whose_callbacks_a_crash_has_left_out_is_shown_to_them_again(tmp
     assert patient.seen == [3, 4, 5]
     (tmp_path / "callbacks.jsonl").unlink()
     patient = Patient(99)
-    fit(tmp_path, rounds=6, callbacks=[patient])
+    with pytest.warns(UserWarning, match=r"callbacks\.jsonl is missing: callbacks begin after round 5"):
+        fit(tmp_path, rounds=6, callbacks=[patient])
     assert patient.seen == [5, 6]
     patient = Patient(99)
     fit(tmp_path, rounds=6, callbacks=[patient])

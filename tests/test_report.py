@@ -15,8 +15,9 @@ import fedtune
 from fedtune.errors import UsageError
 from fedtune.federated.messages import ClientReport
 from fedtune.reports.curves import plot_grid
+from fedtune.reports.folders import failures
 from fedtune.reports.report import FILES, report
-from fedtune.reports.results import column_of, failures, metric_names, settings
+from fedtune.reports.results import column_of, metric_names, settings
 from fedtune.runs.figures import plot_curves, plot_run, plot_split
 from fedtune.storage.records import read_rounds
 
@@ -241,7 +242,7 @@ def test_the_report_holds_every_run_and_every_failure(runs: Path, tmp_path: Path
     assert all((tmp_path / "out" / name).stat().st_size for name in FILES)
     text = (tmp_path / "out" / "tables.md").read_text()
     assert "| minilm | by_author 0.8 | 4 | 2 | 2 | 0.630 (0.500 to 0.760) | 0.700 | 1.5 | 1.5 | – | 0.100 to 0.300 |" in text
-    assert "| d | no <model> \\| of that name |" in text
+    assert "| d | no \\<model\\> \\| of that name |" in text
     assert len((tmp_path / "out" / "tables.csv").read_text().splitlines()) == 4
     assert "5 runs, 1 failed" in capsys.readouterr().out
     assert failures(runs) == {"d": "no <model> | of that name"}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fedtune.errors import shown
-from fedtune.files import replaced
+from fedtune.files import regular, replaced, said
 from fedtune.tensors import Tensors
 
 if TYPE_CHECKING:
@@ -31,13 +31,21 @@ _ASIDE = {"name_or_path", "verbose", "deprecation_warnings", "files_loaded", "ch
 
 
 class Unreadable(ValueError):
-    """A tokenizer whose settings cannot be read in full, so that nothing names its tokens."""
+    """A tokenizer whose settings cannot be read in full, so that nothing names its tokens; or no place to keep any."""
 
 
 def cache_folder() -> Path:
-    """Where tokenised texts are kept between runs."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fedtune"
-    return Path(os.environ.get("FEDTUNE_CACHE", default))
+    """Where tokenised texts are kept between runs: FEDTUNE_CACHE, else `fedtune` in XDG_CACHE_HOME, else in ~/.cache. An empty
+    variable is none, and ~ is the home directory.
+
+    Raises:
+        Unreadable: nobody knows where that is.
+    """
+    own, general = os.environ.get("FEDTUNE_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(own).expanduser() if own else Path(general or "~/.cache").expanduser() / "fedtune"
+    except RuntimeError as error:
+        raise Unreadable(f"there is no home directory ({said(error)}); FEDTUNE_CACHE names a folder") from error
 
 
 def entry_of(
@@ -46,6 +54,7 @@ def entry_of(
     """The file for these texts, cut by this tokenizer at so many tokens; None, with a warning, where nothing can name it."""
     digest = hashlib.sha256(f"2 {max_length} {seconds is not None} ".encode())
     try:
+        folder = cache_folder()
         for fact in _settings(tokenizer):
             _add(digest, fact)
     except Unreadable as error:
@@ -54,7 +63,7 @@ def entry_of(
     for column in (texts, seconds or ()):
         for text in column:
             _add(digest, text)
-    return cache_folder() / f"tokens-{digest.hexdigest()[:32]}.safetensors"
+    return folder / f"tokens-{digest.hexdigest()[:32]}.safetensors"
 
 
 def _add(digest: Any, text: str) -> None:
@@ -142,6 +151,7 @@ def read(path: Path, texts: int, pairs: bool, vocabulary: int) -> Tensors | None
     from safetensors import SafetensorError, safe_open
 
     try:
+        regular(path)
         with safe_open(path, framework="pt") as file:
             noted = (file.metadata() or {}).get("sha256")
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
@@ -149,7 +159,7 @@ def read(path: Path, texts: int, pairs: bool, vocabulary: int) -> Tensors | None
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-        why = " ".join(str(error).split()) or type(error).__name__
+        why = said(error)
     if why is None:
         return found
     warnings.warn(f"{path} is damaged ({why}); these texts are tokenised again", stacklevel=3)

@@ -14,11 +14,14 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
+_PANELS, _WIDEST = 60, 10  # in one picture, and in a row
+
+
 def plot_grid(rounds: DataFrame, path: str | Path, metric: str = "accuracy") -> None:
     """Draw the convergence of many runs: a row a task, model and other setting, a column a split, a line a number of clients.
 
     Lines are means over seeds, bands go from the least to the greatest. The baseline (one client, else centralised training) is
-    dashed in every panel.
+    dashed in every panel. Of a great many panels the first are drawn, and the picture says so.
 
     Args:
         rounds: as from `read_runs`.
@@ -30,11 +33,14 @@ def plot_grid(rounds: DataFrame, path: str | Path, metric: str = "accuracy") -> 
     keys = ["task", "model", *settings(rounds)]
     lines = [row for _, row in curves[keys].drop_duplicates().iterrows()]
     splits = sorted(curves.split.unique(), key=lambda split: (not split.endswith("iid"), split))
+    number = len(lines) * len(splits)
+    splits = splits[:_WIDEST]
+    lines = lines[: max(1, _PANELS // len(splits))]
     label = curves.monitor.iloc[0] if metric == "score" and curves.monitor.nunique() == 1 else metric
     colours = dict(zip(sorted(curves.clients.unique()), itertools.cycle(PALETTE[1:6] + PALETTE[:1])))
     figure, panels = new_figure(len(lines), len(splits), (4.2 * len(splits) + 1, 2.9 * len(lines) + 0.8), sharey="row")
-    for number, panel in enumerate(panels):
-        line, split = lines[number // len(splits)], splits[number % len(splits)]
+    for place, panel in enumerate(panels):
+        line, split = lines[place // len(splits)], splits[place % len(splits)]
         here = alike(curves, line, keys)
         for count, colour in colours.items():
             of_count = here[(here.split == split) & (here.clients == count)]
@@ -45,6 +51,8 @@ def plot_grid(rounds: DataFrame, path: str | Path, metric: str = "accuracy") -> 
         panel.set_title(", ".join(str(value) for value in line) + f"\n{split}", fontsize=9)
         panel.set(xlabel="round", ylabel=label)
         panel.grid(alpha=0.3)
+    if number > len(panels):
+        figure.suptitle(f"{len(panels)} of {number:,} panels; the tables have all")
     handles = drawn_lines(panels)
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=6, fontsize=8, frameon=False)
     save(figure, path, dpi=90)

@@ -7,6 +7,7 @@ import json
 from string import Template
 from typing import TYPE_CHECKING, Any
 
+from fedtune.files import printable
 from fedtune.reports.results import metric_names, settings, unfinished
 from fedtune.runs.figures import PALETTE
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 FILTERS = ("task", "model", "split", "clients", "seed")
+_MOST = 1000  # curves; a page with more of them would not open
+_LONGEST = 1000  # characters of a name or a reason
 _DASHES = ("solid", "dot", "dashdot", "longdash", "longdashdot")
 _PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
@@ -41,17 +44,18 @@ $figure
 $results
 <h2>Differences between runs</h2>
 $differences
-<h2>Failed runs</h2>
+<h2>Failed and damaged runs</h2>
 $failed
 <script>
 const about = $about;
+const titles = $titles;
 const shown = {metric: $metric};
 function choose(key, value) {
   shown[key] = value;
   const fits = (one, name) => !shown[name] || one[name] === shown[name] || one.baseline && ["clients", "split"].includes(name);
   const visible = about.map(one => one.metric === shown.metric && $names.every(name => fits(one, name)));
   Plotly.restyle("curves", {visible: visible});
-  Plotly.relayout("curves", {"yaxis.title.text": shown.metric});
+  Plotly.relayout("curves", {"yaxis.title.text": titles[shown.metric]});
 }
 </script>
 </body>
@@ -69,20 +73,27 @@ def page(rounds: DataFrame, table: DataFrame, failed: dict[str, str], title: str
         title: what the runs are.
     """
     metrics = metric_names(rounds)
-    figure, about = _figure(rounds, metrics)
+    metrics, drawn = metrics[:_MOST], rounds.run.unique()[: max(1, _MOST // len(metrics[:_MOST]))]
+    few = "" if len(drawn) == rounds.run.nunique() else f" Curves of the first {len(drawn)} only."
+    figure, about = _figure(rounds[rounds.run.isin(drawn)], metrics)
     runs, longest = rounds[rounds.kind == "federated"].run.nunique(), int(rounds["round"].max())
-    values = {name: sorted(map(str, rounds.loc[rounds.kind == "federated", name].unique()), key=_natural) for name in FILTERS}
+    values = {
+        name: sorted(map(_printed, rounds.loc[rounds.kind == "federated", name].unique()), key=_natural) for name in FILTERS
+    }
     return _PAGE.substitute(
-        title=html.escape(title),
-        summary=f"{runs} runs, {longest} rounds at most, {unfinished(rounds)} unfinished, {len(failed)} failed.",
-        filters=_select("metric", metrics) + "".join(_select(name, found, "all") for name, found in values.items()),
+        title=_text(title),
+        summary=f"{runs} runs, {longest} rounds at most, {unfinished(rounds)} unfinished, {len(failed)} failed or damaged."
+        + few,
+        filters=_select("metric", list(map(_printed, metrics)))
+        + "".join(_select(name, found, "all") for name, found in values.items()),
         figure=figure,
         results=_table(table),
         differences=_differences(rounds),
         failed=_list(failed),
         about=_script(about),
         names=_script(FILTERS),
-        metric=_script(metrics[0]),
+        metric=_script(_printed(metrics[0])),
+        titles=_script({_printed(name): _drawn(name) for name in metrics}),
     )
 
 
@@ -103,22 +114,22 @@ def _figure(rounds: DataFrame, metrics: list[str]) -> tuple[str, list[dict[str, 
         name = f"{first.task}, {first.model}, {what}, seed {first.seed}"
         for metric in metrics:
             drawn = {"mode": "lines+markers", "marker": {"symbol": "x" if pooled else "circle", "size": 5}, "line": line}
-            hover = f"{html.escape(name)}<br>round %{{x}}: %{{y:.4f}}<extra>{html.escape(str(run))}</extra>"
+            hover = f"{_drawn(name)}<br>round %{{x}}: %{{y:.4f}}<extra>{_drawn(run)}</extra>"
             figure.add_trace(
                 Scatter(
                     x=one["round"],
                     y=one[metric],
                     connectgaps=True,
-                    name=name,
+                    name=_drawn(name),
                     visible=metric == metrics[0],
                     hovertemplate=hover,
                     **drawn,
                 )
             )
-            of_run = {key: str(first[key]) for key in FILTERS}
-            about.append(of_run | {"metric": metric, "baseline": bool(baseline)})
+            of_run = {key: _printed(first[key]) for key in FILTERS}
+            about.append(of_run | {"metric": _printed(metric), "baseline": bool(baseline)})
     figure.update_xaxes(title="round", tick0=0, dtick=max(1, round(rounds["round"].max() / 10)))
-    figure.update_layout(height=560, yaxis_title=metrics[0], template="plotly_white", legend_font_size=10)
+    figure.update_layout(height=560, yaxis_title=_drawn(metrics[0]), template="plotly_white", legend_font_size=10)
     return figure.to_html(full_html=False, include_plotlyjs=True, div_id="curves"), about
 
 
@@ -127,15 +138,30 @@ def _script(value: Any) -> str:
     return json.dumps(value).replace("<", "\\u003c")
 
 
+def _printed(value: object) -> str:
+    return printable(value, _LONGEST)
+
+
+def _text(value: object) -> str:
+    """A text that the page shows as it is."""
+    return html.escape(_printed(value))
+
+
+def _drawn(value: object) -> str:
+    """A text that the plotting library shows as it is: it knows some HTML, and its own placeholders."""
+    return _text(value).replace("%{", "%&#123;")
+
+
 def _select(name: str, values: list[str], every: str | None = None) -> str:
     options = ([f'<option value="">{every}</option>'] if every else []) + [
-        f'<option value="{html.escape(value)}">{html.escape(value)}</option>' for value in values
+        f'<option value="{html.escape(value)}">{_text(value)}</option>' for value in values
     ]
     return f'<label>{name} <select id="{name}" onchange="choose(\'{name}\', this.value)">{"".join(options)}</select></label>'
 
 
 def _table(table: DataFrame) -> str:
-    return str(table.to_html(index=False, border=0))
+    shown = table.rename(columns=printable).map(lambda value: _printed(value) if isinstance(value, str) else value)
+    return str(shown.to_html(index=False, border=0))
 
 
 def _differences(rounds: DataFrame) -> str:
@@ -148,7 +174,7 @@ def _differences(rounds: DataFrame) -> str:
 def _list(failed: dict[str, str]) -> str:
     if not failed:
         return "<p>None.</p>"
-    lines = "".join(f"<li><b>{html.escape(run)}</b>: {html.escape(reason)}</li>" for run, reason in failed.items())
+    lines = "".join(f"<li><b>{_text(run)}</b>: {_text(reason)}</li>" for run, reason in failed.items())
     return f'<ul id="failed">{lines}</ul>'
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.errors import UsageError
-from fedtune.files import read_lines, read_object
+from fedtune.files import present, read_object
+from fedtune.reports.folders import check, directories, left_out
 from fedtune.storage.config import KEPT, dotted, fingerprint, read_config
-from fedtune.storage.records import RESERVED, RoundRecord, record_in
+from fedtune.storage.records import RESERVED, RoundRecord, read_rounds
 from fedtune.storage.summary import SHARES, spread
 
 if TYPE_CHECKING:
@@ -29,11 +30,17 @@ CONTENT = "content.digest"  # a column where contents differ
 _CONTENT_BY = ["data.task", "data.task_options", "data.folder", "data.tokenizer", "data.max_length", "model.name", "model.init"]
 _SUMS = ["accuracy", "accuracy_min", "accuracy_max", "loss_nats", "baseline", *(f"rounds_to_{share}pct" for share in SHARES)]
 _SUMS += ["client_min", "client_max", "megabytes", "seconds"]
+_PLAIN = (str, int, float, bool, type(None))
 _ASIDE = ("versions.", "content.", "baseline.", "loop.baselines", *sorted(KEPT))
 
 
-def read_runs(folder: str | Path) -> DataFrame:
+def read_runs(folder: str | Path, damaged: dict[str, str] | None = None) -> DataFrame:
     """All round records below a folder, one row a round.
+
+    Args:
+        folder: runs in it are found at any depth; a link is followed where it leads to a run, or to a folder of runs.
+        damaged: directory -> reason of the runs that cannot be read is added here, and they are left out; so are those that
+            are in it already. Without it, one that cannot be read is an error.
 
     Returns:
         columns `run` (directory), `kind` ("federated", or "centralised" for a baseline), `task`, `model`, `split`, `clients`,
@@ -46,21 +53,21 @@ def read_runs(folder: str | Path) -> DataFrame:
 
     Raises:
         UsageError: there is no run below the folder.
-        RunError: the files of a run are damaged.
+        RunError: the files of a run are damaged, where `damaged` is not given.
     """
     from pandas import DataFrame, Series
 
-    found = dict(_runs(Path(folder)))
+    found = dict(_runs(Path(folder), damaged))
     if not found:
         raise UsageError("runs_dir", str(folder), "a directory with runs in it (rounds.jsonl and config.yaml)")
-    configs = {name: config for name, (config, _) in found.items()}
+    configs = {name: config for name, (config, *_) in found.items()}
     other = [*_differing(configs), *_changed_contents(configs)]
     rows = []
-    for name, (config, rounds) in found.items():
+    for name, (config, rounds, complete) in found.items():
         of_run = (
             {"clients": rounds[0].num_clients}
             | _named(name, config)
-            | {"complete": _complete(Path(folder) / name, config, rounds)}
+            | {"complete": complete}
             | {"monitor": str(config.get("loop.monitor", "accuracy")), "mode": config.get("loop.mode", "max")}
         )
         of_run |= {key: _plain(_content_of(config) if key == CONTENT else config.get(key)) for key in other}
@@ -99,20 +106,6 @@ def unfinished(rounds: DataFrame) -> int:
     """The number of runs that do not have all their rounds yet."""
     federated = rounds[rounds.kind == "federated"]
     return int(federated.run.nunique() - federated[federated.complete].run.nunique())
-
-
-def failures(folder: str | Path) -> dict[str, str]:
-    """Directory -> reason, of the runs that a sweep recorded as failed.
-
-    Raises:
-        RunError: a record of a sweep is damaged.
-    """
-    found = {}
-    for file in sorted(Path(folder).rglob("status.json")):
-        status = read_object(file)
-        if status.get("state") == "failed":
-            found[str(file.parent.relative_to(folder))] = str(status.get("error"))
-    return found
 
 
 def compare(rounds: DataFrame) -> DataFrame:
@@ -209,14 +202,18 @@ def _last(values: Series[float]) -> float:
     return float(known.iloc[-1]) if len(known) else float("nan")
 
 
-def _runs(folder: Path) -> Iterator[tuple[str, tuple[dict[str, Any], list[RoundRecord]]]]:
-    for file in sorted(folder.rglob("rounds.jsonl")):
-        config = file.parent / "config.yaml"
-        lines = [record_in(file, number, line) for number, line in enumerate(read_lines(file), start=1)]
-        rounds = {one.round: one for one in lines}
-        if rounds and config.exists():
-            content = dotted(read_config(config))
-            yield str(file.parent.relative_to(folder)), (content, [rounds[number] for number in sorted(rounds)])
+def _runs(folder: Path, damaged: dict[str, str] | None) -> Iterator[tuple[str, tuple[dict[str, Any], list[RoundRecord], bool]]]:
+    """Directory -> configuration, rounds, and whether these are all."""
+    for name, path in directories(folder, damaged):
+        if damaged is not None and name in damaged:
+            continue
+        with left_out(name, damaged):
+            if not present(path / "rounds.jsonl") or not present(path / "config.yaml"):
+                continue
+            rounds, config = read_rounds(path / "rounds.jsonl"), dotted(read_config(path / "config.yaml"))
+            if rounds:
+                check(path / "config.yaml", config)
+                yield name, (config, rounds, _complete(path, config, rounds))
 
 
 def _named(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -225,11 +222,11 @@ def _named(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     pooled = "baseline.name" in config
     return {
         "run": name,
-        "kind": config["baseline.name"] if pooled else "federated",
+        "kind": str(config["baseline.name"]) if pooled else "federated",
         "task": _shown(config.get("data.task", config.get("data.class"))),
         "model": _shown(config.get("model.name", config.get("model.class"))),
         "split": "pooled" if pooled else f"{split} {config.get(level)}" if level else _shown(split),
-        "seed": config.get("loop.seed"),
+        "seed": seed if isinstance(seed := config.get("loop.seed"), int) else _shown(seed),
     } | ({"clients": 1} if pooled else {"clients": clients} if isinstance(clients, int) else {})
 
 
@@ -273,7 +270,7 @@ def _content_of(config: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    return json.dumps(value) if isinstance(value, (list, dict)) else value
+    return value if isinstance(value, _PLAIN) else json.dumps(value, default=str)
 
 
 def _complete(folder: Path, config: Mapping[str, Any], rounds: list[RoundRecord]) -> bool:
@@ -283,7 +280,7 @@ def _complete(folder: Path, config: Mapping[str, Any], rounds: list[RoundRecord]
     if asked is None or rounds[-1].round >= asked:
         return True
     summary = folder / "summary.json"
-    return summary.exists() and bool(read_object(summary).get("rounds") == rounds[-1].round)
+    return present(summary) and bool(read_object(summary).get("rounds") == rounds[-1].round)
 
 
 def _tuple(key: Hashable) -> tuple[Any, ...]:

@@ -10,16 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedtune.errors import RunError, UsageError, one_of, shown
-from fedtune.files import settled, synchronise, write_text
+from fedtune.files import content, present, regular, said, settled, synchronise, write_text
 from fedtune.models import build_classifier
 from fedtune.models.pretrained import content_of, load_tokenizer
 from fedtune.models.weights import quiet
 from fedtune.storage import checkpoint, start
+from fedtune.storage.config import read_config
 from fedtune.storage.records import RoundRecord, read_rounds
 from fedtune.storage.summary import MODES
 from fedtune.tensors import Tensors, assign_, digest, misfit, resting, travelling
@@ -49,7 +49,7 @@ def export(run: str | Path, folder: str | Path, which: str = "last", label_names
             written, a model whose files have changed since.
         RunError: the run's files are damaged.
     """
-    run, folder = Path(run), Path(folder)
+    run, folder = Path(run).expanduser(), Path(folder).expanduser()
     if which not in WHICH:
         raise one_of("which", which, WHICH)
     _check_target(folder)
@@ -94,13 +94,10 @@ def _check_target(folder: Path) -> None:
 
 def _config_of(run: Path) -> dict[str, Any]:
     """The configuration of a run of a `TextClassifier`."""
-    try:
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError("run", str(run), f"a directory of a run, with config.yaml ({error.strerror})") from error
-    except (ValueError, yaml.YAMLError) as error:
-        raise RunError(f"{run / 'config.yaml'} cannot be read: {' '.join(str(error).split())}") from error
-    model = config.get("model") if isinstance(config, dict) else None
+    if not present(run / "config.yaml"):
+        raise UsageError("run", str(run), "a directory of a run, with config.yaml (it has none)")
+    config = read_config(run / "config.yaml")
+    model = config.get("model")
     if not isinstance(model, dict) or "name" not in model or "class" in model:
         what = shown(model.get("class")) if isinstance(model, dict) else "no module"
         raise UsageError("run", str(run), f"a run of a TextClassifier, as Transformers knows its networks (this is of {what})")
@@ -144,14 +141,15 @@ def _weights_of(run: Path, config: Mapping[str, Any], which: str) -> tuple[int, 
 
 
 def _kept_best(file: Path) -> tuple[int, Tensors] | None:
-    if not file.exists():
+    if not present(file):
         return None
     try:
+        regular(file)
         with safe_open(file, framework="pt") as stream:
             number = int((stream.metadata() or {})["round"])
             return number, {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 - it is no dictionary
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise RunError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
+        raise RunError(f"{file} cannot be read: {type(error).__name__}: {said(error)}") from error
 
 
 def _module_of(run: Path, config: Mapping[str, Any], names: Sequence[str], weights: Tensors) -> Any:
@@ -223,8 +221,8 @@ def _card(run: Path, config: Mapping[str, Any], names: Sequence[str], number: in
 
 def _summary_of(run: Path) -> dict[str, Any]:
     try:
-        found = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # a run that goes on
+        found = json.loads(content(run / "summary.json"))
+    except (OSError, ValueError, RecursionError):  # a run that goes on
         return {}
     return found if isinstance(found, dict) else {}
 

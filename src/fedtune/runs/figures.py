@@ -6,10 +6,12 @@ import itertools
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fedtune.files import printable, replaced, said
 from fedtune.storage.records import RoundRecord
 from fedtune.storage.summary import mean_of
 
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
 _LABELS = {"loss_nats": "loss in nats", "train_loss_nats": "training loss in nats"}
+_NAMES = 60  # labels or authors that have a colour of their own in a picture; the rest are one
+_TALLEST, _ROWS = 60, 500  # inches, and bars, in a picture of clients
+_LONGEST, _LINES = 120, 4  # characters of a line of text in a picture, and lines
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 
 
@@ -85,7 +90,10 @@ def _value(record: RoundRecord, metric: str) -> float | None:
 def plot_run(
     folder: Path, history: Sequence[RoundRecord], baselines: Mapping[str, Sequence[Any]], part: str, monitor: str
 ) -> None:
-    """Draw curves.png of a run directory: the rounds, evaluated on a part, beside the baselines that are known."""
+    """Draw curves.png of a run directory: the rounds, evaluated on a part, beside the baselines that are known.
+
+    A picture that cannot be drawn is a warning: the run is not about it.
+    """
     curves = {"federated": history, "centralised": baselines.get("centralised", ())}
     levels = {}
     for measured in ("test", part):
@@ -93,39 +101,66 @@ def plot_run(
         if alone is not None:
             levels = {"each client alone, mean" + (f", {measured} part" if measured != part else ""): alone}
     drawn = {name: rounds for name, rounds in curves.items() if rounds}
-    plot_curves(drawn, folder / "curves.png", levels, f"{folder.name}: {part} part", monitor)
+    try:
+        plot_curves(drawn, folder / "curves.png", levels, f"{folder.name}: {part} part", monitor)
+    except Exception as error:  # whatever it is
+        warnings.warn(f"{folder / 'curves.png'} could not be drawn: {type(error).__name__}: {said(error)}", stacklevel=2)
 
 
 def plot_split(table: Sequence[Mapping[str, Any]], path: str | Path, title: str = "") -> None:
-    """Draw labels per client, and authors per client where the task names authors.
+    """Draw labels per client, and authors per client where the task names authors; the most frequent, where there are many.
 
     Args:
         table: as from `FederatedDataModule.describe`.
         path: the picture.
     """
     panels = [key for key in ("labels", "authors") if key in table[0]]
-    figure, axes = new_figure(1, len(panels), (5.5 * len(panels) + 1, max(3.5, 0.3 * len(table) + 1.5)))
+    height = min(_TALLEST, max(3.5, 0.3 * len(table) + 1.5))
+    figure, axes = new_figure(1, len(panels), (5.5 * len(panels) + 1, height))
+    step = -(-len(table) // _ROWS)
+    label = "client" if step == 1 else f"client (a row has {step})"
     for panel, key in zip(axes, panels, strict=True):
-        _stack(panel, [row[key] for row in table])
-        panel.set(xlabel="training texts", ylabel="client", title=f"{key} per client")
+        rows = _most_frequent([row[key] for row in table])
+        _stack(panel, [sum(rows[first : first + step], Counter()) for first in range(0, len(rows), step)], step)
+        panel.set(xlabel="training texts", ylabel=label, title=f"{key} per client")
         panel.set_yticks(range(len(table)) if len(table) <= 40 else range(0, len(table), len(table) // 20))
         panel.invert_yaxis()
     figure.suptitle(title)
     save(figure, path)
 
 
-def _stack(axes: Axes, clients: Sequence[Mapping[str, int]]) -> None:
+def _most_frequent(clients: Sequence[Mapping[str, int]]) -> list[Counter[str]]:
+    """What clients hold, with one name for all that are not among the most frequent."""
+    total = Counter[str]()
+    for counts in clients:
+        total.update(counts)
+    if len(total) <= _NAMES:
+        return [Counter(counts) for counts in clients]
+    own, rest = {name for name, _ in total.most_common(_NAMES - 1)}, f"{len(total) - _NAMES + 1:,} others"
+    found = []
+    for counts in clients:
+        mine = Counter({name: count for name, count in counts.items() if name in own})
+        mine[rest] += sum(count for name, count in counts.items() if name not in own)
+        found.append(mine)
+    return found
+
+
+def _stack(axes: Axes, clients: Sequence[Mapping[str, int]], step: int) -> None:
+    """Bars, one for so many clients each."""
     from matplotlib import colormaps
 
     names = sorted({name for counts in clients for name in counts})
     colours = colormaps["tab20"].colors  # type: ignore[attr-defined]  # a listed colour map has them
-    start = [0] * len(clients)
+    start, edges, drawn = [0] * len(clients), [number * step - 0.5 for number in range(len(clients) + 1)], []
     for index, name in enumerate(names):
-        widths = [counts.get(name, 0) for counts in clients]
-        axes.barh(range(len(clients)), widths, left=start, color=colours[index % 20], height=0.85)
-        start = [before + width for before, width in zip(start, widths, strict=True)]
+        end = [before + counts.get(name, 0) for before, counts in zip(start, clients, strict=True)]
+        style: dict[str, Any] = {"color": colours[index % 20], "fill": True, "orientation": "horizontal", "linewidth": 0}
+        drawn.append(axes.stairs(end, edges, baseline=start, **style))
+        start = end
+    if len(clients) <= 100:
+        axes.hlines(edges, 0, max(start), color="white", linewidth=2)
     if len(names) <= 20:  # a longer legend would hide the bars
-        axes.legend(axes.containers, names, fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
+        axes.legend(drawn, names, fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def new_figure(
@@ -142,16 +177,18 @@ def new_figure(
 
 def save(figure: Figure, path: str | Path, dpi: int = 120) -> None:
     """Write a figure; the folder is made where it is missing. Names are drawn as they are: a $ in them begins no formula, and
-    what no font has is a box."""
+    what no font has is a box. The file is whole or as it was."""
     from matplotlib.text import Text
 
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     for text in figure.findobj(Text):
         text.set_parse_math(False)
-        text.set_text(text.get_text().encode(errors="replace").decode())  # a name of a file need not be Unicode
-    with warnings.catch_warnings():
+        lines = text.get_text().split("\n")
+        text.set_text("\n".join(printable(line, _LONGEST) for line in lines[:_LINES]))  # a name of a file need not be Unicode
+    with warnings.catch_warnings(), replaced(path) as temporary:
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from")
-        figure.savefig(path, dpi=dpi)
+        figure.savefig(temporary, dpi=dpi, format=path.suffix.removeprefix(".") or "png")
 
 
 def drawn_lines(panels: Sequence[Axes]) -> dict[str, Line2D]:

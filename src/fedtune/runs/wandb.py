@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import tempfile
 import uuid
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.loggers import WandbLogger
 
 from fedtune.errors import UsageError
-from fedtune.files import write_text
+from fedtune.files import content, regular, said, write_text
 from fedtune.runs.callbacks import FederatedCallback, Run
 from fedtune.runs.figures import plot_split
 from fedtune.storage.records import RoundRecord
@@ -39,28 +42,40 @@ class WandbMirror(FederatedCallback):
 
     def on_fit_start(self, run: Run, module: pl.LightningModule) -> None:
         """Open the run; a resumed run directory continues the same W&B run. A W&B that fails is left alone from then on."""
-        config, tagged = run.config, (("model", "name"), ("data", "task"), ("data", "split"))
-        try:
-            self._mirror = self._wandb.init(
-                project=os.environ.get("WANDB_PROJECT", "fedtune"),
-                dir=run.run_dir,
-                id=_run_id(run.run_dir),
-                resume="allow",
-                reinit="finish_previous",
-                config=config,
-                mode=None if os.environ.get("WANDB_MODE") or is_online(self._wandb) else "offline",
-                tags=[str(config[part][key])[:64] for part, key in tagged if key in config.get(part, {})],
-            )
-        except self._wandb.Error as error:
-            warnings.warn(f"the run is not mirrored, W&B could not be started: {error}", stacklevel=1)
+        with self._no_harm("the run is not mirrored, W&B could not be started"):
+            self._mirror = self._opened(run)
+        if self._mirror is None:
             return
-        module.trainer.logger = WandbLogger(experiment=self._mirror)
-        self._mirror.define_metric("round")
-        self._mirror.define_metric("*", step_metric="round")
-        if hasattr(run.data, "describe") and not run.history:
-            self._log_split(run)
+        with self._no_harm():
+            module.trainer.logger = WandbLogger(experiment=self._mirror)
+            self._mirror.define_metric("round")
+            self._mirror.define_metric("*", step_metric="round")
+            if hasattr(run.data, "describe") and not run.history:
+                self._log_split(run)
         if run.history:  # a kill may have come between its checkpoint and its mirror
             self.on_round_end(run, module, run.history[-1])
+
+    def _opened(self, run: Run) -> Any:
+        config, tagged = run.config, (("model", "name"), ("data", "task"), ("data", "split"))
+        return self._wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "fedtune"),
+            dir=run.run_dir,
+            id=_run_id(run.run_dir),
+            resume="allow",
+            reinit="finish_previous",
+            config=config,
+            mode=None if os.environ.get("WANDB_MODE") or is_online(self._wandb) else "offline",
+            tags=[str(config[part][key])[:64] for part, key in tagged if key in config.get(part, {})],
+        )
+
+    @contextlib.contextmanager
+    def _no_harm(self, what: str = "the run is no longer mirrored, W&B failed") -> Iterator[None]:
+        """Inside the block an error of W&B is a warning, the only one: from then on it is left alone."""
+        try:
+            yield
+        except Exception as error:  # whatever it is, the run is not about it
+            self._mirror = None
+            warnings.warn(f"{what}: {type(error).__name__}: {said(error)}", stacklevel=4)
 
     def _log_split(self, run: Run) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -70,7 +85,9 @@ class WandbMirror(FederatedCallback):
 
     def on_round_end(self, run: Run, module: pl.LightningModule, record: RoundRecord) -> None:
         """Log every number of the record."""
-        if self._mirror is not None:
+        if self._mirror is None:
+            return
+        with self._no_harm():
             flat = record.to_dict()
             drift = {f"drift/{layer}": value for layer, value in flat.pop("drift").items()}
             clients = {f"client_accuracy/{name}": value for name, value in spread(flat.pop("client_accuracy")).items()}
@@ -83,21 +100,24 @@ class WandbMirror(FederatedCallback):
         """Log the last round's clients as a table and the summary, and close the run."""
         if self._mirror is None:
             return
-        last = run.history[-1].to_dict()
-        accuracy = dict(enumerate(last["client_accuracy"]))
-        rows = [report | {"accuracy": accuracy.get(report["client"])} for report in last["clients"]]
-        table = self._wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
-        self._mirror.log({"clients": table, "round": last["round"]})
-        self._mirror.summary.update({f"final/{name}": value for name, value in run.summary.items()})
-        folder, offline = self._mirror.dir, self._mirror.settings.mode == "offline"
-        self._mirror.finish()
-        if offline:
-            run.print(f"W&B wrote offline files; send them with: wandb sync {os.path.dirname(folder)}")
+        with self._no_harm():
+            if run.history:
+                last = run.history[-1].to_dict()
+                accuracy = dict(enumerate(last["client_accuracy"]))
+                rows = [report | {"accuracy": accuracy.get(report["client"])} for report in last["clients"]]
+                table = self._wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+                self._mirror.log({"clients": table, "round": last["round"]})
+            self._mirror.summary.update({f"final/{name}": value for name, value in run.summary.items()})
+            folder, offline = self._mirror.dir, self._mirror.settings.mode == "offline"
+            self._mirror.finish()
+            if offline:
+                run.print(f"W&B wrote offline files; send them with: wandb sync {os.path.dirname(folder)}")
 
     def on_exception(self, run: Run, module: pl.LightningModule, error: BaseException) -> None:
         """Close the run as a failed one."""
         if self._mirror is not None:
-            self._mirror.finish(exit_code=1)
+            with self._no_harm():
+                self._mirror.finish(exit_code=1)
 
 
 def import_wandb(argument: str) -> Any:
@@ -120,6 +140,14 @@ def _run_id(run_dir: str | None) -> str | None:
     if run_dir is None or os.environ.get("WANDB_SWEEP_ID"):
         return None
     file = Path(run_dir) / "wandb_id"
-    if not file.exists():
-        write_text(file, uuid.uuid4().hex[:12])
-    return file.read_text(encoding="utf-8")
+    try:
+        regular(file, follow=False)  # what a link leads to is nobody's business
+        known = content(file).decode("utf-8", "replace").strip()
+    except FileNotFoundError:
+        known = ""
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", known):
+        if known:
+            warnings.warn(f"{file} is damaged; the run is mirrored as a new one", stacklevel=5)
+        known = uuid.uuid4().hex[:12]
+        write_text(file, known)
+    return known

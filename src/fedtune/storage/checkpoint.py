@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from fedtune.errors import RunError
 from fedtune.federated.messages import Position
 from fedtune.federated.state import ServerState
-from fedtune.files import replaced, synchronise, write_text
+from fedtune.files import content, opened, present, replaced, said, synchronise, write_text
+from fedtune.storage import checks
 from fedtune.tensors import Tensors, joined, parted
 
 _NAME = re.compile(r"round-[0-9]{4,}", re.ASCII)
@@ -45,8 +46,8 @@ def save(folder: Path, state: ServerState, keep: int) -> Path:
             shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir()
         _write(temporary, state)
-        if path.exists():
-            shutil.rmtree(path)
+        if os.path.lexists(path):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         os.replace(temporary, path)
         synchronise(folder)
     except (OSError, SafetensorError) as error:
@@ -83,9 +84,12 @@ def load(path: Path) -> ServerState:
         RunError: a file is missing, unreadable or not the one that was written, or it is a checkpoint of another round.
     """
     try:
-        notes = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        notes = json.loads(content(path / "state.json"))
         if not isinstance(notes, dict) or notes.pop("check", None) != _check(notes):
             raise RunError(f"{path / 'state.json'} is not the one that was written")
+        checks.checked(notes, dict.fromkeys(("round", "steps", "epochs", "examples"), checks.count))
+        if not {"weights"} <= notes["sha256"].keys() <= {"weights", "memory"}:
+            raise RunError(f"{path / 'state.json'} names other files than the weights and the memory")
         if path.name != _name(notes["round"]):
             raise RunError(f"{path} holds the checkpoint of round {notes['round']}")
         tensors: dict[str, Tensors] = {"memory": {}}
@@ -98,8 +102,8 @@ def load(path: Path) -> ServerState:
         memory = {step: parted(groups) for step, groups in parted(tensors["memory"]).items()}
         position = Position(notes["steps"], notes["epochs"])
         return ServerState(notes["round"], tensors["weights"], position, notes["examples"], memory)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise RunError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+        raise RunError(f"{path} cannot be read: {type(error).__name__}: {said(error)}") from error
 
 
 def rounds(folder: Path) -> list[int]:
@@ -131,11 +135,19 @@ def _check(notes: dict[str, Any]) -> str:
 
 
 def _numbered(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, oldest first; what else lies there (a copy, another name) is none."""
-    found = [path for path in folder.glob("round-*") if _NAME.fullmatch(path.name)]
+    """The checkpoints of a folder, oldest first; what else lies there (a copy, another name) is none.
+
+    Raises:
+        RunError: the folder cannot be seen.
+    """
+    try:
+        names = os.listdir(folder) if present(folder) else []
+    except OSError as error:
+        raise RunError(f"{folder} cannot be read: {said(error)}") from error
+    found = [folder / name for name in names if _NAME.fullmatch(name)]
     return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
 
 
 def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
+    with opened(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -24,8 +24,8 @@ def checked(found: Mapping[str, Any], form: Mapping[str, Check], optional: Seque
 
 
 def count(name: str, value: Any) -> int:
-    """A whole number, 0 or more."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    """A whole number, 0 or more, which 64 bits hold."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
         raise _wrong(name, value, "a whole number, 0 or more,")
     return value
 

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from fedtune.errors import RunError, UsageError, shown
+from fedtune.files import content, said
 from fedtune.storage.plain import Unnamed, class_of, plain
 from fedtune.version import __version__
 
@@ -21,6 +22,7 @@ from fedtune.version import __version__
 KEPT = {"loop.options.keep", "loop.options.progress", "loop.options.baseline_dir", "loop.monitor", "loop.mode"}
 # what may differ between the start of a run and its continuation: no number of a finished round depends on it
 _FREE = {"run_dir", "logger", "loop.max_rounds", "loop.baselines", "loop.options.local_clients", "content.label_names"} | KEPT
+_DEEPEST = 50  # levels of a configuration
 
 # what runs of earlier versions have not written
 _LATER = {"model.from", "data.from", "data.num_clients"}
@@ -116,9 +118,15 @@ def read_config(file: Path) -> dict[str, Any]:
         RunError: the file is damaged.
     """
     try:
-        found = yaml.load(file.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        text = content(file).decode("utf-8")
+        loader, depth = getattr(yaml, "CSafeLoader", yaml.SafeLoader), 0
+        for event in yaml.parse(text, Loader=loader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST or isinstance(event, yaml.AliasEvent):
+                raise ValueError("it is nested too deeply, or refers to itself, which no run writes")
+        found = yaml.load(text, Loader=loader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise RunError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+        raise RunError(f"{file} cannot be read: {said(error)}") from error
     if not isinstance(found, dict) or not found:
         raise RunError(f"{file} has no configuration, but {shown(found)}")
     return found

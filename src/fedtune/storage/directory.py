@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fedtune.errors import RunError, UsageError, shown
 from fedtune.federated.memory import ClientMemory, MemoryInRam, MemoryOnDisk
 from fedtune.federated.state import ServerState
-from fedtune.files import append_line, finite, parsed_lines, read_object, write_lines, write_text
+from fedtune.files import append_line, finite, parsed_lines, present, put_aside, read_object, said, write_lines, write_text
 from fedtune.storage import checkpoint, checks, start
 from fedtune.storage.config import differences, read_config, versions
 from fedtune.storage.records import RoundRecord, read_rounds
@@ -45,6 +44,7 @@ def _is_local(line: dict[str, Any]) -> bool:
 
 _FORMS = {"callbacks.jsonl": _is_states, "local.jsonl": _is_local}  # how a line looks
 _ONLY_HERE = ("callbacks.jsonl",)  # what its lines say is in no other file
+from fedtune.yaml_files import dump
 
 
 class RunDirectory:
@@ -64,6 +64,7 @@ class RunDirectory:
         self.path, self.keep = path, keep
         self.memory: ClientMemory = MemoryInRam() if path is None else MemoryOnDisk(path / "clients", num_clients)
         self._start: list[ServerState] = []
+        self._again, self._done = "baseline" in config, 0  # whether all can be made anew; complete rounds that were found
         if path is None:
             return
         try:
@@ -88,7 +89,13 @@ class RunDirectory:
                 f"{kept} is missing, with the weights that the run began with, and its frozen ones; put it back, or start "
                 "again in a new run directory"
             )
-        start.begin(kept, state, resting, from_files)
+        try:
+            start.begin(kept, state, resting, from_files)
+        except RunError as error:
+            if self._leftovers() or checkpoint.rounds(self.path / "checkpoints") or not os.path.lexists(kept):
+                raise
+            self._put_aside([kept], error)  # no round is complete, so it can be made anew
+            start.begin(kept, state, resting, from_files)
 
     def start(self) -> ServerState:
         """The state that the run began with."""
@@ -98,20 +105,37 @@ class RunDirectory:
         return found
 
     def resume(self) -> tuple[ServerState | None, list[RoundRecord]]:
-        """The state after the last complete round and the records up to it; a later, unfinished round is dropped."""
+        """The state after the last complete round and the records up to it; a later, unfinished round is dropped.
+
+        A baseline that is damaged begins anew, and what there was is put aside.
+
+        Raises:
+            RunError: a file is damaged, or cannot be seen.
+        """
         if self.path is None:
             return None, []
-        state, file = checkpoint.latest(self.path / "checkpoints"), self.path / "rounds.jsonl"
+        try:
+            return self._resume(self.path)
+        except RunError as error:
+            if not self._again:
+                raise
+            names = ("checkpoints", "rounds.jsonl")
+            self._put_aside([self.path / name for name in names if os.path.lexists(self.path / name)], error)
+            return self._resume(self.path)
+
+    def _resume(self, path: Path) -> tuple[ServerState | None, list[RoundRecord]]:
+        state, file = checkpoint.latest(path / "checkpoints"), path / "rounds.jsonl"
         number = state.round if state else 0
         found = len(parsed_lines(file))
         if state is None and (found > 1 or self._leftovers()):
             raise RunError(
-                f"{self.path / 'checkpoints'} has no checkpoint, but other files of the run have complete rounds; put it back, "
-                "or start again in a new run directory"
+                f"{path / 'checkpoints'} has no checkpoint, but other files of the run have complete rounds; put it back (is "
+                "its disk mounted?), or start again in a new run directory"
             )
         done = read_rounds(file, number)
         if found > number + 1:  # a crash leaves one at most
             warnings.warn(f"{file}: rounds {number + 1} to {found} have no checkpoint and are done again", stacklevel=2)
+        self._done = number
         self.memory.rewind(number)
         self.rewrite(file.name, [record.to_dict() for record in done])
         return state, done
@@ -138,10 +162,8 @@ class RunDirectory:
 
     def read_json(self, name: str) -> dict[str, Any]:
         """A JSON file of the run; nothing where it is not there, or damaged, as the run makes it anew and says so."""
-        if self.path is None or not (self.path / name).exists():
-            return {}
         try:
-            return read_object(self.path / name)
+            return {} if self.path is None or not present(self.path / name) else read_object(self.path / name)
         except RunError as error:
             warnings.warn(f"{error}; it is made anew", stacklevel=2)
             return {}
@@ -155,9 +177,15 @@ class RunDirectory:
         Raises:
             RunError: a line is no such record, and nothing can say again what it said.
         """
-        if self.path is None or not (self.path / name).exists():
+        if self.path is None:
             return []
         file, good = self.path / name, []
+        if not present(file):
+            if name in _ONLY_HERE and self._done > 1 and not self._again:
+                warnings.warn(
+                    f"{file} is missing: callbacks begin after round {self._done} as if they knew nothing", stacklevel=2
+                )
+            return []
         found = parsed_lines(file)
         for one, number in zip(found, wanted, strict=False):
             if not isinstance(one, dict) or isinstance(one.get(key), bool) or one.get(key) != number:
@@ -172,12 +200,16 @@ class RunDirectory:
                     f"{damaged}: {shown(found[len(good)])}; remove the file to go on with callbacks that know nothing"
                 )
             warnings.warn(f"{damaged}; from there on it is made anew", stacklevel=2)
+        if name in _ONLY_HERE and len(good) < self._done - 1:  # a crash loses one at most
+            raise RunError(
+                f"{file} has {len(good)} of {self._done} rounds; remove the file to go on with callbacks that know nothing"
+            )
         self.rewrite(name, good)
         return good
 
     def rewrite(self, name: str, records: list[dict[str, Any]]) -> None:
         """Replace a JSON-lines file of the run."""
-        if self.path is not None and (records or (self.path / name).exists()):
+        if self.path is not None and (records or os.path.lexists(self.path / name)):
             with writing(self.path / name):
                 write_lines(self.path / name, records)
 
@@ -187,13 +219,40 @@ class RunDirectory:
             with writing(self.path / name):
                 append_line(self.path / name, record)
 
+    def _put_aside(self, paths: Iterable[Path], why: RunError) -> None:
+        """Make room for what can be made anew, and say so."""
+        for path in paths:
+            with writing(path):
+                place = put_aside(path, "damaged")
+            warnings.warn(f"{why}; it is made anew, and {path.name} is kept as {place.name}", stacklevel=3)
+
+    def _before(self, file: Path) -> dict[str, Any] | None:
+        """The configuration of the run that is here, if one is.
+
+        Raises:
+            RunError: it is damaged, or missing beside complete rounds. That of a baseline is made anew.
+        """
+        try:
+            if present(file):
+                return read_config(file)
+        except RunError as error:
+            if not self._again:
+                raise
+            self._put_aside([file], error)
+        if not self._again and checkpoint.rounds(file.parent / "checkpoints"):
+            raise RunError(
+                f"{file} is missing, so nobody knows of what the rounds here are; put it back, or take a new run_dir"
+            )
+        return None
+
     def _claim(self, file: Path, config: Mapping[str, Any]) -> None:
-        if file.exists():
-            different = differences(read_config(file), config)
+        before = self._before(file)
+        if before is not None:
+            different = differences(before, config)
             if different:
                 allowed = f"a new directory, or the configuration of the run in it, which differs in {'; '.join(different)}"
                 raise UsageError("run_dir", str(self.path), allowed)
-        text = yaml.safe_dump({**config, "versions": versions()}, sort_keys=False, allow_unicode=True)
+        text = dump({**config, "versions": versions()})
         write_text(file, text)
 
 
@@ -203,4 +262,4 @@ def writing(file: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(f"{file} could not be written ({error}); every complete round is kept") from error
+        raise RunError(f"{file} could not be written ({said(error)}); every complete round is kept") from error

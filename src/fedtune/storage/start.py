@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from fedtune.errors import RunError, UsageError, shown
 from fedtune.federated.state import ServerState
-from fedtune.files import read_object, replaced, write_text
+from fedtune.files import read_object, regular, replaced, said, write_text
 from fedtune.storage import checkpoint
 from fedtune.tensors import Tensors, assign_, digest
 
@@ -66,9 +66,10 @@ def read(folder: Path) -> tuple[dict[str, str], Tensors]:
     """
     try:
         before: dict[str, str] = read_object(folder / "resting.json")
+        regular(folder / "resting.safetensors")
         kept = load_file(folder / "resting.safetensors")
     except (OSError, ValueError, RunError, SafetensorError) as error:
-        raise RunError(f"{folder} cannot be read: {error}; start again in a new run directory") from error
+        raise RunError(f"{folder} cannot be read: {said(error)}; start again in a new run directory") from error
     for name, tensor in kept.items():
         if before.get(name) != digest({name: tensor}):
             raise RunError(

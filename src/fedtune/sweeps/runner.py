@@ -21,7 +21,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from fedtune.files import write_text
+from fedtune.files import printable, write_text
 from fedtune.storage.locks import is_locked, locked
 from fedtune.sweeps.grid import Cell, Sweep
 from fedtune.sweeps.stale import put_aside, stale
@@ -54,8 +54,11 @@ class _Board:
     workers: int
     running: list[_Running] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
-    began: float = field(default_factory=time.time)
     finished: dict[str, dict[str, Any]] = field(default_factory=dict)
+    found: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.found = {cell.name: _mark(self.folder / cell.name) for cell in self.sweep.cells}
 
     def ended(self) -> dict[str, dict[str, Any]]:
         """Directory name -> status, of the finished runs."""
@@ -67,10 +70,10 @@ class _Board:
         return self.finished
 
     def failed_elsewhere(self, cell: Cell) -> str | None:
-        """Why a run failed in another sweep since this one began; None where it did not."""
+        """Why a run failed in another sweep since this one began; None where it did not. No clock has a say in it."""
         folder = self.folder / cell.name
         found = status(folder)
-        if found.get("state") != "failed" or (folder / "status.json").stat().st_mtime < self.began:
+        if found.get("state") != "failed" or _mark(folder) == self.found[cell.name]:
             return None
         return str(found.get("error"))
 
@@ -102,6 +105,15 @@ class _Board:
         for one in self.running:
             table.add_row(one.cell.name, Text(one.cell.title), Text(one.note))
         return Group(Text(self.summary()), table)
+
+
+def _mark(folder: Path) -> tuple[int, ...] | None:
+    """What tells one status.json from the next."""
+    try:
+        found = (folder / "status.json").lstat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def estimate(cells: Sequence[Cell], among: Sequence[Cell], done: Mapping[str, Mapping[str, Any]]) -> float | None:
@@ -172,7 +184,7 @@ def run(sweep: Sweep, folder: Path, workers: int = 1, logger: str = "none") -> i
                 one.process.terminate()  # safe at any moment: a run goes on from its last complete round
                 one.process.join()
     for name, error in board.failed.items():
-        console.print(f"failed: {name}: {error}", soft_wrap=True)
+        console.print(f"failed: {name}: {printable(error)}", soft_wrap=True)
     console.print(board.summary(), soft_wrap=True)
     if logger == "wandb":
         console.print(
@@ -277,14 +289,10 @@ def _close(one: _Running, board: _Board, console: Console, queue: list[Cell]) ->
 
 def _say(console: Console, one: _Running, text: str) -> None:
     if not console.is_terminal or text.startswith(("finished", "failed")):
-        console.print(f"{one.cell.name}  {one.cell.title}  {text}", soft_wrap=True)
+        console.print(f"{one.cell.name}  {printable(one.cell.title)}  {printable(text)}", soft_wrap=True)
 
 
 def _duration(seconds: float) -> str:
-    """Seconds for a reader.
-
-    >>> _duration(75), _duration(7300)
-    ('1 min 15 s', '2 h 1 min')
-    """
+    """Seconds for a reader: `_duration(75)` is 1 min 15 s."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

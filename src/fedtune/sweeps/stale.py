@@ -10,10 +10,9 @@ from typing import Any
 
 from fedtune.errors import RunError, UsageError
 from fedtune.runs.flags import content_of_run
-from fedtune.storage.config import dotted
+from fedtune.storage.config import dotted, read_config
 from fedtune.storage.locks import is_locked
 from fedtune.sweeps.grid import Cell
-from fedtune.yaml_files import read
 
 _CONTENT = ("task", "task_options", "folder", "tokenizer", "max_length", "limit")  # of the data: what their content depends on
 
@@ -58,7 +57,7 @@ def put_aside(folder: Path, name: str) -> Path | None:
 
 def _content(file: Path) -> dict[str, Any] | None:
     try:
-        found = read(file, "config.yaml")["content"]
+        found = read_config(file).get("content")
         return {key: value for key, value in found.items() if key != "label_names"} if isinstance(found, dict) else None
-    except (UsageError, KeyError, TypeError):
+    except RunError:  # the run itself says so
         return None

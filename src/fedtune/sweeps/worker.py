@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.errors import RunError, UsageError
-from fedtune.files import read_lines, write_text
+from fedtune.files import content, opened, printable, read_lines, write_text
 from fedtune.runs.callbacks import FederatedCallback
 from fedtune.runs.flags import fit
+from fedtune.storage import checks
+from fedtune.storage.directory import writing
 from fedtune.storage.locks import Busy, locked
 
 if TYPE_CHECKING:
@@ -26,11 +28,19 @@ Arguments = Mapping[str, Mapping[str, Any]]
 
 
 def status(folder: Path) -> dict[str, Any]:
-    """How the last start of a run ended: `state` ("finished" or "failed"), `seconds`, `metrics` or `error`; else nothing."""
+    """How the last start of a run ended: `state` ("finished" or "failed"), `seconds`, `metrics` or `error`; else nothing.
+
+    A file that says neither, as a run writes it, says nothing: the run is started, and ends at once where it was done.
+    """
     try:
-        found: dict[str, Any] = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+        found = json.loads(content(folder / "status.json"))
+        if not isinstance(found, dict) or found.get("state") not in ("finished", "failed"):
+            return {}
+        if found["state"] == "finished":
+            checks.checked(found, {"seconds": checks.not_negative, "metrics": checks.measured_by_name})
+            found["metrics"] = {name: value for name, value in found["metrics"].items() if value is not None}
         return found
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
 
@@ -67,21 +77,23 @@ def work(arguments: Arguments, folder: Path, setting: Mapping[str, Any], line: C
     try:
         with locked(folder):
             if status(folder).get("state") != "finished":
-                with open(folder / "log.txt", "a", encoding="utf-8", buffering=1) as log:
+                with opened(folder / "log.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT, "ab") as log:
                     for stream in (1, 2):  # the streams themselves: handlers of other libraries hold on to them
                         os.dup2(log.fileno(), stream)
                     _run(arguments, folder, setting["logger"], line)
     except Busy as error:
         line.send(f"left: {error}")
     except (UsageError, OSError) as error:
-        line.send(f"failed: {' '.join(str(error).split())}")
+        line.send(f"failed: {printable(error)}")
 
 
 def _run(arguments: Arguments, folder: Path, logger: str, line: Connection) -> None:
     try:
         recorded(arguments, folder, logger=logger, callbacks=[_Reporter(line)])
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
+        if status(folder).get("state") != "failed":  # it could not be written
+            line.send(f"failed: {printable(error)}")
 
 
 def recorded(arguments: Arguments, folder: Path, **where: Any) -> FederatedLoop:
@@ -91,22 +103,32 @@ def recorded(arguments: Arguments, folder: Path, **where: Any) -> FederatedLoop:
         UsageError, RunError: as `options.fit`.
     """
     with locked(folder):
-        (folder / "status.json").unlink(missing_ok=True)
-        before = sum(record["seconds"] for record in read_lines(folder / "rounds.jsonl"))
-        began = time.perf_counter()
+        with writing(folder / "status.json"):
+            (folder / "status.json").unlink(missing_ok=True)
+        before, began = 0.0, time.perf_counter()
         ended: dict[str, Any] = {}
         try:
+            before = sum(checks.not_negative("seconds", one.get("seconds", 0)) for one in _records(folder))
             loop = fit(arguments, run_dir=str(folder), **where)
             ended = {"state": "finished", "metrics": loop.history[-1].metrics}
             return loop
         except Exception as error:
             kind = "" if isinstance(error, (UsageError, RunError)) else f"{type(error).__name__}: "
-            ended = {"state": "failed", "error": kind + " ".join(str(error).split())}
+            ended = {"state": "failed", "error": kind + printable(error)}
             raise
         finally:
             if ended:  # an interrupted run has no status
                 ended["seconds"] = before + time.perf_counter() - began
-                write_text(folder / "status.json", json.dumps(ended, indent=1, ensure_ascii=False) + "\n")
+                with writing(folder / "status.json"):
+                    write_text(folder / "status.json", json.dumps(ended, indent=1, ensure_ascii=False) + "\n")
+
+
+def _records(folder: Path) -> list[dict[str, Any]]:
+    """The rounds of earlier starts; what is wrong with them the run itself says."""
+    try:
+        return read_lines(folder / "rounds.jsonl")
+    except RunError:
+        return []
 
 
 def _end_with_the_runner(line: Connection) -> None:
