@@ -18,6 +18,7 @@ from fedtune.storage import checkpoint, checks, start
 from fedtune.storage.config import differences, read_config, versions
 from fedtune.storage.records import RoundRecord, read_rounds
 from fedtune.tensors import Tensors
+from fedtune.yaml_files import dump
 
 
 def _is_states(line: dict[str, Any]) -> bool:
@@ -44,7 +45,6 @@ def _is_local(line: dict[str, Any]) -> bool:
 
 _FORMS = {"callbacks.jsonl": _is_states, "local.jsonl": _is_local}  # how a line looks
 _ONLY_HERE = ("callbacks.jsonl",)  # what its lines say is in no other file
-from fedtune.yaml_files import dump
 
 
 class RunDirectory:
