@@ -408,6 +408,11 @@ def test_files_that_cannot_be_used_are_named_with_the_cause_in_one_line(folder: 
     refused(lambda: fedtune.build_classifier(str(folder), 3), FAULTS[what])
 
 
+def test_pickled_weights_are_named_with_what_to_do(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    refused(lambda: fedtune.BertClassifier(str(folder), 3), "there is only pytorch_model.bin; save it once as safetensors")
+
+
 def test_weights_beyond_the_configuration_are_named(folder: Path) -> None:
     change(folder / "config.json", num_hidden_layers=1)
     with pytest.warns(UserWarning, match=r"weights that its configuration does not use: .*layer\.1\..* and 13 more"):

@@ -251,11 +251,11 @@ def test_a_wrong_option_is_refused_before_the_file_is_read(options: dict[str, An
 # ---------------------------------------------------------------- other files
 
 
-def zipped(**members: str) -> bytes:
+def members(**named: str) -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
-        for name, text in members.items():
-            archive.writestr(name.replace("_", "."), text)
+        for name, text in named.items():
+            archive.writestr(name, text)
     return file.getvalue()
 
 
@@ -267,8 +267,8 @@ COMPRESSED = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
     ("name", "content", "options"),
     [
         *((f"data.csv{ending}", compress(BODY.encode()), {}) for ending, compress in COMPRESSED.items()),
-        ("data.zip", zipped(inside_csv=BODY), {}),
-        ("data.jsonl.zip", zipped(whatever=LINES), {}),
+        ("data.zip", members(**{"inside.csv": BODY}), {}),
+        ("data.jsonl.zip", members(**{"whatever": LINES}), {}),
         ("data.tsv", BODY.replace(",", "\t"), {}),
         ("DATA.TSV.GZ", gzip.compress(BODY.replace(",", "\t").encode()), {}),
         ("data.jsonl", LINES, {}),
@@ -277,6 +277,17 @@ COMPRESSED = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
         ("data.parquet", arrow(text=TEXTS, label=LABELS), {}),
         ("data.parquet.gz", gzip.compress(arrow(text=TEXTS, label=pyarrow.array(LABELS).dictionary_encode())), {}),
         ("data.txt", BODY, {"format": "csv"}),
+        ("data.jsonl", LINES.replace("}", ', "score": NaN, "id": ' + "1" * 5000 + "}"), {}),
+        ("data.zip", members(**{"data.csv": BODY, "__MACOSX/._data.csv": "x", ".DS_Store": "x", "a/._b": "x"}), {}),
+        ("data.zip", members(**{"data.tsv": BODY.replace(",", "\t")}), {}),
+        ("data.zip", members(**{"data.tsv": BODY.replace(",", "\t")}), {"format": "csv"}),
+        ("data.csv.zip", members(**{"data.tsv": BODY.replace(",", "\t")}), {}),
+        ("data.zip", members(**{"data.txt": BODY}), {"format": "csv"}),
+        ("data.csv", BODY + "   ", {}),
+        ("data.csv", BODY + " \r\n\n  \n", {}),
+        ("data.csv", BODY + "\x1a", {}),
+        ("data.csv", BODY.rstrip() + "\x1a", {}),
+        ("data.jsonl", LINES + "\x1a", {}),
     ],
 )
 def test_a_file_is_read_by_its_ending(name: str, content: str | bytes, options: dict[str, Any]) -> None:
@@ -296,13 +307,16 @@ def test_a_file_is_read_by_its_ending(name: str, content: str | bytes, options: 
             for ending, compress in COMPRESSED.items()
         ),
         *((f"data.csv{ending}", BODY, "whole and not damaged") for ending in COMPRESSED),
-        ("data.zip", zipped(a_csv=BODY, b_csv=BODY), "a zip archive of one file (in this there are 2)"),
+        ("data.zip", members(**{"a.csv": BODY, "b.csv": BODY}), "a zip archive of one file (in this there are 2)"),
         ("data.csv.zip", BODY, "whole and not damaged"),
         ("data.jsonl", LINES[:-9], "one JSON object in each line (line 40"),
-        ("data.json", f"[{LINES}]", "one JSON object in each line (line 1"),
-        ("data.json", "[1]", "line 1 is a list"),
+        ("data.json", f"[{LINES}]", "one JSON object in each line (line 1 begins an array; one object a line is wanted)"),
+        ("data.json", "[1]", "line 1 begins an array"),
+        ("data.json", "1", "line 1 is a int"),
         ("data.jsonl", "[" * 100_000, "one JSON object in each line (line 1"),
-        ("data.jsonl", LINES.replace('"neg"', "NaN"), "NaN is no value of JSON"),
+        ("data.jsonl", LINES.replace('"neg"', "NaN"), "row 1 of data.jsonl, line 1, is empty"),
+        ("data.jsonl", LINES.replace('"neg"', "1" * 5000), "row 1 of data.jsonl, line 1, holds inf"),
+        ("data.jsonl", LINES.replace('"row number 6"', "NaN"), "row 7 of data.jsonl, line 7, is empty"),
         ("data.jsonl", LINES.replace('"label"', '"text"'), "line 1: a name is there twice"),
         ("data.jsonl", LINES.replace('"text": "row number 6"', '"txt": ""'), "row 7 of data.jsonl, line 7, is empty"),
         ("data.jsonl", LINES.replace("row number 6", "\\ud83d"), "whole characters"),
@@ -377,6 +391,12 @@ def test_values_of_other_types_are_named(kind: str, column: str, values: list[An
 def test_labels_of_csv_files_are_classes(labels: list[str], said: str) -> None:
     body = BODY.replace("neg", f'"{labels[0]}"').replace("pos", f'"{labels[1]}"')
     assert said in refused(read, body)
+
+
+def test_words_in_square_brackets_are_labels() -> None:
+    assert read(BODY.replace(",pos", ",[pos]").replace(",neg", ",[A B]")).label_names == ("[A B]", "[pos]")
+    for label in ("[]", "[1]", "[1 0]", "['A']"):
+        assert "multi-label" in refused(read, BODY.replace("9,pos", f"9,{label}"))
 
 
 def test_bytes_and_times_are_named() -> None:

@@ -10,7 +10,7 @@ import lzma
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -67,17 +67,19 @@ def source_of(argument: str, path: Any, kind: str | None = None) -> Source:
         raise UsageError(argument, path, "the name of a file")
     file = Path(path)
     endings = [ending.lower() for ending in file.suffixes]
-    if endings and endings[-1] == ".zip" and len(endings) > 1 and endings[-2] in _ENDINGS:
-        endings.pop()
-    elif endings and endings[-1] == ".zip" and kind is None and file.is_file():
-        endings = [ending.lower() for ending in Path(_member(argument, file)).suffixes]
+    tabs = False
+    if endings and endings[-1] == ".zip":
+        known = kind or (len(endings) > 1 and _ENDINGS.get(endings[-2]))
+        inside = _inside(argument, file, bool(known)) if file.is_file() else ""
+        tabs = inside == ".tsv"
+        endings = endings[:-1] if known else [inside]
     elif endings and endings[-1] in _OPENERS:
         endings.pop()
     found = _ENDINGS.get(endings[-1]) if endings else None
     if kind is None and found is None:
         allowed = f"a file whose name ends in {', '.join(_ENDINGS)}, and after it perhaps {', '.join(_OPENERS)} or .zip; "
         raise UsageError(argument, str(file), f"{allowed}or name the format ({', '.join(KINDS)})")
-    source = Source(argument, file, kind or found or "", bool(endings) and endings[-1] == ".tsv")
+    source = Source(argument, file, kind or found or "", tabs or (bool(endings) and endings[-1] == ".tsv"))
     if not file.is_file():
         fault = "it is a folder" if file.is_dir() else "there is none"
         raise source.error(f"a readable {KINDS[source.kind]} file ({fault})")
@@ -118,7 +120,8 @@ class Lines:
         file: its bytes.
         encoding: of the text; a byte order mark of UTF-8 is dropped.
 
-    `number` is the number of the last line, from 1; `held` are the lines since it was last emptied.
+    Lines of blanks at the end are left out, and the 0x1A that DOS ends files with. `number` is the number of the last line,
+    from 1; `held` are the lines since it was last emptied.
 
     Raises:
         UsageError: a line holds a NUL, or a byte that is not in the encoding.
@@ -126,7 +129,8 @@ class Lines:
 
     def __init__(self, source: Source, file: IO[bytes], encoding: str) -> None:
         named = "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
-        self._lines = io.TextIOWrapper(file, encoding=named, errors="surrogateescape", newline="")
+        self._file = io.TextIOWrapper(file, encoding=named, errors="surrogateescape", newline="")
+        self._lines = _without_end(self._file)
         self._source, self._encoding = source, encoding.upper()
         self.number = 0
         self.held: list[str] = []
@@ -149,10 +153,32 @@ class Lines:
 
     def close(self) -> None:
         """Close the file."""
-        self._lines.close()
+        self._file.close()
 
     def _unread(self, place: str) -> UsageError:
         return self._source.error(f"a file in {self._encoding}, or with its encoding named ({place} is not in it)")
+
+
+def _without_end(lines: Iterable[str]) -> Iterator[str]:
+    """The lines without blank ones at the end, and without the mark of the end that DOS writes."""
+    blank: list[str] = []
+    for line in lines:
+        if line[0] in " \x1a\r\n" and not line.strip(" \x1a\r\n"):
+            blank.append(line)
+            continue
+        yield from blank
+        blank.clear()
+        yield line.rstrip("\x1a") if line[-1] == "\x1a" else line
+
+
+def _inside(argument: str, path: Path, known: bool) -> str:
+    """The ending of the file in a zip archive; of a damaged one none, where it is known what it should be."""
+    try:
+        return Path(_member(argument, path)).suffix.lower()
+    except UsageError:
+        if not known:
+            raise
+        return ""  # `opened` meets it again and says so
 
 
 def _member(argument: str, path: Path) -> str:
@@ -160,8 +186,15 @@ def _member(argument: str, path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             names = [entry.filename for entry in archive.infolist() if not entry.is_dir()]
+        names = [name for name in names if not _of_finder(name)]
     except _FAULTS as error:
         raise UsageError(argument, str(path), f"a zip archive that can be read ({error})") from error
     if len(names) != 1:
         raise UsageError(argument, str(path), f"a zip archive of one file (in this there are {len(names)})")
     return names[0]
+
+
+def _of_finder(name: str) -> bool:
+    """Whether a file of a zip archive is one that macOS adds."""
+    own = name.rsplit("/", 1)[-1]
+    return name.startswith("__MACOSX/") or own == ".DS_Store" or own.startswith("._")

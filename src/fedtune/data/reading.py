@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 from array import array
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from fedtune.data.formats import Columns, Format, Table, check_columns
 from fedtune.data.opening import Lines, Source, opened
 from fedtune.data.rows import Rows, check_header, check_swallowed
 from fedtune.data.values import check_schema
+from fedtune.errors import UsageError
 
 _NEEDED = ("text", "label", "second_text", "split")  # a row without an author or a document is possible
 
@@ -102,20 +104,31 @@ def _objects(source: Source, lines: Lines) -> Iterator[tuple[int, dict[Any, Any]
             raise ValueError("a name is there twice")
         return dict(pairs)
 
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is no value of JSON")
+    def whole(digits: str) -> int | float:
+        try:
+            return int(digits)
+        except ValueError:  # more digits than Python takes: no label and no author, and elsewhere nobody minds
+            return math.inf
 
     for line in lines:
         lines.held.clear()
         if not line.strip():
             continue
         try:
-            found = json.loads(line, object_pairs_hook=once, parse_constant=refuse)
+            found = json.loads(line, object_pairs_hook=once, parse_int=whole)
         except (ValueError, RecursionError) as error:
+            if line.lstrip().startswith("["):
+                raise _array(source, lines.number) from error
             raise source.error(f"one JSON object in each line (line {lines.number}: {error})") from error
+        if isinstance(found, list):
+            raise _array(source, lines.number)
         if not isinstance(found, dict):
             raise source.error(f"one JSON object in each line (line {lines.number} is a {type(found).__name__})")
         yield lines.number, found
+
+
+def _array(source: Source, number: int) -> UsageError:
+    return source.error(f"one JSON object in each line (line {number} begins an array; one object a line is wanted)")
 
 
 def _parquet(source: Source, file: Any, wanted: Columns) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import unicodedata
 from collections.abc import Hashable, Mapping, Sequence
@@ -106,7 +107,19 @@ def _check_labelled(table: Table, values: Sequence[Any]) -> None:
 
 def _is_list(value: Any) -> bool:
     """Whether a value is a list, or is spelt like one in a CSV file."""
-    return isinstance(value, (list, tuple, set, np.ndarray)) or (isinstance(value, str) and value[:1] + value[-1:] == "[]")
+    return _spelt_as_list(value) if isinstance(value, str) else isinstance(value, (list, tuple, set, np.ndarray))
+
+
+@functools.lru_cache(maxsize=1024)
+def _spelt_as_list(text: str) -> bool:
+    """Whether a text is a list as JSON, Python or NumPy writes one: [A] is a word, and [] and [1 0] are lists.
+
+    >>> _spelt_as_list("[A]"), _spelt_as_list("[A, B]"), _spelt_as_list("['A']"), _spelt_as_list("[1]")
+    (False, True, True, True)
+    """
+    if text[:1] + text[-1:] != "[]":
+        return False
+    return not text[1:-1].strip("0123456789. \n") or any(mark in text for mark in ",'\"")
 
 
 def _check_whole(table: Table, values: Sequence[Any]) -> None:

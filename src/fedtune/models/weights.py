@@ -103,6 +103,10 @@ def _files_of(name: str) -> list[Path]:
         if whole.is_file():
             return [whole]
         if not index.is_file():
+            pickled = next(iter(sorted(Path(place).glob("pytorch_model*.bin"))), None)
+            if pickled is not None:
+                hint = "save it once as safetensors: AutoModel.from_pretrained(...).save_pretrained(...)"
+                raise FileNotFoundError(f"there is only {pickled.name}; {hint}")
             raise FileNotFoundError(f"there is no {_WHOLE} in {place}")
         return [Path(place) / part for part in _parts(index)]
     from transformers.utils import cached_file
