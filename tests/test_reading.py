@@ -182,7 +182,7 @@ LOG = '"Tea,pos\ncoffee,neg\nboth,pos",neg\n'
 @pytest.mark.parametrize(
     "body",
     [
-        BODY + '"Well,pos\nbye",neg\n',
+        BODY + '"Well,pos\nbye",neg\n"a text, with a comma",pos\n',
         BODY + LOG.replace("both", '""both""'),
         BODY + '"Well,pos\nbye,neg\nreally,pos","neg"\n',
         BODY + LOG + '"a text, with a comma",pos\n',
@@ -200,6 +200,8 @@ def test_texts_whose_lines_look_like_rows_are_read_where_fields_are_quoted_by_ru
 
 
 def test_stray_quotes_are_found_where_no_field_needs_them() -> None:
+    one = BODY.replace("row number 3,", '"row number 3,').replace("row number 4,", 'row number 4",')
+    assert "line 5 swallows 1 lines" in refused(read, one)
     body = BODY.replace("row number 7,", '"row number 7,').replace("row number 20,", '"row number 20",')
     assert "in line 9 breaks in line 22" in refused(read, body)
     for row in (3, 10):

@@ -150,14 +150,14 @@ def _is_number(text: str) -> bool:
 def check_swallowed(source: Source, suspects: list[tuple[int, list[str]]], labels: set[Any]) -> None:
     """Raise `UsageError` where quoted fields of several lines have swallowed rows: each of their lines would be one.
 
-    A single line that would be a row by itself is taken for one of a text: many a text has a line like that.
+    Only asked where no field of the file shows that its writer quotes by rule: then one such line is enough.
 
     Args:
         suspects: for each row of several lines its first line's number, and what would be labels (`Rows.would_be_labels`).
         labels: all labels of the file.
     """
     found = [(start, would_be) for start, would_be in suspects if labels.issuperset(would_be)]
-    if sum(len(would_be) for _, would_be in found) > 1:
+    if found:
         start, would_be = found[0]
         allowed = f"quotes that are closed in their row (a quote that opens in line {start} swallows {len(would_be)} "
         raise source.error(f"{allowed}lines that are rows themselves, with the label {would_be[0]!r})")
