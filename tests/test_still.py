@@ -527,9 +527,11 @@ def test_options_may_be_a_dictionary_and_nothing_else() -> None:
         fedtune.FederatedLoop(options=None)  # type: ignore[arg-type]
 
 
-def test_a_path_may_be_a_path(tmp_path: Path) -> None:
-    make_loop(max_rounds=1, run_dir=tmp_path / "run").fit(Net(), Data())
-    assert (tmp_path / "run" / "rounds.jsonl").exists()
+def test_a_path_may_be_a_path_and_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder in (tmp_path / "run", "~/another"):
+        make_loop(max_rounds=1, run_dir=folder, baselines=["centralised"], baseline_dir="~/shared").fit(Net(), Data())
+    assert {"run", "another", "shared"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_a_fast_dev_run_writes_no_baseline_either(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ def check_arguments(loop: Any) -> None:
         loop.run_dir = os.fspath(loop.run_dir)
     if loop.run_dir is not None and not (isinstance(loop.run_dir, str) and loop.run_dir):
         raise UsageError("run_dir", loop.run_dir, "the path of a directory, or None")
+    loop.run_dir = loop.run_dir and os.path.expanduser(loop.run_dir)
     if not isinstance(loop.baselines, (str, list, tuple, set, frozenset)):
         raise UsageError("baselines", loop.baselines, f"a list of {', '.join(BASELINES)}; an empty one for none")
     for name in ("max_rounds", "local_epochs", "accumulate_grad_batches", "check_val_every_n_rounds"):

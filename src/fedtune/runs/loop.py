@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -266,7 +267,9 @@ class FederatedLoop:
             return rounds.play(run, rounds.directory.start, next_round, self._callbacks)
 
     def _baselines(self, evaluator: Evaluator, progress: Progress, run: Run) -> Baselines:
-        folder = self.options.baseline_dir or (self.run_dir and str(Path(self.run_dir) / "baselines"))
+        folder = (self.options.baseline_dir and os.path.expanduser(self.options.baseline_dir)) or (
+            self.run_dir and str(Path(self.run_dir) / "baselines")
+        )
         everyone = self.clients_per_round is None or self.clients_per_round >= run.data.num_clients
         path = Path(folder) if folder else None
         found = Baselines(
