@@ -546,3 +546,13 @@ def test_what_needs_the_classes_is_checked_before_texts_are_tokenised(
     code, _, error = run("run", *flags, f"--model.name={tiny_bert}", "--model.freeze_layers=3")
     assert (code, error.count("\n")) == (2, 1)
     assert "--model.freeze_layers: got 3; allowed: at most 2" in error
+
+
+def test_a_whole_number_beside_the_network_is_left_alone(tiny_bert: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_bert, folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"lm.counter": torch.tensor(3)}, folder / "model.safetensors", metadata={"format": "pt"})
+    plain, other = (fedtune.BertClassifier(name, 3) for name in (tiny_bert, str(folder)))
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name])

@@ -58,7 +58,9 @@ def read(
                 None, state_dict=weights, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
     except Exception as error:  # what Transformers raises for a configuration that does not work is of any type
+        _check_plain(name, weights)
         raise UsageError("name", name, f"weights that fit the configuration ({cause(error)})") from error
+    _check_plain(name, {key: tensor for key, tensor in weights.items() if key not in found["unexpected_keys"]})
     return network, _check_fit(name, network, found, heads, keep_head)
 
 
@@ -149,12 +151,18 @@ def _parts(index: Path) -> list[str]:
     return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
 
 
+def _check_plain(name: str, weights: Tensors) -> None:
+    """Refuse weights that are whole numbers, as of a quantised model; what is no part of the network may be what it likes."""
+    for key, tensor in weights.items():
+        if not tensor.is_floating_point() and not key.endswith(_COUNTED):
+            raise UsageError("name", name, f"a model whose weights are plain numbers ({key} is {tensor.dtype})")
+
+
 def _check_finite(name: str, weights: Tensors) -> None:
     for key, tensor in weights.items():
         if not tensor.is_floating_point():
-            if not key.endswith(_COUNTED):
-                raise UsageError("name", name, f"a model whose weights are plain numbers ({key} is {tensor.dtype})")
-        elif tensor.numel() and not all(
+            continue
+        if tensor.numel() and not all(
             bool(end.isfinite()) for end in torch.aminmax(tensor.float())
         ):  # isfinite takes 30 times as long
             raise UsageError("name", name, f"a model whose weights are finite numbers ({key} has NaN or infinite ones)")
