@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -103,6 +104,10 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     memory.save(0, 1, groups(1))
     file = tmp_path / "000000" / "0001.safetensors"
     file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(RunError, match=r"0001.safetensors cannot be read"):
+        memory.load(0, 2)
+    file.unlink()
+    os.mkfifo(file)
     with pytest.raises(RunError, match=r"0001.safetensors cannot be read"):
         memory.load(0, 2)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from fedtune.errors import RenamedWarning, RunError, UsageError, at_least
+from fedtune.files import printable
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -24,7 +25,7 @@ _LONGEST = 600  # characters of a line
 
 def stop(code: int, text: str) -> NoReturn:
     """End the command with one line."""
-    print(f"fedtune: {text if len(text) <= _LONGEST else text[:_LONGEST] + '…'}", file=sys.stderr)
+    print(f"fedtune: {printable(text, _LONGEST)}", file=sys.stderr)
     raise SystemExit(code)
 
 

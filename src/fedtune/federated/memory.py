@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fedtune.errors import RunError
-from fedtune.files import replaced
+from fedtune.files import regular, replaced
 from fedtune.tensors import Groups, joined, mapped, num_bytes, parted
 
 
@@ -121,6 +121,7 @@ class MemoryOnDisk(ClientMemory):
     def _read(self, client: int, round: int) -> Groups:
         file = self._file(client, round)
         try:
+            regular(file)
             return parted(load_file(file))
         except (OSError, SafetensorError) as error:
             raise RunError(f"{file} cannot be read: {error}") from error
