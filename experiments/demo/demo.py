@@ -45,7 +45,7 @@ def main() -> None:
     curves["centralised"] = loops["iid"].baseline_runs["centralised"]
     data = fedtune.FederatedDataModule(**DATA, seed=arguments.seed)
     levels = {
-        "each client alone (by author), mean": alone(loops["by author"]),
+        "each client alone (by author), mean, test part": loops["by author"].summary["local_accuracy"],
         "majority class": data.majority_accuracy("validation"),
     }
     title = "Author identification, 16 authors, 8 clients: validation part"
@@ -97,11 +97,6 @@ def split_table(name: str, data: fedtune.FederatedDataModule) -> Table:
         numbers = (row["client"], row["examples"], row["tokens"], f"{row['label_entropy_bits']:.2f}")
         table.add_row(*map(str, numbers), f"{len(authors)}: {shown}")
     return table
-
-
-def alone(loop: fedtune.FederatedLoop) -> float:
-    accuracies = [record["validation"]["accuracy"] for record in loop.baseline_runs["local"]]
-    return float(sum(accuracies) / len(accuracies))
 
 
 def results(loops: dict[str, fedtune.FederatedLoop], data: fedtune.FederatedDataModule) -> Table:
