@@ -21,6 +21,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import fedtune
+from fedtune import cli
 
 torch.set_num_threads(1)  # the models here are too small to share a step between cores
 
@@ -175,3 +176,35 @@ def without_times(records: list[fedtune.RoundRecord]) -> list[dict[str, Any]]:
         return {key: value for key, value in flat.items() if not key.startswith("seconds")}
 
     return [strip(r.to_dict()) | {"clients": [strip(c) for c in r.to_dict()["clients"]]} for r in records]
+
+
+class Noted(fedtune.FederatedCallback):
+    """Knows how many rounds it has seen."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def on_round_end(self, run: Any, module: Any, record: Any) -> None:
+        self.count += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count = state["count"]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command line: exit code, standard output and standard error."""
+
+    def command(*arguments: str) -> tuple[int, str, str]:
+        try:
+            cli.main(arguments)
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return command

@@ -10,26 +10,17 @@ from typing import Any
 import pytest
 import yaml
 
-from fedtune import cli
-
 Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
+def run(command: Run) -> Run:
     def run(*arguments: str, as_they_are: bool = False) -> tuple[int, str, str]:
-        """Exit code, standard output and standard error of a command; a later --flag=value takes the place of an earlier."""
+        """What a command says; a later --flag=value takes the place of an earlier."""
         last = {
             word.partition("=")[0]: word for word in arguments if word.startswith("--") and "=" in word and "+=" not in word
         }
-        kept = [word for word in arguments if as_they_are or last.get(word.partition("=")[0], word) == word]
-        try:
-            cli.main(kept)
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return command(*(word for word in arguments if as_they_are or last.get(word.partition("=")[0], word) == word))
 
     return run
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_loop, without_times
+from conftest import Noted, make_loop, without_times
 from test_lightning import Net, Three
 
 import fedtune
@@ -17,22 +17,6 @@ from fedtune.files import append_line, read_lines
 from fedtune.storage.records import RoundRecord
 
 Edit = Callable[[dict[str, Any]], Any]
-
-
-class Noted(fedtune.FederatedCallback):
-    """Knows how many rounds it has seen."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def on_round_end(self, run: Any, module: Any, record: Any) -> None:
-        self.count += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"count": self.count}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.count = state["count"]
 
 
 def fit(folder: Path, rounds: int = 3, **options: Any) -> Any:

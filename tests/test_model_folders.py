@@ -17,7 +17,6 @@ from conftest import SPECIAL, WORDS, data_maker, make_loop, make_task, save_tiny
 from safetensors.torch import load_file, save_file
 
 import fedtune
-from fedtune import cli
 from fedtune.data import tokens
 from fedtune.data.tokens import tokenise
 from fedtune.models.agreement import tokenizer_for
@@ -495,20 +494,6 @@ def test_a_hub_out_of_reach_is_one_line() -> None:
 # cheap checks first
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*arguments: str) -> tuple[int, str, str]:
-        try:
-            cli.main(arguments)
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -522,7 +507,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     ],
 )
 def test_what_is_cheap_to_check_is_checked_before_a_text_is_read(
-    run: Run, tiny_bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], said: str
+    command: Run, tiny_bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], said: str
 ) -> None:
     transformers.GPT2Config(n_layer=1, n_head=1, n_embd=8).save_pretrained(tmp_path / "gpt2")
     shutil.copytree(tiny_bert, tmp_path / "cut")
@@ -530,20 +515,20 @@ def test_what_is_cheap_to_check_is_checked_before_a_text_is_read(
     monkeypatch.setattr(fedtune.FederatedDataModule, "task", property(lambda _: pytest.fail("a text was read")))
     places = {"gpt2": tmp_path / "gpt2", "none": tmp_path / "none", "tiny": tiny_bert, "cut": tmp_path / "cut"}
     length = [] if any("max_length" in flag for flag in flags) else ["--data.max_length=16"]
-    code, _, error = run("run", "--data.task=authors", *length, *(flag.format(**places) for flag in flags))
+    code, _, error = command("run", "--data.task=authors", *length, *(flag.format(**places) for flag in flags))
     assert code == 2
     assert said in error
     assert error.count("\n") == 1
 
 
 def test_what_needs_the_classes_is_checked_before_texts_are_tokenised(
-    run: Run, tiny_bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Run, tiny_bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "data.csv"
     file.write_text("text,label\n" + "".join(f"word{i % 9} word{i % 5},{'ab'[i % 2]}\n" for i in range(80)))
     monkeypatch.setattr(tokens, "_tokenise", lambda *_: pytest.fail("tokenised"))
     flags = ["--data.task=csv", f"--data.task_options={json.dumps({'path': str(file)})}", "--data.max_length=8"]
-    code, _, error = run("run", *flags, f"--model.name={tiny_bert}", "--model.freeze_layers=3")
+    code, _, error = command("run", *flags, f"--model.name={tiny_bert}", "--model.freeze_layers=3")
     assert (code, error.count("\n")) == (2, 1)
     assert "--model.freeze_layers: got 3; allowed: at most 2" in error
 

@@ -182,11 +182,15 @@ def test_a_run_that_is_longer_than_its_schedule_knew_says_so(tmp_path: Path, cap
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
-    for rounds in (2, 2, 4):
-        module = module_with(configure_optimizers=asking)()
-        make_loop(max_rounds=rounds, run_dir=str(tmp_path), progress=True).fit(module, Three())
-        said = "its first rounds were of a run of 2 rounds: a run of 4 from the start" in capsys.readouterr().out
-        assert said == (rounds == 4)
+    def setup(self: Any, stage: str) -> None:
+        self.length = self.trainer.max_epochs
+
+    for number, methods in enumerate(({"configure_optimizers": asking}, {"setup": setup})):
+        for rounds in (2, 2, 4):
+            folder = str(tmp_path / str(number))
+            make_loop(max_rounds=rounds, run_dir=folder, progress=True).fit(module_with(**methods)(), Three())
+            said = "its first rounds were of a run of 2 rounds: a run of 4 from the start" in capsys.readouterr().out
+            assert said == (rounds == 4)
 
 
 def test_a_finished_run_is_tested_where_it_stopped(tmp_path: Path) -> None:
@@ -543,7 +547,7 @@ def test_parts_that_are_in_evaluation_mode_are_said_to_be_trained_so(capsys: pyt
     module = Net()
     module.net.eval()
     make_loop(max_rounds=1, progress=True).fit(module, Data())
-    assert "1 parts of the module are in evaluation mode, and trained so: net" in capsys.readouterr().out
+    assert "parts of the module are in evaluation mode, and trained so (1): net" in capsys.readouterr().out
 
 
 def test_baselines_are_shared_only_by_runs_with_the_same_frozen_weights(tmp_path: Path) -> None:

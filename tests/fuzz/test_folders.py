@@ -20,10 +20,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_loop, weights_of, without_times
+from conftest import Noted, make_loop, weights_of, without_times
 from test_lightning import Data, Net, Three
 
-import fedtune
 from fedtune.errors import RunError, UsageError
 from fedtune.reports.report import FILES, report
 
@@ -73,22 +72,6 @@ class WithTest(Three):
 
     def test_dataloader(self) -> Any:
         return Data().val_dataloader()
-
-
-class Noted(fedtune.FederatedCallback):
-    """Knows how many rounds it has seen."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def on_round_end(self, run: Any, module: Any, record: Any) -> None:
-        self.count += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"count": self.count}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.count = state["count"]
 
 
 def resume(folder: Path, rounds: int = 4) -> tuple[Any, ...]:

@@ -83,8 +83,8 @@ def whole(argument: str, came: object, field: str, values: Any) -> IntArray:
         raise UsageError(argument, came, f"{field} with one whole number for each text (shape {found.shape} is not that{also})")
     if not len(found):
         return np.empty(0, dtype=np.int64)
-    held = values if listed else found.tolist() if found.dtype.kind == "O" else ()
-    kinds = [type(value).__name__ for value in held if isinstance(value, (bool, np.bool_)) or not isinstance(value, _INTEGERS)]
+    given = values if listed else found.tolist() if found.dtype.kind == "O" else ()
+    kinds = [type(value).__name__ for value in given if isinstance(value, (bool, np.bool_)) or not isinstance(value, _INTEGERS)]
     if kinds or found.dtype.kind not in "iuO":
         also = "; regression is not offered" if field == "labels" and found.dtype.kind == "f" else ""
         kind = kinds[0] if kinds else found.dtype.name

@@ -121,7 +121,7 @@ class Lines:
         encoding: of the text; a byte order mark of UTF-8 is dropped.
 
     Lines of blanks at the end are left out, and the 0x1A that DOS ends files with. `number` is the number of the last line,
-    from 1; `held` are the lines since it was last emptied.
+    from 1; `of_row` are the lines since it was last emptied, those of a row.
 
     Raises:
         UsageError: a line holds a NUL, or a byte that is not in the encoding.
@@ -133,7 +133,7 @@ class Lines:
         self._lines = _without_end(self._file)
         self._source, self._encoding = source, encoding.upper()
         self.number = 0
-        self.held: list[str] = []
+        self.of_row: list[str] = []
 
     def __iter__(self) -> Lines:
         return self
@@ -148,7 +148,7 @@ class Lines:
             raise self._source.error(f"a file of text (line {self.number} holds a NUL byte; UTF-16 needs its encoding named)")
         if not line.isascii() and _UNREAD.search(line):
             raise self._unread(f"line {self.number}")
-        self.held.append(line)
+        self.of_row.append(line)
         return line
 
     def close(self) -> None:

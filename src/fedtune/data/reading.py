@@ -111,7 +111,7 @@ def _objects(source: Source, lines: Lines) -> Iterator[tuple[int, dict[Any, Any]
             return math.inf
 
     for line in lines:
-        lines.held.clear()
+        lines.of_row.clear()
         if not line.strip():
             continue
         try:

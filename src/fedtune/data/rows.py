@@ -62,7 +62,7 @@ class Rows:
 
         The line that does have the row's label is left out: the last one where the label follows the field of several lines.
         """
-        lines, place = self.lines.held, self.places["label"]
+        lines, place = self.lines.of_row, self.places["label"]
         if len(lines) == 1:
             return []
         complete = next(csv.reader(lines[:1], delimiter=self.delimiter, quotechar=self._quote))
@@ -80,7 +80,7 @@ class Rows:
 
     def _next(self) -> list[str] | None:
         while True:
-            self.lines.held.clear()
+            self.lines.of_row.clear()
             self.start = self.lines.number + 1
             try:
                 row = next(self._reader)
@@ -95,7 +95,7 @@ class Rows:
 
     def _check_quotes(self, row: list[str]) -> None:
         """Refuse a quote within a field that has none around it: its writer took quotes for letters, perhaps elsewhere, too."""
-        lines, quote = self.lines.held, self._quote
+        lines, quote = self.lines.of_row, self._quote
         if quote is None or (len(lines) == 1 and quote not in lines[0]):
             self._bare += 1
             return

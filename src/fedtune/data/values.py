@@ -64,8 +64,8 @@ def check_texts(table: Table) -> None:
                 raise UsageError(role, table.named[role], f"a column without empty values ({table.place(row)} is empty)")
             fault = fault_of_text(value)
             if fault:
-                held = "" if isinstance(value, str) else f" holds {type(value).__name__}:"
-                raise UsageError(role, table.named[role], f"a column of {fault} ({table.place(row)}{held} {shown(value)})")
+                kind = "" if isinstance(value, str) else f" holds {type(value).__name__}:"
+                raise UsageError(role, table.named[role], f"a column of {fault} ({table.place(row)}{kind} {shown(value)})")
 
 
 def labels_of(table: Table) -> list[Any]:
@@ -99,9 +99,9 @@ def labels_of(table: Table) -> list[Any]:
 def _check_labelled(table: Table, values: Sequence[Any]) -> None:
     """Raise `UsageError` for a part of which no text has a label."""
     if all(missing(value, _NO_LABEL) or str(value).strip() in ("-1", "-1.0") for value in values):
-        held = "empty" if missing(values[0], _NO_LABEL) else "-1"
+        said = "empty" if missing(values[0], _NO_LABEL) else "-1"
         option, came = table.option or ("label", str(table.named["label"]))
-        allowed = f"data with labels (all {len(values)} labels from {table.place(0)} on are {held})"
+        allowed = f"data with labels (all {len(values)} labels from {table.place(0)} on are {said})"
         raise UsageError(option, came, allowed + (f"; choose another, {table.others}" if table.others else ""))
 
 

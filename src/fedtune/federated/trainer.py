@@ -73,7 +73,7 @@ class ModuleTrainer:
         self.train_dataloader: Any = None
         self.callback_metrics: dict[str, Tensor] = {}
         self.max_epochs_, self.steps_in_all = 1, _unknown
-        self.on_horizon: Callable[[], None] = _nothing
+        self.asked_for_the_end, self.on_horizon = False, _nothing
         self.logger: Any = None
         self.callbacks: list[Any] = []
         self._results: Any = None  # where `self.log` leads
@@ -111,8 +111,12 @@ class ModuleTrainer:
     @property
     def max_epochs(self) -> int:
         """Epochs of the whole federation."""
-        self.on_horizon()
+        self._asked()
         return self.max_epochs_
+
+    def _asked(self) -> None:
+        self.asked_for_the_end = True
+        self.on_horizon()
 
     @property
     def loggers(self) -> list[Any]:
@@ -138,7 +142,7 @@ class ModuleTrainer:
     def estimated_stepping_batches(self) -> float:
         """Optimizer steps of the whole federation: of its rounds, each as long as the client with most batches takes; infinite
         where loaders have no length."""
-        self.on_horizon()
+        self._asked()
         return self.steps_in_all()
 
     @property

@@ -166,6 +166,30 @@ class Steps:
         self._output = (dict(output) if isinstance(output, Mapping) else {}) | {"loss": part.detach()}
         return self._output["loss"]
 
+    def report(self, where: str, client: int, seconds: float) -> ClientReport:
+        """What was done; the first time that something waits for the device.
+
+        Raises:
+            RunError: there was no batch, or a loss was no finite number.
+        """
+        if not self.sizes:
+            raise RunError(f"{where}: there is no batch to train on" + (", as the module skipped each" if self.seen else ""))
+        values = torch.stack(self.losses).cpu().double()
+        bad = (~torch.isfinite(values)).nonzero()
+        if len(bad):
+            step = int(bad[0])
+            raise RunError(f"{where}, training step {step + 1}: the loss became {values[step].item()}; lower the learning rate")
+        return ClientReport(
+            client=client,
+            num_examples=sum(self.sizes),
+            num_steps=self.num_steps,
+            num_tokens=int(torch.stack(self.tokens).sum()),
+            train_loss_nats=float(values @ torch.tensor(self.sizes, dtype=torch.float64)) / sum(self.sizes),
+            seconds=seconds,
+            metrics=self.metrics,
+            learning_rates=self._optimisation.rates(),
+        )
+
     def _before_step(self) -> None:
         """Between gradients and step: the algorithm's correction, the module's hook, clipping."""
         trainer, optimizer = self._trainer, self._optimisation.optimizer
@@ -251,23 +275,7 @@ def train(
         raise RunError(f"{where}, training step {len(steps.losses) + 1}: {type(error).__name__}: {error}") from error
     finally:
         trainer.training = False
-    if not steps.sizes:
-        raise RunError(f"{where}: there is no batch to train on" + (", as the module skipped each" if steps.seen else ""))
-    values = torch.stack(steps.losses).cpu().double()
-    bad = (~torch.isfinite(values)).nonzero()
-    if len(bad):
-        step = int(bad[0])
-        raise RunError(f"{where}, training step {step + 1}: the loss became {values[step].item()}; lower the learning rate")
-    return ClientReport(
-        client=client,
-        num_examples=sum(steps.sizes),
-        num_steps=steps.num_steps,
-        num_tokens=int(torch.stack(steps.tokens).sum()),
-        train_loss_nats=float(values @ torch.tensor(steps.sizes, dtype=torch.float64)) / sum(steps.sizes),
-        seconds=time.perf_counter() - start,
-        metrics=steps.metrics,
-        learning_rates=optimisation.rates(),
-    )
+    return steps.report(where, client, time.perf_counter() - start)
 
 
 def steps_in(training: Training, loader: Any, epochs: int) -> float:

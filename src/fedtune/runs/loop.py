@@ -33,7 +33,7 @@ from fedtune.runs.hardware import (
 )
 from fedtune.runs.loggers import mirror_of
 from fedtune.runs.options import RunOptions
-from fedtune.runs.prepared import given, prepared, watch_the_end
+from fedtune.runs.prepared import given, look_over, prepared, watch_the_end
 from fedtune.runs.progress import Progress
 from fedtune.runs.renamed import taken
 from fedtune.runs.rounds import Rounds
@@ -43,7 +43,7 @@ from fedtune.storage.directory import RunDirectory, writing
 from fedtune.storage.locks import locked
 from fedtune.storage.records import RoundRecord
 from fedtune.storage.summary import summarise, with_known_baselines
-from fedtune.tensors import assign_, buffers, counters, resting, restore_counters, sharing, snapshot, travelling
+from fedtune.tensors import assign_, buffers, counters, resting, restore_counters, snapshot, travelling
 
 _NOT_CONFIG = ("callbacks", "run_dir", "logger")  # not a plain value, or no part of what makes the numbers
 
@@ -169,17 +169,8 @@ class FederatedLoop:
         directory = RunDirectory(path, run.config, self.options.keep, run.data.num_clients)
         if evaluator.loader(self.evaluate_on) is None:
             raise UsageError("evaluate_on", self.evaluate_on, "a part that the data have")
-        if step_of(module, self.evaluate_on) is None:
-            run.print(f"{type(module).__name__} has no validation_step: the rounds are not evaluated")
-        resting_parts = [name for name, part in module.named_modules() if not part.training]
-        if resting_parts:
-            first = ", ".join(name or type(module).__name__ for name in resting_parts[:3])
-            run.print(f"{len(resting_parts)} parts of the module are in evaluation mode, and trained so: {first}, …")
         module.on_fit_start()
-        same = sharing(travelling(module), resting(module))
-        if same is not None:
-            allowed = f"tensors with memory of their own ({' and '.join(dict.fromkeys(same))} share theirs)"
-            raise UsageError("module", type(module).__name__, allowed)
+        look_over(module, self.evaluate_on, run)
         watch_the_end(training.trainer, directory, run)
         kept = resting(module), getattr(module, "from_files", ())
         directory.begin(ServerState(0, snapshot(travelling(module))), bool(self.baselines), *kept)  # no name keeps the copy
@@ -215,9 +206,8 @@ class FederatedLoop:
         own = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.init}
         own["algorithm"] = specification_of(self._algorithm, strict=self.run_dir is not None)
         own["options"] = dataclasses.asdict(self.options)
-        own["precision"] = resolve_precision(
-            self.precision, self.accelerator
-        )  # a continuation on other hardware must not change it in silence
+        # a continuation on other hardware must not change the precision in silence
+        own["precision"] = resolve_precision(self.precision, self.accelerator)
         self.config = describe(module, data, {name: value for name, value in own.items() if name not in _NOT_CONFIG})
         if self.run_dir is not None:
             identified(self.config)
@@ -240,11 +230,11 @@ class FederatedLoop:
             algorithm.client,
             rounds.directory.memory,
             self.local_epochs,
-            snapshot(counters(training.module)),
-            Still(training.module),
-            algorithm.up,
-            algorithm.down,
-            client_ended if hooks else None,
+            counters=snapshot(counters(training.module)),
+            still=Still(training.module),
+            up=algorithm.up,
+            down=algorithm.down,
+            on_client_end=client_ended if hooks else None,
         )
         runtime, most = Serial(worker), max_weight(data, self.local_epochs)
         options = RoundOptions(

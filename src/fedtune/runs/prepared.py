@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.loggers import Logger
 
 from fedtune.errors import UsageError
-from fedtune.federated.evaluation import Evaluator, Stages, attached
+from fedtune.federated.evaluation import Evaluator, Stages, attached, step_of
 from fedtune.federated.messages import Position
 from fedtune.federated.trainer import Line, ModuleTrainer
 from fedtune.federated.training import Training, steps_in
@@ -19,6 +19,7 @@ from fedtune.runs.hardware import deterministic_algorithms, fabric_of, freed_mem
 from fedtune.runs.progress import Progress
 from fedtune.storage.directory import RunDirectory
 from fedtune.storage.records import RESERVED
+from fedtune.tensors import resting, sharing, travelling
 
 
 def given(data: Any, datamodule: Any) -> Any:
@@ -62,6 +63,25 @@ def prepared(loop: Any, module: pl.LightningModule, data: Any, stage: str, progr
         yield Evaluator(training, loop.evaluate_on, loop.options.evaluation, RESERVED, stages)
 
 
+def look_over(module: pl.LightningModule, evaluate_on: str, run: Run) -> None:
+    """Say what of a module its owner may not expect.
+
+    Raises:
+        UsageError: tensors share memory, so that an update of one would change the other.
+    """
+    name = type(module).__name__
+    if step_of(module, evaluate_on) is None:
+        run.print(f"{name} has no validation_step: the rounds are not evaluated")
+    evaluating = [path or name for path, part in module.named_modules() if not part.training]
+    if evaluating:
+        some = ", ".join(evaluating[:3])
+        run.print(f"parts of the module are in evaluation mode, and trained so ({len(evaluating)}): {some}")
+    same = sharing(travelling(module), resting(module))
+    if same is not None:
+        allowed = f"tensors with memory of their own ({' and '.join(dict.fromkeys(same))} share theirs)"
+        raise UsageError("module", name, allowed)
+
+
 def watch_the_end(trainer: ModuleTrainer, directory: RunDirectory, run: Run) -> None:
     """Note that a module asks how long the run is, and say where that was another number in an earlier start."""
     before = directory.read_json("horizon.json").get("max_rounds", run.max_rounds)
@@ -77,3 +97,5 @@ def watch_the_end(trainer: ModuleTrainer, directory: RunDirectory, run: Run) -> 
             directory.write_json("horizon.json", {"max_rounds": run.max_rounds})
 
     trainer.on_horizon = noted
+    if trainer.asked_for_the_end:  # in `setup`, for example
+        noted()
