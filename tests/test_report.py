@@ -16,7 +16,7 @@ from fedtune.errors import UsageError
 from fedtune.federated.messages import ClientReport
 from fedtune.reports.curves import plot_grid
 from fedtune.reports.folders import failures
-from fedtune.reports.report import FILES, report
+from fedtune.reports.report import FILES, readable, report
 from fedtune.reports.results import column_of, metric_names, settings
 from fedtune.runs.figures import plot_curves, plot_run, plot_split
 from fedtune.storage.records import read_rounds
@@ -314,3 +314,19 @@ def test_the_page_works_in_a_browser_without_a_network(browser: Any, runs: Path,
     requested = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
     assert [name for name in requested if not name.startswith("data:")] == []
     assert browser.get_log("browser") == []
+
+
+def test_one_round_has_one_tick_and_settings_are_shown_as_they_were_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr("fedtune.reports.curves.save", lambda figure, path, dpi=0: drawn.append(figure))
+    write_run(tmp_path / "a", [0.5], clients=4, rate=0.1)
+    write_run(tmp_path / "b", [0.6], clients=4, rate=None)
+    rounds = fedtune.read_runs(tmp_path)
+    plot_grid(rounds, "x.png")
+    for axes in drawn[0].axes:
+        low, high = axes.get_xlim()
+        assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [1]
+    assert {axes.get_title().split(", ")[2].split("\n")[0] for axes in drawn[0].axes} == {"0.1", "–"}
+    assert readable(fedtune.compare(rounds))["model.learning_rate"].tolist() == ["0.1", "–"]

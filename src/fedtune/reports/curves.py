@@ -6,8 +6,8 @@ import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.reports.results import alike, baselines_among, settings
-from fedtune.runs.figures import PALETTE, drawn_lines, new_figure, save
+from fedtune.reports.results import alike, baselines_among, settings, shown_setting
+from fedtune.runs.figures import PALETTE, drawn_lines, new_figure, over_rounds, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,9 +48,9 @@ def plot_grid(rounds: DataFrame, path: str | Path, metric: str = "accuracy") -> 
         _band(
             panel, baselines_among(alike(rounds, line, keys), split), metric, color=PALETTE[6], linestyle="--", label="baseline"
         )
-        panel.set_title(", ".join(str(value) for value in line) + f"\n{split}", fontsize=9)
-        panel.set(xlabel="round", ylabel=label)
-        panel.grid(alpha=0.3)
+        panel.set_title(", ".join(map(shown_setting, line)) + f"\n{split}", fontsize=9)
+        panel.set_ylabel(label)
+        over_rounds(panel)
     if number > len(panels):
         figure.suptitle(f"{len(panels)} of {number:,} panels; the tables have all")
     handles = drawn_lines(panels)
@@ -59,8 +59,6 @@ def plot_grid(rounds: DataFrame, path: str | Path, metric: str = "accuracy") -> 
 
 
 def _band(panel: Axes, runs: DataFrame, metric: str, **style: Any) -> None:
-    from matplotlib.ticker import MaxNLocator
-
     runs = runs.dropna(subset=[metric])  # not every round need be evaluated
     if not len(runs):
         return
@@ -68,4 +66,3 @@ def _band(panel: Axes, runs: DataFrame, metric: str, **style: Any) -> None:
     mean, low, high = by_round.mean(), by_round.min(), by_round.max()
     panel.plot(mean.index, mean, marker="o", markersize=3, **style)
     panel.fill_between(mean.index, low, high, color=style["color"], alpha=0.15, linewidth=0)
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -12,7 +12,7 @@ from fedtune.files import printable, said, write_text
 from fedtune.reports.curves import plot_grid
 from fedtune.reports.folders import failures
 from fedtune.reports.page import page
-from fedtune.reports.results import CELL, compare, metric_names, read_runs, settings, unfinished
+from fedtune.reports.results import CELL, compare, metric_names, read_runs, settings, shown_setting, unfinished
 from fedtune.storage.summary import SHARES
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def markdown(table: DataFrame, failed: dict[str, str]) -> str:
 
 
 def _readable(row: Series[Any], other: list[str]) -> dict[str, str]:
-    cell = {name: str(row[name]) for name in [*CELL, *other]}
+    cell = {name: shown_setting(row[name]) for name in [*CELL, *other]}
     if "monitor" in row:
         cell |= {"monitor": str(row.monitor), "score": _number(row.score) + _spread(row, "score")}
     cell |= {

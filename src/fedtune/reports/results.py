@@ -287,5 +287,16 @@ def _tuple(key: Hashable) -> tuple[Any, ...]:
     return key if isinstance(key, tuple) else (key,)
 
 
+def shown_setting(value: Any) -> str:
+    """A setting as tables and pictures show it. A table has whole numbers as fractions where some run has no value.
+
+    >>> shown_setting(4.0), shown_setting(7e-4), shown_setting(float("nan")), shown_setting("iid")
+    ('4', '0.0007', '–', 'iid')
+    """
+    if value is None or value != value:
+        return "–"
+    return f"{value:.10g}" if isinstance(value, float) else str(value)
+
+
 def _sortable(column: Any) -> Any:
     return column.astype(str) if column.dtype == object else column

@@ -44,8 +44,6 @@ def plot_curves(
         title: what the runs have in common.
         monitor: the metric that comes first.
     """
-    from matplotlib.ticker import MaxNLocator
-
     metrics = drawn_metrics(runs, monitor)
     figure, panels = new_figure(1, len(metrics), (5 * len(metrics), 4.2))
     for colour, (name, history) in zip(itertools.cycle(PALETTE), runs.items(), strict=False):
@@ -62,15 +60,26 @@ def plot_curves(
     for shade, (name, level) in zip(itertools.cycle(("0.35", "0.6")), (levels or {}).items(), strict=False):
         panels[0].axhline(level, color=shade, linestyle=":", label=f"{name} ({level:.2f})")
     for axes, metric in zip(panels, metrics, strict=True):
-        axes.set(xlabel="round", ylabel=_LABELS.get(metric, metric))
+        axes.set_ylabel(_LABELS.get(metric, metric))
         if metric == "accuracy":
             axes.set_ylim(0, None)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
+        over_rounds(axes)
     handles = drawn_lines(panels)
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.suptitle(title)
     save(figure, path)
+
+
+def over_rounds(axes: Axes) -> None:
+    """Let the lower axis of what was drawn be that of rounds: whole numbers, also where there is one round only."""
+    from matplotlib.ticker import MaxNLocator
+
+    left, right = axes.get_xlim()
+    if right - left < 1:
+        axes.set_xlim(left - 0.5, right + 0.5)
+    axes.set_xlabel("round")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.grid(alpha=0.3)
 
 
 def drawn_metrics(runs: Mapping[str, Sequence[RoundRecord]], monitor: str) -> list[str]:
