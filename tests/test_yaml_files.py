@@ -128,3 +128,9 @@ def test_what_is_written_is_read_as_it_was_here_and_elsewhere(value: Any) -> Non
 
 def test_infinity_is_read_and_left_to_who_takes_the_value() -> None:
     assert yaml_files.parse(".inf") == math.inf
+
+
+def test_a_value_that_is_there_twice_is_written_twice() -> None:
+    shared = [1, 2]
+    assert "&" not in yaml_files.dump({"a": shared, "b": shared})
+    assert yaml_files.parse(yaml_files.dump({"a": shared, "b": shared})) == {"a": [1, 2], "b": [1, 2]}

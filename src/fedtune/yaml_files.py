@@ -68,6 +68,10 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
 class _Dumper(yaml.SafeDumper):
     """Puts quotes around text that a reader by these rules, or by YAML 1.1, would take for something else."""
 
+    def ignore_aliases(self, data: Any) -> bool:
+        """Write a value out wherever it is: readers refuse what stands for another."""
+        return True
+
 
 for _name, _pattern in _OWN.items():
     if _pattern is not None:
