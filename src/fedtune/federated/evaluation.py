@@ -268,6 +268,7 @@ class Evaluator:
 
     def measure(self) -> tuple[dict[str, float], list[float | None]]:
         """The metrics of a round, and the accuracy for each client where it is known."""
+        self.training.trainer.call("on_validation_model_zero_grad")
         if self.evaluation == "pooled":
             metrics, correct_N = self.evaluate(self.part)
             of_client = getattr(self.data, "client_accuracy", None)
