@@ -1,7 +1,4 @@
-"""One file of a finished run, or of a folder of runs, damaged in some way: right results, or one line; never a hang or a loss.
-
-FEDTUNE_FUZZ is the number of cases, FEDTUNE_FUZZ_SEED the first one.
-"""
+"""One file of a finished run, or of a folder of runs, damaged: right results or one line; never a hang or a loss."""
 
 from __future__ import annotations
 
@@ -20,15 +17,13 @@ from typing import Any
 
 import pytest
 import torch
+from cases import FIRST, SLOWEST, share
 from conftest import Noted, make_loop, weights_of, without_times
 from test_lightning import Data, Net, Three
 
 from fedtune.errors import RunError, UsageError
 from fedtune.reports.report import FILES, report
 
-CASES = int(os.environ.get("FEDTUNE_FUZZ", "80"))
-FIRST = int(os.environ.get("FEDTUNE_FUZZ_SEED", "0"))
-LIMIT = 20  # seconds
 OTHERS = [
     "",
     "[]",
@@ -86,7 +81,7 @@ def resume(folder: Path, rounds: int = 4) -> tuple[Any, ...]:
 
 
 @contextlib.contextmanager
-def bounded(seconds: int = LIMIT) -> Iterator[None]:
+def bounded(seconds: int = round(SLOWEST)) -> Iterator[None]:
     """Inside the block too long a time is an error."""
 
     def late(*_: Any) -> None:
@@ -275,7 +270,7 @@ def three_runs(run: Path, folder: Path) -> Path:
 def test_a_damaged_run_goes_on_rightly_or_says_what_to_do(finished: Path, tmp_path: Path) -> None:
     expected = undamaged(finished, tmp_path)
     bad = {}
-    for number in range(FIRST, FIRST + CASES * 9 // 10):
+    for number in range(FIRST, FIRST + share(0.06)):
         what, wrong = case(number, finished, tmp_path / "case", resumed, expected)
         if wrong:
             bad[f"{number}: {what}"] = wrong
@@ -286,7 +281,7 @@ def test_a_damaged_run_goes_on_rightly_or_says_what_to_do(finished: Path, tmp_pa
 def test_a_report_over_a_damaged_folder_leaves_out_what_it_names(finished: Path, tmp_path: Path) -> None:
     good = three_runs(finished, tmp_path / "good")
     bad = {}
-    for number in range(FIRST, FIRST + CASES // 10):
+    for number in range(FIRST, FIRST + share(0.02)):
         what, wrong = case(number, good, tmp_path / "case", reported)
         if wrong:
             bad[f"{number}: {what}"] = wrong

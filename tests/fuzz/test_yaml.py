@@ -1,31 +1,22 @@
-"""Whatever a file or a flag says: exit code 0, or exit code 2 and one line. FEDTUNE_FUZZ is the number of files tried."""
+"""Whatever a sweep file, a configuration or a flag says: exit code 0, or exit code 2 and one line."""
 
 from __future__ import annotations
 
-import collections
-import contextlib
-import io
-import os
 import random
 import re
-import signal
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from cases import assert_good, outcome, share, tried
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedtune import cli
-
-CASES = int(os.environ.get("FEDTUNE_FUZZ", "200"))
 EXPERIMENTS = Path(__file__).parent.parent.parent / "experiments"
 SHIPPED = sorted(EXPERIMENTS.rglob("*.yaml"))
 SWEEPS = [file for file in SHIPPED if "parameters" in yaml.safe_load(file.read_text()) and file.stem != "paper"]
-SLOWEST, LONGEST = 20.0, 700  # seconds; characters of the line
 RANDOM = """
 name: drawn
 method: random
@@ -87,44 +78,6 @@ ODD: list[str] = [
 ]
 NAMES = ["class_path", "init_args", "probabilites", "q", "value", "values", "min", "parameters", "early_terminate", "run_cap"]
 NAMES += ["name", "seed", "data", "data.seed", "target", "command", "method", "<<", "? [1]", "1", "null", "é", "a b", "", "."]
-
-
-class Hang(BaseException):
-    pass
-
-
-def _hang(*_: Any) -> None:
-    raise Hang
-
-
-def outcome(*words: str) -> str:
-    """What a command did: "0", "2", or what it should not have done."""
-    out, err = io.StringIO(), io.StringIO()
-    signal.signal(signal.SIGALRM, _hang)
-    signal.setitimer(signal.ITIMER_REAL, SLOWEST)
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            cli.main(words)
-        code: Any = 0
-    except SystemExit as stop:
-        code = stop.code or 0
-    except Hang:
-        return "hang"
-    except BaseException as error:
-        return "traceback: " + traceback.format_exception_only(error)[-1][:200] + _place(error)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    said = err.getvalue()
-    if code == 2 and not (said.startswith("fedtune: ") and said.count("\n") == 1 and len(said) <= LONGEST):
-        return f"wrong line: {said[:300]!r}"
-    if code == 2 and re.search(r"<class '|Traceback|NoneType", said):
-        return f"unclear line: {said[:300]!r}"
-    return str(code) if code in (0, 2) else f"exit code {code}"
-
-
-def _place(error: BaseException) -> str:
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f" at {last.filename.rpartition('/')[2]}:{last.lineno}"
 
 
 VALUES: list[Any] = [
@@ -240,23 +193,6 @@ ACCIDENTS: list[Callable[[str, random.Random], str]] = [
 ]
 
 
-def tried(many: int, words: Callable[[random.Random], list[str]], seed: int) -> collections.Counter[str]:
-    found: collections.Counter[str] = collections.Counter()
-    for number in range(many):
-        given_words = words(random.Random(f"{seed}/{number}"))
-        kind = outcome(*given_words)
-        found[kind] += 1
-        if kind not in ("0", "2"):
-            print(number, [word[:200] for word in given_words], kind)
-    print(found)
-    return found
-
-
-def assert_good(found: collections.Counter[str]) -> None:
-    assert set(found) <= {"0", "2"}, found
-    assert found["2"] > 0
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_a_mutated_sweep_file_is_planned_or_refused_in_one_line(tmp_path: Path) -> None:
     texts = [*(file.read_text() for file in SWEEPS), RANDOM, RANDOM, COMMAND]
@@ -269,7 +205,7 @@ def test_a_mutated_sweep_file_is_planned_or_refused_in_one_line(tmp_path: Path) 
         file.write_bytes(mutated(rng.choice(texts), rng))
         return ["sweep", str(file), "--dry-run", "--runs_dir", str(tmp_path / "runs")]
 
-    assert_good(tried(CASES // 2, words, 1))
+    assert_good(tried(share(0.22), words, 1))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -284,7 +220,7 @@ def test_a_mutated_configuration_is_printed_or_refused_in_one_line(tmp_path: Pat
         file.write_bytes(mutated(rng.choice(texts), rng))
         return ["run", f"--config={file}", "--print_config"]
 
-    assert_good(tried(CASES // 4, words, 2))
+    assert_good(tried(share(0.1), words, 2))
 
 
 FLAGS = ["--data.task", "--data.num_clients", "--data.alpha", "--data.mask", "--data.limit", "--data.task_options", "--data"]
@@ -311,11 +247,11 @@ def test_odd_flags_are_taken_or_refused_in_one_line() -> None:
             found += [f"{flag}={value}"] if rng.random() < 0.7 else [flag, value] if rng.random() < 0.9 else [flag]
         return ["run", *(word for word in found if word not in ("-h", "--help")), "--print_config"]
 
-    assert_good(tried(CASES // 4, words, 3))
+    assert_good(tried(share(0.1), words, 3))
 
 
 @pytest.mark.filterwarnings("ignore")
-@settings(max_examples=max(20, CASES // 20), deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@settings(max_examples=share(0.05), deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(raw=st.one_of(st.binary(max_size=200), st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass"))))
 def test_any_bytes_are_a_file_that_is_read_or_refused(raw: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.getbasetemp()
@@ -335,7 +271,7 @@ PLAIN = st.recursive(
 
 
 @pytest.mark.filterwarnings("ignore")
-@settings(max_examples=max(20, CASES // 20), deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@settings(max_examples=share(0.05), deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(
     value=PLAIN, name=st.sampled_from(["data.task_options", "loop.algorithm", "loop.options", "data.alpha", "seed", "model"])
 )
