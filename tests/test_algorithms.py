@@ -16,10 +16,29 @@ from hypothesis import strategies as st
 
 import fedtune
 from fedtune.algorithms import ALGORITHMS
+from fedtune.algorithms.adaptive import fedadagrad, fedadam, fedyogi
 from fedtune.algorithms.compression import Quantise
+from fedtune.algorithms.ditto import ditto
 from fedtune.algorithms.fedavg import LocalTraining, Mean, fedavg
 from fedtune.algorithms.fedavgm import Momentum, fedavgm
+from fedtune.algorithms.feddyn import feddyn
+from fedtune.algorithms.fednova import fednova
+from fedtune.algorithms.fedper import fedper, fedrep
+from fedtune.algorithms.fedprox import fedprox
+from fedtune.algorithms.qfedavg import qfedavg
+from fedtune.algorithms.robust import (
+    CentredClipping,
+    ClippedMean,
+    GeometricMedian,
+    Krum,
+    Median,
+    MultiKrum,
+    NearestMean,
+    TrimmedMean,
+)
+from fedtune.algorithms.scaffold import scaffold
 from fedtune.algorithms.specification import algorithm_of, specification_of
+from fedtune.algorithms.torch_optim import diloco, fedopt
 from fedtune.federated.client import Client, ClientUpdate
 from fedtune.federated.messages import Context
 from fedtune.federated.parts import Algorithm, ServerStep
@@ -27,10 +46,36 @@ from fedtune.tensors import Groups, num_bytes, snapshot, travelling
 from fedtune.testing import TinyData, TinyModule, check_algorithm, play
 
 Make = Callable[..., Any]
+UNIFORM = {"name": "fedavg", "weighting": "uniform"}
 CASES: dict[str, tuple[Algorithm, Algorithm | None, Any]] = {
     "fedavg": (fedavg(), fedavg(), "fedavg"),
     "uniform": (fedavg("uniform"), None, None),
     "fedavgm": (fedavgm(0.7, 0.5), fedavgm(0.0, 1.0), "fedavg"),
+    "fedadagrad": (fedadagrad(), None, None),
+    "fedadam": (fedadam(), None, None),
+    "fedyogi": (fedyogi(), None, None),
+    "fedopt": (fedopt("AdamW", 0.01, (("weight_decay", 0.1),)), fedopt("SGD", 1.0), "fedavg"),
+    "fedopt, amsgrad": (fedopt("Adam", 0.01, (("amsgrad", True), ("betas", (0.8, 0.9)))), None, None),
+    "diloco": (diloco(), None, None),
+    "fedprox": (fedprox(0.1), fedprox(0.0), "fedavg"),
+    "scaffold": (scaffold(), None, None),
+    "scaffold, option 1": (scaffold(1, 0.9), None, None),
+    "fednova": (fednova(), None, None),
+    "fednova with a proximal term": (fednova(0.1, "uniform"), None, None),
+    "feddyn": (feddyn(0.1), feddyn(0.0), UNIFORM),
+    "qfedavg": (qfedavg(0.5), qfedavg(0.0), UNIFORM),
+    "ditto": (ditto(0.5), ditto(0.5), "fedavg"),
+    "fedper": (fedper(("network.4.*",)), None, None),
+    "fedrep": (fedrep(("network.4.*",), 2), None, None),
+    "norms stay": (replace(fedavg(), personal=("network.1.*",)), None, None),
+    "clipped mean": (replace(fedavg(), aggregator=ClippedMean(0.05)), None, None),
+    "median": (replace(fedprox(), aggregator=Median()), None, None),
+    "trimmed mean": (replace(fedavg(), aggregator=TrimmedMean(0)), None, None),
+    "geometric median, mixed": (replace(feddyn(0.1), aggregator=GeometricMedian(0, mix=True)), None, None),
+    "multi-krum": (replace(fedadam(), aggregator=MultiKrum(0)), None, None),
+    "krum": (replace(ditto(), aggregator=Krum(0)), None, None),
+    "centred clipping": (replace(fedper(("network.4.*",)), aggregator=CentredClipping(tau=0.1, steps=2)), None, None),
+    "nearest mean": (replace(fedavg(), aggregator=NearestMean(0)), None, None),
     "quantised up": (replace(fedavg(), up=(Quantise(),)), None, None),
     "quantised both ways, with momentum": (replace(fedavgm(), up=(Quantise(),), down=(Quantise(),)), None, None),
 }
@@ -292,8 +337,8 @@ def test_an_algorithm_is_said_in_plain_values(given_: Any, expected: Algorithm) 
 @pytest.mark.parametrize(
     ("given_", "said"),
     [
-        ("fedavgn", "algorithm: got 'fedavgn'; allowed: fedavg (nearest), fedavgm (nearest)"),
-        ({"name": "scaffold"}, "algorithm: got 'scaffold'; allowed: fedavg, fedavgm"),
+        ("fedavgn", "algorithm: got 'fedavgn'; allowed: fedavg (nearest), qfedavg (nearest), fedavgm"),
+        ({"name": "krum"}, "algorithm: got 'krum'; allowed: fedavg, fedavgm"),
         ({"name": "fedavg", "beta": 1}, "algorithm.beta: got 1; allowed: weighting"),
         ({"name": "fedavgm", "beta": 1}, "algorithm.beta: got 1.0; allowed: at least 0 and below 1"),
         ({"name": "fedavgm", "beta": "much"}, "algorithm.beta: got 'much'; allowed: a number"),
@@ -304,14 +349,14 @@ def test_an_algorithm_is_said_in_plain_values(given_: Any, expected: Algorithm) 
         ({"client": {"class_path": "os.system"}}, "algorithm.client.class_path: got 'os.system'; allowed: nothing"),
         ({"aggregator": {"weighting": "unifrom"}}, "algorithm.aggregator.weighting: got 'unifrom'; allowed: uniform (nearest)"),
         ({"aggregator": {"update_limit": 5}}, "algorithm.aggregator.update_limit: got 5.0; allowed: a power of two"),
-        ({"aggregator": 3}, "algorithm.aggregator: got 3; allowed: a part (Mean), or a dictionary"),
+        ({"aggregator": 3}, "algorithm.aggregator: got 3; allowed: a part (Mean, ClippedMean, Median"),
         ({"up": 3}, "algorithm.up: got 3; allowed: a list of parts"),
         ({"up": [{"bits": 3}]}, "algorithm.up: got None; allowed: Quantise"),
         (
             {"server": ["Momentum", "Momentum"]},
             "algorithm.server: got ['Momentum', 'Momentum']; allowed: steps of different classes",
         ),
-        (3, "algorithm: got 3; allowed: a name (fedavg, fedavgm), or a dictionary"),
+        (3, "algorithm: got 3; allowed: a name (fedavg, fedavgm, fedadagrad"),
         (None, "algorithm: got None; allowed: a name"),
     ],
 )

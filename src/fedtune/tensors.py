@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -171,6 +171,11 @@ def parted(tensors: Tensors) -> Groups:
         group, _, name = key.partition("/")
         found.setdefault(group, {})[name] = tensor
     return found
+
+
+def without(tensors: Tensors, names: Container[str]) -> Tensors:
+    """The tensors with other names."""
+    return {name: tensor for name, tensor in tensors.items() if name not in names}
 
 
 def num_bytes(tensors: Tensors) -> int:

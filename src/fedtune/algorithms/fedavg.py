@@ -60,7 +60,7 @@ class Mean(Aggregator):
 
     def __call__(self, replies: Iterator[Reply], state: ServerState, context: Context, runtime: Runtime) -> Groups:
         """Add up every group of every reply."""
-        sums = ExactSum(self.limit, context.max_weight)
+        sums = ExactSum(self.limit, context.max_weight if self.weighting == "examples" else context.num_clients)
         for reply in replies:
             sums.add(reply.pieces, self.weight(reply))
         return sums.mean(runtime)

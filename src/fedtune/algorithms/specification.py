@@ -37,13 +37,13 @@ def algorithm_of(given: Any) -> Algorithm:
     name = given.get("name", "fedavg")
     if name not in ALGORITHMS:
         raise one_of("algorithm", name, ALGORITHMS)
-    values = {key: value for key, value in given.items() if key not in ROLES and key != "name"}
-    found = _made(ALGORITHMS[name], values, "algorithm", also=tuple(ROLES))
+    takes = inspect.signature(ALGORITHMS[name]).parameters
+    parts = {role: given[role] for role in (*ROLES, "personal") if role not in takes and given.get(role) is not None}
+    values = {key: value for key, value in given.items() if key not in ROLES and key not in parts and key != "name"}
+    found = _made(ALGORITHMS[name], values, "algorithm", also=(*ROLES, "personal"))
     if not isinstance(found, Algorithm):
         raise UsageError("algorithm", name, "a function that returns a fedtune.Algorithm")
-    for role in (role for role in ROLES if given.get(role) is not None):
-        found = dataclasses.replace(found, **{role: _role(role, given[role], getattr(found, role))})
-    return found
+    return dataclasses.replace(found, **{role: _role(role, one, getattr(found, role)) for role, one in parts.items()})
 
 
 def specification_of(algorithm: Algorithm, strict: bool = True) -> dict[str, Any]:
@@ -58,7 +58,8 @@ def specification_of(algorithm: Algorithm, strict: bool = True) -> dict[str, Any
         UsageError: a part is no dataclass of plain values, or its class is defined within a function.
     """
     found = {role: getattr(algorithm, role) for role in ROLES}
-    return {
+    personal = {"personal": list(algorithm.personal)} if algorithm.personal else {}
+    return personal | {
         role: [_plain(role, one, strict) for one in part] if role in MANY else _plain(role, part, strict)
         for role, part in found.items()
     }
@@ -89,6 +90,8 @@ def _is_plain(value: Any) -> bool:
 
 def _role(role: str, given: Any, before: Any) -> Any:
     """The part, or parts, of a role."""
+    if role == "personal":
+        return _typed(given, tuple[str, ...], "algorithm.personal")
     if role not in MANY:
         return _part(role, given, before)
     parts = [given] if isinstance(given, (str, Mapping)) else given
@@ -141,4 +144,9 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         if type(value) is not hint:
             raise UsageError(where, value, {float: "a number", int: "a whole number", bool: "true or false", str: "text"}[hint])
         return value
+    if hint == tuple[str, ...]:
+        given = [value] if isinstance(value, str) else value
+        if not isinstance(given, (list, tuple)) or not all(isinstance(one, str) for one in given):
+            raise UsageError(where, value, "texts")
+        return tuple(given)
     return tuple(value) if isinstance(value, list) and typing.get_origin(hint) is tuple else value

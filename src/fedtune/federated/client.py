@@ -7,11 +7,15 @@ the client sends is made of it. No client has a module of its own, so memory doe
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
-from fedtune.errors import RunError
+import torch
+from torch import nn
+
+from fedtune.errors import RunError, UsageError
 from fedtune.federated.memory import ClientMemory
 from fedtune.federated.messages import (
     ClientReport,
@@ -24,11 +28,26 @@ from fedtune.federated.messages import (
     encoded,
 )
 from fedtune.federated.optimisation import Optimisation
+from fedtune.federated.passes import one_pass
 from fedtune.federated.pieces import Pieces
 from fedtune.federated.still import Still
 from fedtune.federated.training import Correction, Training, train_epochs
 from fedtune.randomness import seeded
-from fedtune.tensors import Groups, Tensors, assign_, buffers, distance, mapped, restore_counters, subtract_, trainable
+from fedtune.tensors import (
+    Groups,
+    Tensors,
+    assign_,
+    buffers,
+    distance,
+    mapped,
+    restore_counters,
+    snapshot,
+    subtract_,
+    trainable,
+    without,
+)
+
+Filter = Callable[[str], bool]  # of names of tensors
 
 
 class Client:
@@ -40,15 +59,16 @@ class Client:
         memory: what the client remembers; whoever changes it in place, or adds to it, finds it so the next time.
     """
 
-    def __init__(self, worker: Worker, request: Request, memory: Groups) -> None:
+    def __init__(self, worker: Worker, request: Request, memory: Groups, context: Context) -> None:
         self.request, self.memory, self.reports = request, memory, list[ClientReport]()
-        self._worker = worker
-        self._weights, self.buffers = trainable(worker.training.module), buffers(worker.training.module)
+        self._worker, self._context = worker, context
         self._optimisation: Optimisation | None = None
         self._pieces: Pieces | None = None
+        self._weights, self.buffers = self._tensors()
         self._same_as(self._weights)
         assign_(self._weights, self.server)
         assign_(self.buffers, request.groups.get("buffers", {}))
+        assign_(self.own, self.personal)
         restore_counters(worker.training.module, worker.counters)
         if worker.still is not None:
             worker.still.begin()
@@ -59,29 +79,94 @@ class Client:
         return self.request.groups["weights"]
 
     @property
-    def learning_rate(self) -> float:
-        """The rate of the last step of the last `train`, of the optimizer's first group."""
-        if self._optimisation is None:
-            raise RunError("a client has a learning rate once it has trained")
-        return float(self._optimisation.optimizer.param_groups[0]["lr"])
+    def personal(self) -> Tensors:
+        """What of the client's model is its own, as it was after its last round; at first as the run began."""
+        return self.memory.get("personal") or self._worker.personal
 
-    def train(self, epochs: int | None = None, correct: Correction | None = None) -> ClientReport:
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Of the next `train`; before that, and within it, of the one that is under way."""
+        return self._next.optimizer
+
+    @property
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """The optimizer's parameter group of each trained tensor, by its name; in a correction with the rate of the step."""
+        return self._next.group_of()
+
+    @property
+    def clips(self) -> bool:
+        """Whether gradients are clipped."""
+        return bool(self._worker.training.gradient_clip_val)
+
+    def train(self, epochs: int | None = None, correct: Correction | None = None, only: Filter | None = None) -> ClientReport:
         """Train the module, as it stands, on the client's data with a fresh optimizer.
 
         Args:
             epochs: local epochs, by default those of the run.
             correct: called after each backward pass and before gradients are clipped, with the names of the tensors, their
                 gradients (to be changed in place) and the weights.
+            only: which tensors are trained, by their names; by default all that the run trains.
+
+        Returns:
+            what was done. The last one of a round is what its record says of the client.
         """
         worker, request = self._worker, self.request
-        self._optimisation = Optimisation(worker.training.trainer, request.position)
-        where = f"round {request.round}, client {request.client}"
-        loader = worker.data.client_dataloader(request.client)
-        report = train_epochs(
-            worker.training, self._optimisation, loader, epochs or worker.local_epochs, where, request.client, correct
-        )
+        with _only(worker.training.module, only):
+            loader, epochs = worker.data.client_dataloader(request.client), epochs or worker.local_epochs
+            report = train_epochs(worker.training, self._next, loader, epochs, self._where, request.client, correct)
+        self._optimisation = None
         self.reports.append(report)
         return report
+
+    def loss(self) -> float:
+        """The mean loss in nats over the client's training examples, of the module as it stands; nothing is changed."""
+        return self._pass(gradients=False)[0]
+
+    def gradient(self) -> Tensors:
+        """The mean gradient of that loss, by name; nothing is changed."""
+        return self._pass(gradients=True)[1]
+
+    def apart(self, purpose: str) -> contextlib.AbstractContextManager[None]:
+        """Inside the block random numbers are drawn that nothing else in the round draws, and that move no other draw."""
+        return seeded(self._context.seed, purpose, self.request.round, self.request.client)
+
+    def keep(self) -> None:
+        """Take the module, as it stands, for the client's own model, and go back to what the server sent."""
+        self.memory["personal"] = snapshot(self._weights | self.buffers)
+        assign_(self._weights, self.server)
+        assign_(self.buffers, self.request.groups.get("buffers", {}))
+        restore_counters(self._worker.training.module, self._worker.counters)
+
+    def resume(self) -> None:
+        """Go on with the client's own model, where it has one."""
+        here = self._weights | self.buffers
+        assign_({name: here[name] for name in self.personal}, self.personal)
+
+    @property
+    def _next(self) -> Optimisation:
+        if self._optimisation is None:
+            self._optimisation = Optimisation(self._worker.training.trainer, self.request.position)
+        return self._optimisation
+
+    def _pass(self, gradients: bool) -> tuple[float, Tensors]:
+        training, module = self._worker.training, self._worker.training.module
+        before = snapshot(buffers(module))
+        with self.apart("pass"):
+            found = one_pass(training, self._worker.data.client_dataloader(self.request.client), self._where, gradients)
+        assign_(buffers(module), before)
+        restore_counters(module, self._worker.counters)
+        return found
+
+    @property
+    def _where(self) -> str:
+        return f"round {self.request.round}, client {self.request.client}"
+
+    def _tensors(self) -> tuple[Tensors, Tensors]:
+        """The parameters and the buffers that travel, live; in `own` goes what stays with the client."""
+        module, names = self._worker.training.module, self._worker.personal
+        weights, others = trainable(module), buffers(module)
+        self.own = {name: tensor for name, tensor in {**weights, **others}.items() if name in names}
+        return without(weights, names), without(others, names)
 
     def _same_as(self, weights: Tensors) -> None:
         """Raise `RunError` where other tensors are trained than those that the server sent."""
@@ -96,14 +181,15 @@ class Client:
 
     def update(self) -> Tensors:
         """What the client has changed, w_k - w by name, in place: its last act, as the module holds the update from then on."""
-        module = self._worker.training.module
-        self._weights, self.buffers = trainable(module), buffers(module)  # a module may have put others in their place
+        self._weights, self.buffers = self._tensors()  # a module may have put others in their place
         self._same_as(self._weights)
+        if self.own:
+            self.memory["personal"] = snapshot(self.own)
         if self._worker.still is not None:
             self._worker.still.check(f"round {self.request.round}, client {self.request.client}")
         if self._worker.on_client_end is not None:
             update_norm = distance(self._weights, self.server)
-            self._worker.on_client_end(replace(self.reports[0], update_norm=update_norm))
+            self._worker.on_client_end(replace(self.reports[-1], update_norm=update_norm))
         self._pieces = Pieces(self._weights, minus=self.server)
         return self._weights
 
@@ -112,8 +198,29 @@ class Client:
         return {name: self._pieces for name, group in groups.items() if self._pieces is not None and self._pieces.are(group)}
 
 
+@contextlib.contextmanager
+def _only(module: nn.Module, chosen: Filter | None) -> Iterator[None]:
+    """Inside the block only the chosen parameters need gradients, of those that do."""
+    others = [one for name, one in module.named_parameters() if one.requires_grad and chosen and not chosen(name)]
+    for one in others:
+        one.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for one in others:
+            one.requires_grad_(True)
+
+
 class ClientUpdate(abc.ABC):
-    """What a client does in a round: the part of an algorithm that runs at the client. A frozen dataclass of plain values."""
+    """What a client does in a round: the part of an algorithm that runs at the client. A frozen dataclass of plain values.
+
+    `makes` names the groups that it sends. `weighting` is "uniform" where all clients must weigh the same. `personal` says
+    whether it keeps a model of the client's own (`Client.keep`).
+    """
+
+    makes: ClassVar[tuple[str, ...]] = ("update",)
+    weighting: ClassVar[str | None] = None
+    personal: ClassVar[bool] = False
 
     @abc.abstractmethod
     def __call__(self, client: Client) -> Groups:
@@ -131,6 +238,7 @@ class Worker:
         memory: what clients remember.
         local_epochs: epochs of a client in a round.
         counters: what counters of the module every client starts with.
+        personal: what does not travel but stays with each client, as it is at first.
         still: looks after what must not move.
         up, down: what happens to messages to the server, and to clients.
         on_client_end: called when a client has trained, while the module holds its weights.
@@ -142,6 +250,7 @@ class Worker:
     memory: ClientMemory
     local_epochs: int = 1
     counters: Tensors = field(default_factory=dict)
+    personal: Tensors = field(default_factory=dict)
     still: Still | None = None
     up: tuple[Stage, ...] = ()
     down: tuple[Stage, ...] = ()
@@ -158,11 +267,11 @@ class Worker:
         home = next(iter(groups["weights"].values())).device
         request = replace(request, groups=groups if home == device else mapped(groups, lambda _, tensor: tensor.to(device)))
         memory = mapped(self.memory.load(number, request.round), lambda _, tensor: tensor.to(device))
-        client = Client(self, request, memory)
+        client = Client(self, request, memory, context)
         try:
             with seeded(context.seed, "client", request.round, number):
                 groups = self.client(client)
-        except RunError:
+        except (RunError, UsageError):
             raise
         except Exception as error:
             raise RunError(f"round {request.round}, client {number}: {type(error).__name__}: {error}") from error
@@ -175,5 +284,5 @@ class Worker:
         if home != device:
             groups = mapped(groups, lambda _, tensor: tensor.to(home))
         groups = encoded(groups, self.up, context.of(number))
-        report = client.reports[0]
+        report = client.reports[-1]
         return Reply(number, report.num_examples, groups, report, bytes_of(groups), {} if self.up else client.pieces(groups))

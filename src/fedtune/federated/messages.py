@@ -13,7 +13,7 @@ import numpy as np
 
 from fedtune.federated.pieces import Pieces
 from fedtune.randomness import stream
-from fedtune.tensors import Groups, num_bytes
+from fedtune.tensors import Groups, Tensors, num_bytes
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Context:
         cohort: the clients of the round.
         max_weight: the most examples that a round can have, each epoch counted.
         client: whose message it is; None on the server.
+        answered: in a server step, the clients whose replies count.
+        weights: in a server step, what the server sent.
     """
 
     seed: int
@@ -44,6 +46,8 @@ class Context:
     cohort: tuple[int, ...]
     max_weight: int
     client: int | None = None
+    answered: tuple[int, ...] = ()
+    weights: Tensors = field(default_factory=dict, compare=False, repr=False)
 
     def of(self, client: int) -> Context:
         """The same for one client's message."""

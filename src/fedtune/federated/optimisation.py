@@ -7,14 +7,16 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, cast
 
+import torch
 from pytorch_lightning.core.optimizer import _configure_optimizers, _configure_schedulers_automatic_opt
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from fedtune.errors import RunError
+from fedtune.errors import RunError, UsageError
 from fedtune.federated.messages import Position
 from fedtune.federated.trainer import ModuleTrainer
+from fedtune.tensors import Tensors
 
 
 class Optimisation:
@@ -53,6 +55,11 @@ class Optimisation:
         named = [(name, parameter) for name, parameter in self._named.items() if parameter.grad is not None]
         return [name for name, _ in named], [cast(Tensor, one.grad) for _, one in named], [one.detach() for _, one in named]
 
+    def group_of(self) -> dict[str, dict[str, Any]]:
+        """The parameter group of each trained tensor, by its name; of those that the optimizer was given."""
+        groups = {id(one): group for group in self.optimizer.param_groups for one in group["params"]}
+        return {name: groups[id(one)] for name, one in self._named.items() if id(one) in groups}
+
     def end(self, interval: str) -> None:
         """Advance the schedules after a "step" or an "epoch"."""
         self._done[interval] += 1
@@ -90,6 +97,47 @@ class Optimisation:
                     if schedule.interval == "epoch" and epoch <= position.epochs and epoch % schedule.frequency == 0:
                         self._module.lr_scheduler_step(cast(Any, schedule.scheduler), None)
                 done = until
+
+
+def flatten(optimizer: torch.optim.Optimizer) -> Tensors:
+    """The state of an optimizer as named tensors, "parameter number.name"."""
+    return {
+        f"{index}.{name}": torch.as_tensor(value).detach().clone()
+        for index, values in optimizer.state_dict()["state"].items()
+        for name, value in values.items()
+        if value is not None
+    }
+
+
+def restore(optimizer: torch.optim.Optimizer, flat: Tensors) -> None:
+    """Give a fresh optimizer the state that `flatten` took."""
+    state: dict[int, Tensors] = {}
+    for key, value in flat.items():
+        index, name = key.split(".", 1)
+        kept = value.clone() if value.ndim else value.cpu().clone()  # the optimizer will write into it; counts are on the CPU
+        state.setdefault(int(index), {})[name] = kept
+    if state:
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def sgd_groups(optimizer: torch.optim.Optimizer, who: str, momentum: bool) -> list[dict[str, Any]]:
+    """The parameter groups of an optimizer that must be SGD.
+
+    Args:
+        who: the algorithm that needs it.
+        momentum: whether momentum is allowed.
+
+    Raises:
+        UsageError: it is another optimizer, or has momentum.
+    """
+    groups: list[dict[str, Any]] = optimizer.param_groups
+    came = type(optimizer).__name__
+    if type(optimizer) is torch.optim.SGD and (momentum or not any(group["momentum"] for group in groups)):
+        return groups
+    if type(optimizer) is torch.optim.SGD:
+        came = f"SGD with momentum {max(group['momentum'] for group in groups)}"
+    allowed = "SGD, with or without momentum" if momentum else "SGD without momentum"
+    raise UsageError("algorithm", f"{who} with {came}", f"{who} with {allowed} (of this package's models: optimizer sgd)")
 
 
 @contextlib.contextmanager

@@ -21,7 +21,16 @@ from fedtune.tensors import Groups
 
 
 class Aggregator(abc.ABC):
-    """What becomes of the replies."""
+    """What becomes of the replies.
+
+    `takes` names the groups that it can work with; None: any. `keeps` names those that it returns for itself, and finds in the
+    next round's `state.memory`, under its name. `weighting` is how clients weigh. `least` is how many replies it needs.
+    """
+
+    takes: ClassVar[tuple[str, ...] | None] = None
+    keeps: ClassVar[tuple[str, ...]] = ()
+    weighting: str = "uniform"
+    least: int = 1
 
     @abc.abstractmethod
     def __call__(self, replies: Iterator[Reply], state: ServerState, context: Context, runtime: Runtime) -> Groups:
@@ -49,9 +58,10 @@ class Aggregator(abc.ABC):
 class ServerStep(abc.ABC):
     """What the server makes of the aggregate: momentum, an adaptive optimizer.
 
-    `sends` names what of its memory goes to the clients of the next round.
+    `needs` names the groups that it works with, and `sends` what of its memory goes to the clients of the next round.
     """
 
+    needs: ClassVar[tuple[str, ...]] = ("update",)
     sends: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod
@@ -96,9 +106,11 @@ class Algorithm:
         server: what the server makes of the aggregate, step by step; then it is added to the weights.
         up: what happens to messages on their way to the server, in this order; undone in reverse.
         down: the same on their way to the clients.
+        personal: what stays with each client: patterns of names of tensors ("network.classifier.*"), or names of
+            `federated.personal.PRESETS` ("head").
 
     Raises:
-        UsageError: two server steps of one class, whose memories would be one.
+        UsageError: two server steps of one class, whose memories would be one; or parts that do not go together.
     """
 
     client: ClientUpdate
@@ -106,11 +118,26 @@ class Algorithm:
     server: tuple[ServerStep, ...] = ()
     up: tuple[Stage, ...] = ()
     down: tuple[Stage, ...] = ()
+    personal: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         names = [type(step).__name__ for step in self.server]
         if len(set(names)) < len(names):
             raise UsageError("algorithm.server", names, "steps of different classes")
+        sent, client, aggregator = self.client.makes, type(self.client).__name__, type(self.aggregator).__name__
+        for step in self.server:
+            if missing := set(step.needs) - set(sent):
+                raise UsageError("algorithm.client", client, f"for {type(step).__name__}, one that sends {', '.join(missing)}")
+        taken = self.aggregator.takes
+        if taken is not None and not set(sent) <= set(taken):
+            raise UsageError("algorithm.aggregator", aggregator, f"for {client}, which sends {', '.join(sent)}, Mean")
+        wanted, weighting = self.client.weighting, self.aggregator.weighting
+        if wanted is not None and weighting != wanted:
+            raise UsageError("algorithm.aggregator.weighting", weighting, f"for {client}, {wanted}")
+        handled = {"update", *(group for step in self.server for group in step.needs)}
+        if left := set(sent) - handled:
+            steps = ", ".join(names) or "no step"
+            raise UsageError("algorithm.server", steps, f"for {client}, one that takes {', '.join(sorted(left))}")
 
 
 ROLES: dict[str, type[Any]] = {

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from fedtune.errors import RunError
 from fedtune.federated.agreement import RunningAgreement
 from fedtune.federated.messages import ClientReport, Context, Failure, Position, Reply, Request, bytes_of, decoded, encoded
@@ -14,7 +16,7 @@ from fedtune.federated.parts import Algorithm, Runtime
 from fedtune.federated.pieces import Pieces, moved
 from fedtune.federated.state import RoundResult, ServerState
 from fedtune.federated.sums import ExactSum, grid_bits
-from fedtune.tensors import Groups, Tensors, mapped
+from fedtune.tensors import Groups, Tensors, mapped, without
 
 BUFFER_LIMIT = 2.0**32  # the running variance of a batch norm may change by much more than a weight does
 
@@ -26,6 +28,7 @@ class RoundOptions:
     Args:
         local_epochs: by which schedules over epochs advance.
         buffers: the names of buffers among the server's weights.
+        personal: the names of what stays with each client; the server keeps its first values, and sends none.
         agreement: whether the cosines and the drift of the clients' updates are found.
         min_clients: as many replies must count; None for all of the cohort.
         on_reply: called with each report, as replies come in.
@@ -33,6 +36,7 @@ class RoundOptions:
 
     local_epochs: int = 1
     buffers: frozenset[str] = frozenset()
+    personal: frozenset[str] = frozenset()
     agreement: bool = True
     min_clients: int | None = None
     on_reply: Callable[[ClientReport], None] = lambda report: None
@@ -55,8 +59,10 @@ def run_round(
         raise RunError(f"round {context.round}: {type(algorithm.aggregator).__name__} returned no update, but {sorted(groups)}")
     mean = Pieces(groups["update"])
     agreement = inbox.agreement.result(mean)
-    groups, memory = _stepped(groups, state, algorithm, context)
-    if options.buffers:
+    answered = tuple(sorted(report.client for report in runtime.gather(inbox.reports)))
+    here = replace(context, answered=answered, weights=_sent(state, algorithm, options)["weights"])
+    groups, memory = _stepped(groups, state, algorithm, here)
+    if options.buffers - options.personal:
         groups |= inbox.buffers.mean(runtime)
     reports = sorted(runtime.gather(inbox.reports), key=lambda report: report.client)
     after = ServerState(
@@ -139,7 +145,8 @@ class _Inbox:
 
     def _misshapen(self, groups: Groups) -> str | None:
         """What is wrong with the names and shapes of an update, if anything."""
-        expected = {name: tensor.shape for name, tensor in self._state.weights.items() if name not in self._options.buffers}
+        others = self._options.buffers | self._options.personal
+        expected = {name: tensor.shape for name, tensor in without(self._state.weights, others).items()}
         found = {name: tensor.shape for name, tensor in groups.get("update", {}).items()}
         different = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
         if not different:
@@ -159,12 +166,15 @@ class _Inbox:
             raise RunError(f"round {self._context.round}, client {failure.client}: {failure.reason}")
 
     def _quorum(self, answered: int) -> None:
-        least = self._options.min_clients
-        if least is not None and answered < least:
+        aggregator = self._algorithm.aggregator
+        least, why = max(
+            (self._options.min_clients or 1, "min_clients is"), (aggregator.least, f"{type(aggregator).__name__} needs")
+        )
+        if answered < least:
             reasons = "; ".join(f"client {failure.client}: {failure.reason}" for failure in self.failures[:3])
             raise RunError(
                 f"round {self._context.round}: the replies of {answered} of {len(self._context.cohort)} clients count, "
-                f"min_clients is {least} ({reasons})"
+                f"{why} {least}" + (f" ({reasons})" if reasons else "")
             )
 
 
@@ -203,10 +213,10 @@ class _Buffers:
 
 def _sent(state: ServerState, algorithm: Algorithm, options: RoundOptions) -> Groups:
     """What goes to every client of the round."""
-    names = options.buffers
-    sent = {"weights": {name: tensor for name, tensor in state.weights.items() if name not in names}}
-    if names:
-        sent["buffers"] = {name: tensor for name, tensor in state.weights.items() if name in names}
+    travel = without(state.weights, options.personal)
+    sent = {"weights": without(travel, options.buffers)}
+    if buffers := {name: tensor for name, tensor in travel.items() if name in options.buffers}:
+        sent["buffers"] = buffers
     for step in algorithm.server:
         memory = state.memory.get(type(step).__name__, {})
         sent |= {group: memory[group] for group in step.sends if group in memory}
@@ -232,12 +242,18 @@ def _beyond(group: str, pieces: Pieces, limit: float) -> str | None:
 
 def _stepped(groups: Groups, state: ServerState, algorithm: Algorithm, context: Context) -> tuple[Groups, dict[str, Groups]]:
     """The aggregate after all server steps, and what they remember, in the types of the weights."""
-    memory: dict[str, Groups] = {}
+    aggregator = algorithm.aggregator
+    memory = {type(aggregator).__name__: {group: groups[group] for group in aggregator.keeps}} if aggregator.keeps else {}
+    groups = {group: tensors for group, tensors in groups.items() if group not in aggregator.keeps}
     for step in algorithm.server:
         name = type(step).__name__
         groups, kept = step(groups, state.memory.get(name, {}), context)
-        memory[name] = mapped(kept, lambda key, tensor: tensor.to(state.weights[key].dtype) if key in state.weights else tensor)
-    return groups, memory
+        memory[name] = kept
+
+    def as_weights(name: str, tensor: Tensor) -> Tensor:
+        return tensor.to(state.weights[name].dtype) if name in state.weights else tensor
+
+    return groups, {name: mapped(kept, as_weights) for name, kept in memory.items()}
 
 
 def _weights(weights: Tensors, groups: Groups, mean: Pieces) -> Tensors:

@@ -10,14 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fedtune.federated.agreement import Agreement
 from fedtune.federated.batches import exactly
 from fedtune.federated.cohorts import cohort
 from fedtune.federated.evaluation import Evaluator
 from fedtune.federated.messages import Position
-from fedtune.federated.optimisation import Optimisation
+from fedtune.federated.optimisation import Optimisation, flatten, restore
 from fedtune.federated.state import RoundResult, ServerState
 from fedtune.federated.training import Training, pooled_steps, steps_in, train, train_epochs
 from fedtune.randomness import seeded
@@ -191,23 +189,3 @@ def local(training: Training, initial: Tensors, client: int, loader: Any, epochs
         report = train_epochs(training, optimisation, loader, epochs, f"each client alone, client {client}", client)
     names = ("client", "num_examples", "num_steps", "train_loss_nats", "seconds")
     return {name: getattr(report, name) for name in names}
-
-
-def flatten(optimizer: torch.optim.Optimizer) -> Tensors:
-    """The state of an optimizer as named tensors, "parameter number.name"."""
-    return {
-        f"{index}.{name}": torch.as_tensor(value).detach().clone()
-        for index, values in optimizer.state_dict()["state"].items()
-        for name, value in values.items()
-        if value is not None
-    }
-
-
-def restore(optimizer: torch.optim.Optimizer, flat: Tensors) -> None:
-    """Give a fresh optimizer the state that `flatten` took."""
-    state: dict[int, Tensors] = {}
-    for key, value in flat.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value.clone()  # the optimizer will write into it
-    if state:
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

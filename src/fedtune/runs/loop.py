@@ -18,6 +18,7 @@ from fedtune.federated.cohorts import cohort, max_weight
 from fedtune.federated.evaluation import Evaluator, by_loader, step_of
 from fedtune.federated.messages import ClientReport, Context, Position
 from fedtune.federated.parts import Algorithm
+from fedtune.federated.personal import personal_names
 from fedtune.federated.round import RoundOptions, run_round
 from fedtune.federated.state import RoundResult, ServerState
 from fedtune.federated.still import Still
@@ -174,7 +175,8 @@ class FederatedLoop:
         watch_the_end(training.trainer, directory, run)
         kept = resting(module), getattr(module, "from_files", ())
         directory.begin(ServerState(0, snapshot(travelling(module))), bool(self.baselines), *kept)  # no name keeps the copy
-        final = self._federated(Rounds(evaluator, progress, directory, self.check_val_every_n_rounds), run)
+        personal = bool(self._algorithm.personal) or self._algorithm.client.personal
+        final = self._federated(Rounds(evaluator, progress, directory, self.check_val_every_n_rounds, personal), run)
         training.trainer.at(final.position)
         self._position = final.position
         test = evaluator.evaluate("test").metrics
@@ -224,6 +226,7 @@ class FederatedLoop:
             for callback in hooks:
                 callback.on_client_end(run, training.module, report)
 
+        names = personal_names(algorithm.personal, travelling(training.module))
         worker = Worker(
             training,
             data,
@@ -240,6 +243,7 @@ class FederatedLoop:
         options = RoundOptions(
             self.local_epochs,
             frozenset(buffers(training.module)),
+            names,
             self.options.agreement,
             self.options.min_clients,
             rounds.progress.client,
@@ -249,6 +253,7 @@ class FederatedLoop:
             number = state.round + 1
             drawn = cohort(self.seed, number, data.num_clients, self.clients_per_round)
             context = Context(self.seed, number, data.num_clients, tuple(drawn), most)
+            worker.personal.update({name: state.weights[name] for name in names})  # the server's stay as they were at first
             result = run_round(state, algorithm, context, runtime, options)
             restore_counters(training.module, worker.counters)  # those of the last client mean nothing to the average
             return result

@@ -14,6 +14,7 @@ import torch
 from fedtune.errors import RunError, UsageError
 from fedtune.federated.evaluation import Evaluator
 from fedtune.federated.logs import unusable
+from fedtune.federated.personal import over_clients, own_accuracy
 from fedtune.federated.state import RoundResult, ServerState
 from fedtune.runs.callbacks import FederatedCallback, Run, restore_states, states_of
 from fedtune.runs.progress import Progress
@@ -31,12 +32,14 @@ class Rounds:
         progress: what the terminal says.
         directory: where records and checkpoints are kept.
         evaluated_every: the module is evaluated after every so many rounds.
+        personal: whether clients have models of their own, which are then evaluated, too.
     """
 
     evaluator: Evaluator
     progress: Progress
     directory: RunDirectory
     evaluated_every: int = 1
+    personal: bool = False
 
     def play(
         self,
@@ -121,8 +124,17 @@ class Rounds:
         """The record of a round that took so long, the module holding its result."""
         began = time.perf_counter()
         self.evaluator.training.trainer.at(result.state.position)
-        metrics, client_accuracy = self.evaluator.measure() if result.state.round % self.evaluated_every == 0 else ({}, [])
+        evaluated = result.state.round % self.evaluated_every == 0
+        metrics, client_accuracy = self.evaluator.measure() if evaluated else ({}, [])
+        own = self._own(result.state, client_accuracy) if evaluated and self.personal else []
+        if own:
+            metrics |= over_clients("own_accuracy", own) | over_clients("shared_accuracy", client_accuracy)
         for name in unusable(metrics):
             self.progress.line(f"round {result.state.round}: {name} is {metrics[name]}, no finite number; records have null")
         times = {"train": seconds - result.seconds_aggregate, "evaluate": time.perf_counter() - began}
-        return RoundRecord.of(result, metrics, client_accuracy, times)
+        return dataclasses.replace(RoundRecord.of(result, metrics, client_accuracy, times), own_accuracy=own)
+
+    def _own(self, state: ServerState, shared: list[float | None]) -> list[float | None]:
+        """The accuracy of each client's own model."""
+        shared = shared or [None] * self.evaluator.data.num_clients
+        return own_accuracy(self.evaluator, self.directory.memory, state.weights, state.round, shared)

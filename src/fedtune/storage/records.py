@@ -31,6 +31,7 @@ class RoundRecord:
         failures: for each of the others its number and the reason.
         client_accuracy: accuracy of the averaged model for each client of the federation, where data and module know it, as
             in `FederatedDataModule.client_accuracy`.
+        own_accuracy: the same for each client's own model, where the algorithm has such.
     """
 
     round: int
@@ -52,6 +53,7 @@ class RoundRecord:
     clients: list[ClientReport] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     client_accuracy: list[float | None] = field(default_factory=list)
+    own_accuracy: list[float | None] = field(default_factory=list)
     train_metrics: dict[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -113,7 +115,7 @@ class RoundRecord:
         Raises:
             ValueError: it is none: something is missing, or of another type or range, or numbers contradict each other.
         """
-        own = checked(flat, _FORM, optional=("client_accuracy", "train_metrics"))
+        own = checked(flat, _FORM, optional=("client_accuracy", "own_accuracy", "train_metrics"))
         own["clients"] = [
             ClientReport(**_part(one, "clients", _REPORT, ("update_norm", "metrics", "learning_rates")))
             for one in flat["clients"]
@@ -148,6 +150,7 @@ _FORM: dict[str, Check] = {  # of a line of rounds.jsonl, metrics apart
     "clients": checks.listed,
     "failures": checks.listed,
     "client_accuracy": checks.finite_or_none_each,
+    "own_accuracy": checks.finite_or_none_each,
     "train_metrics": checks.measured_by_name,
 }
 _REPORT: dict[str, Check] = {

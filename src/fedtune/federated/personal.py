@@ -1,0 +1,82 @@
+"""What stays with each client: a part of the model, chosen by the names of its tensors, or a model of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+from fedtune.errors import UsageError
+from fedtune.federated.evaluation import Evaluator
+from fedtune.federated.memory import ClientMemory
+from fedtune.tensors import Tensors, assign_, travelling
+
+PRESETS = {
+    "head": ("*classifier*", "*lm_head*", "*.score.*", "*qa_outputs*", "head.*", "*.head.*"),
+    "embeddings": ("*embed*", "*.wte.*", "*.wpe.*"),
+    "adapters": ("*lora_*", "*adapter*"),
+    "norms": ("*norm*", "*.bn*", "bn*", "*.ln_*"),
+}
+
+
+def personal_names(patterns: Iterable[str], names: Iterable[str]) -> frozenset[str]:
+    """Those of the names that any of the patterns means.
+
+    Args:
+        patterns: as of a shell ("network.classifier.*"), or names of `PRESETS`.
+        names: of the tensors that would travel.
+
+    Raises:
+        UsageError: a pattern means none of them, or all are meant, so that nothing is left to be shared.
+    """
+    names, found = list(names), set[str]()
+    for pattern in patterns:
+        meant = {name for name in names if any(fnmatchcase(name, one) for one in PRESETS.get(pattern, (pattern,)))}
+        if not meant:
+            some = ", ".join(names[:: max(1, len(names) // 3)][:4])
+            allowed = f"{', '.join(PRESETS)}, or a pattern of names as {some}"
+            raise UsageError("algorithm.personal", pattern, allowed)
+        found |= meant
+    if found and len(found) == len(names):
+        raise UsageError("algorithm.personal", list(patterns), "a part of the tensors: these are all, nothing would be shared")
+    return frozenset(found)
+
+
+def own_accuracy(
+    evaluator: Evaluator, memory: ClientMemory, weights: Tensors, round: int, shared: Sequence[float | None]
+) -> list[float | None]:
+    """The accuracy of each client's own model after a round: the server's weights, but for what is the client's own.
+
+    Args:
+        evaluator: of the module, which afterwards holds the server's weights.
+        memory: what clients remember, of which "personal" is their own.
+        weights: the server's.
+        shared: the accuracy of these for each client, which is that of a client that has nothing of its own yet.
+    """
+    here, found = travelling(evaluator.training.module), list(shared)
+    for client in range(evaluator.data.num_clients):
+        own = memory.load(client, round + 1).get("personal")
+        if own is not None:
+            assign_({name: here[name] for name in own}, own)
+            value = evaluator.accuracy_of(client)
+            assign_({name: here[name] for name in own}, weights)
+            found[client] = value
+    return found
+
+
+def over_clients(name: str, accuracies: Sequence[float | None]) -> dict[str, float]:
+    """What accuracies come down to: mean, mean of the worst tenth of the clients (one at least), standard deviation.
+
+    >>> over_clients("own", [0.5, None, 1.0])
+    {'own_mean': 0.75, 'own_worst_decile': 0.5, 'own_spread': 0.25}
+    """
+    known = np.sort([one for one in accuracies if one is not None])
+    if not len(known):
+        return {}
+    worst = known[: max(1, len(known) // 10)]
+    return {
+        f"{name}_mean": float(known.mean()),
+        f"{name}_worst_decile": float(worst.mean()),
+        f"{name}_spread": float(known.std()),
+    }
