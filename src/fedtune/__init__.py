@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from fedtune.runs.loop import FederatedLoop
     from fedtune.runs.monitors import BestWeights, EarlyStopping, LearningRateMonitor
     from fedtune.runs.options import RunOptions
+    from fedtune.runtimes.faults import FAULTS
     from fedtune.storage.records import RoundRecord
 
 spin_less_when_busy()  # before torch is imported
@@ -48,6 +49,7 @@ _HOME = {
     "EarlyStopping": "runs.monitors",
     "LearningRateMonitor": "runs.monitors",
     "FAMILIES": "models",
+    "FAULTS": "runtimes.faults",
     "FederatedCallback": "runs.callbacks",
     "FederatedDataModule": "data.classification",
     "FederatedLoop": "runs.loop",
@@ -73,6 +75,7 @@ __all__ = [
     "ALGORITHMS",
     "ALGORITHM_PARTS",
     "FAMILIES",
+    "FAULTS",
     "MODELS",
     "SPLITS",
     "TASKS",

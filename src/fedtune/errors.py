@@ -57,3 +57,16 @@ def at_least(argument: str, came: int | float, least: int | float) -> None:
     """Raise `UsageError` when the number `came` is below `least` (or is not a number at all)."""
     if not isinstance(came, numbers.Real) or not came >= least:
         raise UsageError(argument, came, f"{least} or more")
+
+
+class ClientError(RunError):
+    """A client's training had to stop.
+
+    Args:
+        where: the round and the client.
+        reason: why; it may say where.
+    """
+
+    def __init__(self, where: str, reason: str) -> None:
+        self.reason = " ".join(reason.removeprefix(where).lstrip(":, ").split())[:200]
+        super().__init__(reason if reason.startswith(where) else f"{where}: {reason}")

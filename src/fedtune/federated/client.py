@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
-from fedtune.errors import RunError, UsageError
+from fedtune.errors import ClientError, RunError, UsageError
 from fedtune.federated.memory import ClientMemory
 from fedtune.federated.messages import (
     ClientReport,
@@ -27,7 +26,7 @@ from fedtune.federated.messages import (
     decoded,
     encoded,
 )
-from fedtune.federated.optimisation import Optimisation
+from fedtune.federated.optimisation import Filter, Optimisation, training_only
 from fedtune.federated.passes import one_pass
 from fedtune.federated.pieces import Pieces
 from fedtune.federated.still import Still
@@ -46,8 +45,6 @@ from fedtune.tensors import (
     trainable,
     without,
 )
-
-Filter = Callable[[str], bool]  # of names of tensors
 
 
 class Client:
@@ -111,7 +108,7 @@ class Client:
             what was done. The last one of a round is what its record says of the client.
         """
         worker, request = self._worker, self.request
-        with _only(worker.training.module, only):
+        with training_only(worker.training.module, only):
             loader, epochs = worker.data.client_dataloader(request.client), epochs or worker.local_epochs
             report = train_epochs(worker.training, self._next, loader, epochs, self._where, request.client, correct)
         self._optimisation = None
@@ -198,19 +195,6 @@ class Client:
         return {name: self._pieces for name, group in groups.items() if self._pieces is not None and self._pieces.are(group)}
 
 
-@contextlib.contextmanager
-def _only(module: nn.Module, chosen: Filter | None) -> Iterator[None]:
-    """Inside the block only the chosen parameters need gradients, of those that do."""
-    others = [one for name, one in module.named_parameters() if one.requires_grad and chosen and not chosen(name)]
-    for one in others:
-        one.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for one in others:
-            one.requires_grad_(True)
-
-
 class ClientUpdate(abc.ABC):
     """What a client does in a round: the part of an algorithm that runs at the client. A frozen dataclass of plain values.
 
@@ -271,10 +255,12 @@ class Worker:
         try:
             with seeded(context.seed, "client", request.round, number):
                 groups = self.client(client)
-        except (RunError, UsageError):
+        except UsageError:
             raise
+        except RunError as error:
+            raise ClientError(f"round {request.round}, client {number}", str(error)) from error
         except Exception as error:
-            raise RunError(f"round {request.round}, client {number}: {type(error).__name__}: {error}") from error
+            raise ClientError(f"round {request.round}, client {number}", f"{type(error).__name__}: {error}") from error
         if not client.reports:
             raise RunError(f"round {request.round}, client {number}: {type(self.client).__name__} never trained it")
         if client.buffers:

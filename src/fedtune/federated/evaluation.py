@@ -275,23 +275,10 @@ class Evaluator:
             if of_client is None or correct_N is None or not is_whole(self.training.limit(self.part)):
                 return metrics, []
             return metrics, of_client(self.part, correct_N)
-        of_clients = self._evaluate_clients(range(self.data.num_clients))
+        of_clients = self.evaluate_clients(range(self.data.num_clients))
         return _mean(of_clients), [one.get("accuracy") for one in of_clients]
 
-    def accuracy_of(self, client: int) -> float | None:
-        """The accuracy of the module for one client, as in `measure`; where that is not known, that on the whole part."""
-        if self.evaluation == "clients":
-            return self._evaluate_clients([client])[0].get("accuracy")
-        before = self.training.trainer.callback_metrics
-        metrics, correct_N = self.evaluate(self.part)
-        self.training.trainer.callback_metrics = before
-        of_client = getattr(self.data, "client_accuracy", None)
-        if of_client is None or correct_N is None or not is_whole(self.training.limit(self.part)):
-            return metrics.get("accuracy")
-        found: float | None = of_client(self.part, correct_N)[client]
-        return found
-
-    def _evaluate_clients(self, clients: Iterable[int]) -> list[dict[str, float]]:
+    def evaluate_clients(self, clients: Iterable[int]) -> list[dict[str, float]]:
         """For each client the mean of batches, on its share of the test part."""
         of_clients: list[dict[str, float]] = []
         limit = self.training.limit(self.part)

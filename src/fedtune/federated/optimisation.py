@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
 from pytorch_lightning.core.optimizer import _configure_optimizers, _configure_schedulers_automatic_opt
 from pytorch_lightning.utilities.model_helpers import is_overridden
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from fedtune.errors import RunError, UsageError
 from fedtune.federated.messages import Position
 from fedtune.federated.trainer import ModuleTrainer
 from fedtune.tensors import Tensors
+
+Filter = Callable[[str], bool]  # of names of tensors
 
 
 class Optimisation:
@@ -97,6 +99,19 @@ class Optimisation:
                     if schedule.interval == "epoch" and epoch <= position.epochs and epoch % schedule.frequency == 0:
                         self._module.lr_scheduler_step(cast(Any, schedule.scheduler), None)
                 done = until
+
+
+@contextlib.contextmanager
+def training_only(module: nn.Module, chosen: Filter | None) -> Iterator[None]:
+    """Inside the block only the chosen parameters need gradients, of those that do."""
+    others = [one for name, one in module.named_parameters() if one.requires_grad and chosen and not chosen(name)]
+    for one in others:
+        one.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for one in others:
+            one.requires_grad_(True)
 
 
 def flatten(optimizer: torch.optim.Optimizer) -> Tensors:

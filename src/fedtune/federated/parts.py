@@ -83,6 +83,14 @@ class Runtime(abc.ABC):
     def replies(self, requests: Sequence[Request], context: Context) -> Iterator[Reply | Failure]:
         """Answers to those requests that fall to this worker, in any order."""
 
+    def injected(self, context: Context) -> dict[int, str]:
+        """The clients of a round that fail or lie on purpose, and how."""
+        return {}
+
+    def lying(self, context: Context) -> frozenset[int]:
+        """Those of them that lie."""
+        return frozenset()
+
     @abc.abstractmethod
     def add_up_(self, tensors: list[Tensor]) -> None:
         """Make whole numbers the sums over all workers, in place."""

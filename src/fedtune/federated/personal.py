@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from fedtune.errors import UsageError
+from fedtune.federated.batches import is_whole
 from fedtune.federated.evaluation import Evaluator
 from fedtune.federated.memory import ClientMemory
 from fedtune.tensors import Tensors, assign_, travelling
@@ -59,9 +60,23 @@ def own_accuracy(
         own = memory.load(client, round + 1).get("personal")
         if own is not None:
             assign_({name: here[name] for name in own}, own)
-            value = evaluator.accuracy_of(client)
+            value = _accuracy_of(evaluator, client)
             assign_({name: here[name] for name in own}, weights)
             found[client] = value
+    return found
+
+
+def _accuracy_of(evaluator: Evaluator, client: int) -> float | None:
+    """The accuracy of the module for one client, as in `Evaluator.measure`; where that is not known, that on the whole part."""
+    if evaluator.evaluation == "clients":
+        return evaluator.evaluate_clients([client])[0].get("accuracy")
+    before = evaluator.training.trainer.callback_metrics
+    metrics, correct_N = evaluator.evaluate(evaluator.part)
+    evaluator.training.trainer.callback_metrics = before
+    of_client = getattr(evaluator.data, "client_accuracy", None)
+    if of_client is None or correct_N is None or not is_whole(evaluator.training.limit(evaluator.part)):
+        return metrics.get("accuracy")
+    found: float | None = of_client(evaluator.part, correct_N)[client]
     return found
 
 

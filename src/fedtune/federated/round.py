@@ -16,8 +16,9 @@ from fedtune.federated.parts import Algorithm, Runtime
 from fedtune.federated.pieces import Pieces, moved
 from fedtune.federated.state import RoundResult, ServerState
 from fedtune.federated.sums import ExactSum, grid_bits
-from fedtune.tensors import Groups, Tensors, mapped, without
+from fedtune.tensors import Groups, Tensors, distance, mapped, without
 
+HONEST_LIMIT = 1024.0  # of the updates whose mean is compared with the aggregate
 BUFFER_LIMIT = 2.0**32  # the running variance of a batch norm may change by much more than a weight does
 
 
@@ -58,7 +59,7 @@ def run_round(
     if "update" not in groups:
         raise RunError(f"round {context.round}: {type(algorithm.aggregator).__name__} returned no update, but {sorted(groups)}")
     mean = Pieces(groups["update"])
-    agreement = inbox.agreement.result(mean)
+    agreement, diagnostics = inbox.agreement.result(mean), inbox.distance(mean)
     answered = tuple(sorted(report.client for report in runtime.gather(inbox.reports)))
     here = replace(context, answered=answered, weights=_sent(state, algorithm, options)["weights"])
     groups, memory = _stepped(groups, state, algorithm, here)
@@ -82,6 +83,8 @@ def run_round(
         seconds_aggregate=time.perf_counter() - began - inbox.seconds,
         bytes_up=sum(runtime.gather([inbox.bytes_up])),
         bytes_down=bytes_of(sent) * len(context.cohort),
+        injected=runtime.injected(context),
+        diagnostics=diagnostics | _lengths(memory),
     )
 
 
@@ -94,6 +97,8 @@ class _Inbox:
         self._state, self._algorithm, self._context, self._runtime, self._options = state, algorithm, context, runtime, options
         self.agreement = RunningAgreement(len(context.cohort), options.agreement)
         self.buffers = _Buffers(context.max_weight)
+        self._lying = runtime.lying(context)
+        self._honest = ExactSum(lambda _: HONEST_LIMIT, context.max_weight)
         self.reports: list[ClientReport] = []
         self.failures: list[Failure] = []
         self.bytes_up, self.seconds = 0, 0.0
@@ -138,6 +143,8 @@ class _Inbox:
             self.buffers.add(groups.pop("buffers"), weight)
             del pieces["buffers"]
         self.agreement.add(reply.client, pieces["update"], weight)
+        if self._lying and reply.client not in self._lying and not _beyond("update", pieces["update"], HONEST_LIMIT):
+            self._honest.add({"update": Pieces(groups["update"])}, weight)
         reply = replace(reply, groups=groups, report=report, pieces=pieces)
         self.reports.append(report)
         self._options.on_reply(report)
@@ -159,6 +166,13 @@ class _Inbox:
         if 0 <= reply.weight <= self._context.max_weight:
             return None
         return f"it says that it has {reply.weight} examples, where all clients together have {self._context.max_weight}"
+
+    def distance(self, aggregate: Pieces) -> dict[str, float]:
+        """How far the aggregate is from the mean of the honest clients, where others lie on purpose."""
+        if not self._lying or not self._honest.any:
+            return {}
+        honest = self._honest.mean(self._runtime)["update"]
+        return {"distance_from_honest_mean": distance(honest, aggregate.tensors)}
 
     def _failed(self, failure: Failure) -> None:
         self.failures.append(failure)
@@ -254,6 +268,15 @@ def _stepped(groups: Groups, state: ServerState, algorithm: Algorithm, context: 
         return tensor.to(state.weights[name].dtype) if name in state.weights else tensor
 
     return groups, {name: mapped(kept, as_weights) for name, kept in memory.items()}
+
+
+def _lengths(memory: dict[str, Groups]) -> dict[str, float]:
+    """The Euclidean length of each group that server steps remember."""
+    return {
+        f"{name}_norm": math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))
+        for groups in memory.values()
+        for name, tensors in groups.items()
+    }
 
 
 def _weights(weights: Tensors, groups: Groups, mean: Pieces) -> Tensors:

@@ -39,6 +39,9 @@ class RoundResult:
         agreement: how the clients' updates relate.
         seconds_aggregate: of the server: checks, sums, its step.
         bytes_up, bytes_down: of all messages, as encoded.
+        injected: the clients that failed or lied on purpose, and how.
+        diagnostics: lengths by name: of what server steps remember, and, where clients lie on purpose, of the difference
+            between the aggregate and the mean of the honest ("distance_from_honest_mean").
     """
 
     state: ServerState
@@ -48,3 +51,5 @@ class RoundResult:
     seconds_aggregate: float = 0.0
     bytes_up: int = 0
     bytes_down: int = 0
+    injected: dict[int, str] = field(default_factory=dict)
+    diagnostics: dict[str, float] = field(default_factory=dict)

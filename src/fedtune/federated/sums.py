@@ -119,6 +119,11 @@ class ExactSum:
             for name, place, values in pieces:
                 self._totals[group, name].add(place, values if factor == 1.0 else values * factor, scale, weight)
 
+    @property
+    def any(self) -> bool:
+        """Whether there is anything to average, of this worker."""
+        return self._weight > 0
+
     @torch.no_grad()
     def mean(self, workers: Workers | None = None) -> Groups:
         """The weighted mean of all contributions, fp64, in the memory of the sums.

@@ -9,6 +9,7 @@ from typing import Any
 from fedtune.errors import UsageError, at_least, one_of
 from fedtune.runs.baselines import BASELINES
 from fedtune.runs.options import RunOptions
+from fedtune.runtimes.faulty import check_clients, faults_of
 from fedtune.storage.summary import MODES
 
 EVALUATED_ON = ("validation", "test")
@@ -69,6 +70,7 @@ def check_data(loop: Any, data: Any) -> None:
         raise UsageError("evaluate_on", loop.evaluate_on, "test, with evaluation by clients")
     if loop.clients_per_round is not None and loop.clients_per_round > data.num_clients:
         raise UsageError("clients_per_round", loop.clients_per_round, f"at most num_clients, {data.num_clients}")
+    check_clients(faults_of(loop.faults), data.num_clients)
 
 
 def _whole(name: str, value: Any, least: int) -> None:

@@ -25,6 +25,7 @@ from fedtune.runs.options import RunOptions
 from fedtune.runs.parser import ConfigFile, Parser, check_plain
 from fedtune.runs.renamed import in_configuration
 from fedtune.runs.wandb import LOGGERS
+from fedtune.runtimes.faulty import faults_of, plain_faults
 from fedtune.storage.config import KEPT, fingerprint, without
 
 SECTIONS = ("data", "model", "loop")
@@ -111,6 +112,7 @@ def resolved(options: Namespace) -> dict[str, dict[str, Any]]:
     with flags("loop"):
         found["loop"]["algorithm"] = specification_of(algorithm_of(found["loop"]["algorithm"]))
         check_plain("algorithm", found["loop"]["algorithm"])
+        found["loop"]["faults"] = plain_faults(faults_of(found["loop"]["faults"]))
     if found["data"]["num_clients"] == 1 and found["data"]["split"] in _WHOLE:
         found["data"] |= {"split": "iid", "skew": 1.0, "alpha": 0.5}
     return found

@@ -38,7 +38,7 @@ from fedtune.runs.prepared import given, look_over, prepared, watch_the_end
 from fedtune.runs.progress import Progress
 from fedtune.runs.renamed import taken
 from fedtune.runs.rounds import Rounds
-from fedtune.runtimes.serial import Serial
+from fedtune.runtimes.faulty import faults_of, plain_faults, serial
 from fedtune.storage.config import describe, identified
 from fedtune.storage.directory import RunDirectory, writing
 from fedtune.storage.locks import locked
@@ -60,6 +60,8 @@ class FederatedLoop:
         seed: seed of the cohorts, of the order of batches and of dropout.
         run_dir: directory of the run: configuration, records, checkpoints, picture. Where it holds an interrupted run of
             the same configuration, that run goes on. None writes nothing.
+        faults: what goes wrong on purpose with some clients: names of `fedtune.FAULTS`, or dictionaries with a name and values
+            ({"name": "Drop", "rate": 0.3}).
         algorithm: a name of `fedtune.ALGORITHMS`, an `Algorithm`, or a dictionary as in `fedtune.algorithms.specification`.
         precision: "auto" (bf16 mixed where the hardware has it, else fp32), "32-true" or 32, "bf16-mixed".
         accelerator: as in Lightning: "auto", "cpu", "gpu".
@@ -89,6 +91,7 @@ class FederatedLoop:
     seed: int = 0
     run_dir: str | None = None
     algorithm: str | Mapping[str, Any] | Algorithm = "fedavg"
+    faults: Sequence[Any] = ()
     precision: str = "auto"
     accelerator: str = "auto"
     gradient_clip_val: float | None = None
@@ -119,7 +122,7 @@ class FederatedLoop:
         check_callbacks(self.callbacks, FederatedCallback)
         self._position = Position()
         resolve_precision(self.precision, self.accelerator)
-        self._algorithm = algorithm_of(self.algorithm)
+        self._algorithm, self._faults = algorithm_of(self.algorithm), faults_of(self.faults)
         if self.fast_dev_run:
             self.max_rounds, self.check_val_every_n_rounds, self.run_dir, self.logger = 1, 1, None, "none"
             self.limit_train_batches = self.limit_val_batches = self.limit_test_batches = int(self.fast_dev_run)
@@ -207,6 +210,7 @@ class FederatedLoop:
         """What callbacks see; the loop has the same history and summary."""
         own = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.init}
         own["algorithm"] = specification_of(self._algorithm, strict=self.run_dir is not None)
+        own["faults"] = plain_faults(self._faults, strict=self.run_dir is not None)
         own["options"] = dataclasses.asdict(self.options)
         # a continuation on other hardware must not change the precision in silence
         own["precision"] = resolve_precision(self.precision, self.accelerator)
@@ -239,13 +243,14 @@ class FederatedLoop:
             down=algorithm.down,
             on_client_end=client_ended if hooks else None,
         )
-        runtime, most = Serial(worker), max_weight(data, self.local_epochs)
+        runtime, most = serial(worker, self.options.on_client_error, self._faults), max_weight(data, self.local_epochs)
+        lenient = bool(self._faults) or self.options.on_client_error == "drop"
         options = RoundOptions(
             self.local_epochs,
             frozenset(buffers(training.module)),
             names,
             self.options.agreement,
-            self.options.min_clients,
+            self.options.min_clients or (1 if lenient else None),
             rounds.progress.client,
         )
 

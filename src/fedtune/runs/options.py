@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fedtune.errors import at_least, one_of
 
 EVALUATIONS = ("pooled", "clients")
+ON_ERROR = ("stop", "drop")
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,9 @@ class RunOptions:
         evaluation: "pooled" (metrics over all examples), or "clients" as in the code of Hilmkil et al. 2021: the test part
             divided like the training part, mean of batches within a client, then mean over clients.
         min_clients: a round goes on without clients whose replies do not count (an update that is not finite), as long as so
-            many do; by default each must.
+            many do. By default each must; with `faults`, or errors that drop clients, one.
+        on_client_error: what an error in a client's training does: "stop" the run, or "drop" the client from the round, whose
+            record names it with the error.
         local_clients: how many clients, drawn with the run's seed, train alone for the baseline "local".
 
     Raises:
@@ -40,11 +43,14 @@ class RunOptions:
     evaluation: str = "pooled"
     min_clients: int | None = None
     local_clients: int = 16
+    on_client_error: str = "stop"
 
     def __post_init__(self) -> None:
         at_least("options.keep", self.keep, 1)
         at_least("options.local_clients", self.local_clients, 1)
         if self.evaluation not in EVALUATIONS:
             raise one_of("options.evaluation", self.evaluation, EVALUATIONS)
+        if self.on_client_error not in ON_ERROR:
+            raise one_of("options.on_client_error", self.on_client_error, ON_ERROR)
         if self.min_clients is not None:
             at_least("options.min_clients", self.min_clients, 1)

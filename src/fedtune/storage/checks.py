@@ -89,6 +89,13 @@ def measured_by_name(name: str, value: Any) -> dict[str, float]:
     return {key: measured(f"{name}.{key}", one) for key, one in value.items()}
 
 
+def clients_by_name(name: str, value: Any) -> dict[str, list[int]]:
+    """Numbers of clients by name."""
+    if not isinstance(value, dict):
+        raise _wrong(name, value, "an object")
+    return {key: [count(f"{name}.{key}", one) for one in listed(f"{name}.{key}", many)] for key, many in value.items()}
+
+
 def _is_finite(value: float) -> bool:
     try:
         return math.isfinite(value)

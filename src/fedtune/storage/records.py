@@ -32,6 +32,7 @@ class RoundRecord:
         client_accuracy: accuracy of the averaged model for each client of the federation, where data and module know it, as
             in `FederatedDataModule.client_accuracy`.
         own_accuracy: the same for each client's own model, where the algorithm has such.
+        injected, diagnostics: as in `federated.state.RoundResult`, the clients by kind of fault.
     """
 
     round: int
@@ -55,6 +56,8 @@ class RoundRecord:
     client_accuracy: list[float | None] = field(default_factory=list)
     own_accuracy: list[float | None] = field(default_factory=list)
     train_metrics: dict[str, float] = field(default_factory=dict)
+    injected: dict[str, list[int]] = field(default_factory=dict)
+    diagnostics: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -90,6 +93,11 @@ class RoundRecord:
             failures=result.failures,
             client_accuracy=client_accuracy,
             train_metrics=_over_examples(reports),
+            injected={
+                kind: [client for client, one in result.injected.items() if one == kind]
+                for kind in dict.fromkeys(result.injected.values())
+            },
+            diagnostics=result.diagnostics,
         )
 
     def __getattr__(self, name: str) -> float:
@@ -115,7 +123,7 @@ class RoundRecord:
         Raises:
             ValueError: it is none: something is missing, or of another type or range, or numbers contradict each other.
         """
-        own = checked(flat, _FORM, optional=("client_accuracy", "own_accuracy", "train_metrics"))
+        own = checked(flat, _FORM, optional=("client_accuracy", "own_accuracy", "train_metrics", "injected", "diagnostics"))
         own["clients"] = [
             ClientReport(**_part(one, "clients", _REPORT, ("update_norm", "metrics", "learning_rates")))
             for one in flat["clients"]
@@ -152,6 +160,8 @@ _FORM: dict[str, Check] = {  # of a line of rounds.jsonl, metrics apart
     "client_accuracy": checks.finite_or_none_each,
     "own_accuracy": checks.finite_or_none_each,
     "train_metrics": checks.measured_by_name,
+    "injected": checks.clients_by_name,
+    "diagnostics": checks.measured_by_name,
 }
 _REPORT: dict[str, Check] = {
     **dict.fromkeys(("client", "num_examples", "num_steps", "num_tokens"), checks.count),
