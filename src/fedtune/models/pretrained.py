@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.errors import RunError, UsageError, one_of, shown
+from fedtune.files import printable
 from fedtune.models.conversion import bert_to_distilbert
 from fedtune.tensors import Tensors
 
@@ -38,6 +40,9 @@ _BEHIND_PADDING = {
     "xlm-roberta-xl",
     "xmod",
 }  # families whose positions begin behind that of padding
+_CLASS = re.compile(r"<class '(?:builtins\.)?([\w.]+)'>")  # how Python writes a type
+_CLASSES = 10**6  # more than any head has
+_PROBE = ("a \u0e01\U0001f642", "A")  # a text that hardly any tokenizer knows, and a pair to it
 _BASE = {"max_position_embeddings": 512, "pad_token_id": 0}
 
 
@@ -166,10 +171,13 @@ def _checked(place: str) -> str:
         raise ValueError(f"{place} has no config.json")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
         raise ValueError(f"{file} has no model_type, which names the family")
+    classes = content.get("num_labels", 2)
+    if type(classes) is not int or not 0 <= classes <= _CLASSES:  # Transformers makes a name for each
+        raise ValueError(f"{file} says num_labels {shown(classes)}, which must be a whole number, at most {_CLASSES}")
     if content.get("auto_map"):
         raise ValueError(f"{file} asks for code of its own, which is not run: {shown(content['auto_map'])}")
     return place
@@ -195,6 +203,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     )
     if tokenizer.init_kwargs.get("auto_map"):
         raise unreadable(name, "its tokenizer_config.json asks for code of its own, which is not run")
+    reading(name, lambda _: tokenizer(*_PROBE, truncation=True, max_length=64))
     special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
     if not tokenizer.get_vocab().keys() - special:
         raise unreadable(name, "it has no tokenizer files, so that every word would be unknown")
@@ -246,4 +255,4 @@ def unreadable(name: str, why: str) -> UsageError:
 def cause(error: BaseException) -> str:
     """What an error of another library says first, on one line."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return text if len(text) <= 300 else text[:300] + "…"
+    return printable(_CLASS.sub(r"\1", text).replace("NoneType", "None"), 300)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from pathlib import Path
@@ -32,7 +33,8 @@ def report(folder: Path, out: Path) -> None:
     Raises:
         UsageError: there is no federated run below the folder that can be read, or `out` cannot be written.
     """
-    folder, out, damaged = folder.expanduser(), out.expanduser(), dict[str, str]()
+    folder, out = (Path(os.path.expanduser(one)) for one in (folder, out))
+    damaged: dict[str, str] = {}
     failed = failures(folder, damaged)
     rounds = _read(folder, failed, damaged)
     failed |= {run: f"damaged and left out: {reason}" for run, reason in damaged.items()}
