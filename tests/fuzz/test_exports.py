@@ -145,7 +145,7 @@ def case(number: int, good: dict[str, Any], place: Path, patch: pytest.MonkeyPat
     inside = os.path.relpath(folder.resolve(), place.resolve())
     if any(not name.startswith(f"{inside}/") and inside != "." for name in new):
         return what, f"wrote {new[:3]} beside {inside}"
-    return what, wrong(folder, good[kind], words) or found
+    return what, wrong(folder.resolve(), good[kind], words) or found
 
 
 def wrong(folder: Path, rounds: dict[int, Weights], words: list[str]) -> str:
@@ -182,3 +182,62 @@ def test_an_export_has_the_weights_of_the_run_or_leaves_nothing(
     assert set(found) <= {"0", "2"}, found
     assert found["0"] > 0
     assert found["2"] > 0
+
+
+ITS_OWN = ("links/tables.md", "runs/a/curves")  # what a report replaces
+REPORT = [
+    *(["--out=out"], ["--out", "deep/er/out"], ["--out="], ["--out"], ["--out=null"], ["--out=~"], ["--out=~nobody-here"], ["--out=."]),
+    *(["--out=" + "x" * 5000], ["--out=a\0b"], ["--out=\udcff"], ["--out=a\nb"], ["--out=[]"], ["--out=/dev/null"], ["--out=/proc/x"]),
+    *(["--out=victim"], ["--out=victim/x"], ["--out=loop"], ["--out=loop/x"], ["--out=fifo"], ["--out=dangling"], ["--out=runs/a"]),
+    *(["--out=runs/a/rounds.jsonl"], ["--out=one", "--out=two"], ["--None"], ["--config=x"], ["more"], ["--runs_dir=x"]),
+    *(["--out=taken"], ["--out=links"], ["--ou=x"], ["-o", "x"], ["--out=1e5"], ["--out={a: 1}"], ["--out=$HOME"], ["--"]),
+]
+FOLDERS = ["runs", "runs", "runs", "runs", "runs/a", "", "none", "victim", "~", "~nobody-here", "/dev/zero", "fifo", "loop", "dangling"]
+FOLDERS += ["x" * 5000, "a\0b", "\udcff", "home", ".", "runs/a/checkpoints", "runs/a/rounds.jsonl", "links", "[runs]", "null"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_report_with_odd_flags_is_written_where_it_was_asked_for_or_refused(
+    good: dict[str, Any], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: collections.Counter[str] = collections.Counter()
+    monkeypatch.setattr("fedtune.reports.report.plot_grid", lambda rounds, path, metric: path.write_text(metric))
+    for number in range(FIRST, FIRST + share(0.02)):
+        what, kind = report_case(random.Random(f"report/{number}"), place, monkeypatch)
+        found[kind] += 1
+        if kind not in ("0", "2"):
+            print(number, what.encode("utf-8", "replace").decode(), "=>", kind.encode("utf-8", "replace").decode())
+    print(found)
+    assert set(found) <= {"0", "2"}, found
+    assert found["2"] > 0
+
+
+def report_case(rng: random.Random, place: Path, patch: pytest.MonkeyPatch) -> tuple[str, str]:
+    """Do one; the words, and "0", "2" or what is wrong."""
+    shutil.rmtree(place, ignore_errors=True)
+    (place / "home").mkdir(parents=True)
+    patch.setenv("HOME", str(place / "home"))
+    patch.chdir(place)
+    shutil.copytree(place.with_name("plain"), place / "runs" / "a")
+    shutil.copytree(place.with_name("frozen"), place / "runs" / "b")
+    (place / "victim").write_text("mine")
+    (place / "loop").symlink_to("loop")
+    (place / "dangling").symlink_to("nowhere")
+    os.mkfifo(place / "fifo")
+    for name in ("taken", "links"):
+        (place / name).mkdir()
+    (place / "taken" / "report.html").mkdir()
+    (place / "links" / "tables.md").symlink_to("../victim")
+    before = tree(place)
+    words = [rng.choice(FOLDERS), *(word for _ in range(rng.choice([0, 1, 1, 1, 2])) for word in rng.choice(REPORT))]
+    kind = outcome("report", *words)
+    after = tree(place)
+    changed = sorted(name for name in before if after.get(name) != before[name] and not name.startswith(ITS_OWN))
+    new = sorted({os.path.dirname(name) for name in after.keys() - before.keys()})
+    if changed:
+        kind = f"{kind}, and changed {changed[:3]}"
+    elif kind == "0" and len(new) > 1:
+        kind = f"written to {new[:3]}"
+    elif kind == "0" and {"tables.md", "report.html"} - {os.path.basename(name) for name in after}:
+        kind = "no report"
+    return str(words)[:200], kind

@@ -159,6 +159,7 @@ def wrong_states(network: Any, batch: Any, folder: Path) -> str:
     try:
         with quiet():
             options = {"dtype": torch.float32, "attn_implementation": "eager", "chunk_size_feed_forward": 0}
+            options |= {"output_hidden_states": False, "output_attentions": False}
             plain = transformers.AutoModel.from_pretrained(folder, **options).eval()
     except Exception as error:
         if any(name in str(error) for name in OURS):

@@ -21,7 +21,7 @@ from fedtune.models.sizes import check_room
 from fedtune.tensors import Tensors
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_FAMILY = re.compile(r"^((distil|al)?bert\.)+")
+_OLD = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # names of old files -> those of today
 _COUNTED = ("position_ids", "token_type_ids")  # constants that old files hold, too
 
 
@@ -52,7 +52,7 @@ def read(
         return network, set(fresh)
     weights = _tensors_of(name)
     _check_finite(name, weights)
-    _check_names(name, weights)
+    _check_names(name, weights, kind.base_model_prefix)
     heads = tuple(f"{part}." for part in head)
     if not keep_head:
         weights = {key: tensor for key, tensor in weights.items() if not key.startswith(heads)}
@@ -194,11 +194,13 @@ def _check_finite(name: str, weights: Tensors) -> None:
             raise UsageError("name", name, f"a model whose weights are finite numbers ({key} has NaN or infinite ones)")
 
 
-def _check_names(name: str, weights: Tensors) -> None:
-    """Refuse files that have a tensor of a network twice, with and without the name of the family before its own."""
+def _check_names(name: str, weights: Tensors, prefix: str) -> None:
+    """Refuse files that have a tensor of a network twice: with and without the prefix of its family, by its old and new name."""
     known: dict[str, str] = {}
     for key, tensor in weights.items():
-        short = _FAMILY.sub("", key)
+        short = re.sub(rf"^({prefix}\.)+", "", key)
+        for old, new in _OLD.items():
+            short = short.replace(old, new)
         other = known.setdefault(short, key)
         if other != key and not (tensor.shape == weights[other].shape and torch.equal(tensor, weights[other])):
             raise UsageError("name", name, f"a model that has each of its tensors once (these are {other} and {key})")

@@ -86,7 +86,7 @@ def _write(folder: Path, network: PreTrainedModel, tokenizer: PreTrainedTokenize
 def _check_target(folder: Path) -> None:
     try:
         folder.resolve()
-        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        taken = os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir()))
     except (OSError, ValueError, RuntimeError) as error:  # links that lead to themselves are of the last kind
         raise UsageError("folder", str(folder), f"a directory that can be written ({said(error)})") from error
     if taken:
