@@ -74,7 +74,10 @@ SETTINGS: dict[str, list[tuple[str, list[Any]]]] = {
         ("per_layer_config", [{}, [1]]),
     ],
     "tokenizer_config.json": [
-        ("tokenizer_class", ["BertTokenizer", "RobertaTokenizer", "GPT2Tokenizer", "AlbertTokenizer", "T5Tokenizer", "Mine", None]),
+        (
+            "tokenizer_class",
+            ["BertTokenizer", "RobertaTokenizer", "GPT2Tokenizer", "AlbertTokenizer", "T5Tokenizer", "Mine", None],
+        ),
         ("auto_map", [{"AutoTokenizer": ["mine.T", None]}, [], "mine"]),
         ("model_max_length", [0, -1, 5, None, "x", 1e300]),
         ("do_lower_case", [True, False, "x"]),
@@ -85,7 +88,10 @@ SETTINGS: dict[str, list[tuple[str, list[Any]]]] = {
         ("mask_token", ["[NONE]", None, {"content": 3}]),
         ("extra_special_tokens", [["word1"], {"x": "word1"}, {"x": 5}, [5], "x"]),
         ("additional_special_tokens", [["word1"], [None], {}]),
-        ("added_tokens_decoder", [{"7": {"content": "word3"}}, {"x": {}}, {"99": {"content": "new"}}, {"-1": {"content": "a"}}, []]),
+        (
+            "added_tokens_decoder",
+            [{"7": {"content": "word3"}}, {"x": {}}, {"99": {"content": "new"}}, {"-1": {"content": "a"}}, []],
+        ),
         ("model_input_names", [None, [], ["input_ids"], ["x"], "input_ids", [5]]),
         ("padding_side", ["left", "middle", None]),
         ("truncation_side", ["left", "middle", None]),
@@ -106,8 +112,14 @@ SETTINGS: dict[str, list[tuple[str, list[Any]]]] = {
         ("additional_special_tokens", [["word1"], [None]]),
     ],
     "tokenizer.json": [
-        ("model", [{}, {"type": "WordLevel", "vocab": {}, "unk_token": "[UNK]"}, {"type": "BPE", "vocab": {}, "merges": []}, None]),
-        ("normalizer", [{"type": "Lowercase"}, {"type": "NFKC"}, {"type": "Replace", "pattern": {"Regex": "("}, "content": ""}]),
+        (
+            "model",
+            [{}, {"type": "WordLevel", "vocab": {}, "unk_token": "[UNK]"}, {"type": "BPE", "vocab": {}, "merges": []}, None],
+        ),
+        (
+            "normalizer",
+            [{"type": "Lowercase"}, {"type": "NFKC"}, {"type": "Replace", "pattern": {"Regex": "("}, "content": ""}],
+        ),
         ("pre_tokenizer", [None, {"type": "ByteLevel"}, {"type": "Split", "pattern": {"String": ""}, "behavior": "Isolated"}]),
         ("post_processor", [None, {"type": "BertProcessing", "sep": ["x", 999], "cls": ["y", 10**9]}, {"type": "ByteLevel"}]),
         ("truncation", [{"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}]),
@@ -117,7 +129,10 @@ SETTINGS: dict[str, list[tuple[str, list[Any]]]] = {
     ],
 }
 SETTINGS["model.safetensors.index.json"] = [
-    ("weight_map", [{}, {"a": "../elsewhere.safetensors"}, {"a": "/dev/zero"}, {"a": 5}, {"a": None}, ["a"], {"a": "config.json"}])
+    (
+        "weight_map",
+        [{}, {"a": "../elsewhere.safetensors"}, {"a": "/dev/zero"}, {"a": 5}, {"a": None}, ["a"], {"a": "config.json"}],
+    )
 ]
 
 
@@ -196,7 +211,16 @@ def poisoned(tensor: torch.Tensor, value: float) -> torch.Tensor:
     return found.reshape(tensor.shape)
 
 
-DTYPES = [torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64]
+DTYPES = [
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+    torch.int8,
+    torch.int64,
+    torch.bool,
+    torch.float8_e4m3fn,
+    torch.complex64,
+]
 TENSORS: dict[str, Callable[[random.Random, str, torch.Tensor], dict[str, Any]]] = {
     "gone": lambda rng, name, tensor: {name: None},
     "misspelt": lambda rng, name, tensor: {misspelt(rng, name): tensor.clone(), name: None},
@@ -208,7 +232,9 @@ TENSORS: dict[str, Callable[[random.Random, str, torch.Tensor], dict[str, Any]]]
     "nan": lambda rng, name, tensor: {name: poisoned(tensor, rng.choice([float("nan"), float("inf"), -float("inf")]))},
     "large": lambda rng, name, tensor: {name: poisoned(tensor, 1e38)},
     "beyond": lambda rng, name, tensor: {name: tensor.double() * 1e300},
-    "extra": lambda rng, name, tensor: {rng.choice(["x", "classifier.weight", "cls.bias", "encoder.y", "pooler.z"]): tensor.float() + 1},
+    "extra": lambda rng, name, tensor: {
+        rng.choice(["x", "classifier.weight", "cls.bias", "encoder.y", "pooler.z"]): tensor.float() + 1
+    },
     "old": lambda rng, name, tensor: {
         name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor.clone()
     },
@@ -242,7 +268,9 @@ ADDED: dict[str, Callable[[random.Random, Path], Any]] = {
     "mine.py": lambda rng, file: file.write_text("open('../victim', 'w').write('run')"),
     "adapter_config.json": lambda rng, file: file.write_text('{"base_model_name_or_path": "nobody/none", "peft_type": "LORA"}'),
     "generation_config.json": lambda rng, file: file.write_text(rng.choice(OTHERS)),
-    "added_tokens.json": lambda rng, file: file.write_text(rng.choice(['{"new": 45}', '{"word3": 7}', '{"x": "y"}', "[]", "{}"])),
+    "added_tokens.json": lambda rng, file: file.write_text(
+        rng.choice(['{"new": 45}', '{"word3": 7}', '{"x": "y"}', "[]", "{}"])
+    ),
     "merges.txt": lambda rng, file: file.write_text("#version\nw o\n"),
     "vocab.json": lambda rng, file: file.write_text(json.dumps({word: n for n, word in enumerate(WORDS)})),
     "vocab.txt": lambda rng, file: file.write_text("\n".join(rng.sample(SPECIAL + WORDS, 45))),
@@ -265,7 +293,7 @@ def accident(rng: random.Random, folder: Path, victim: Path) -> str:
     files = sorted(folder.iterdir())
     if rng.random() < 0.12 or not files:
         name = rng.choice(sorted(ADDED))
-        if (folder / name).is_symlink() or (folder / name).exists() and not (folder / name).is_file():
+        if (folder / name).is_symlink() or ((folder / name).exists() and not (folder / name).is_file()):
             return "nothing"
         ADDED[name](rng, folder / name)
         return f"added {name}"

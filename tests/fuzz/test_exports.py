@@ -1,8 +1,9 @@
-"""A run or its model damaged, an odd place, odd flags: an export that Transformers opens with the run's weights, or one line."""
+"""A run damaged, an odd place, odd flags: an export that Transformers opens with the weights of the run, or one line."""
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
 import os
 import random
@@ -91,7 +92,13 @@ DESTINATIONS: dict[str, Callable[[Path], Any]] = {
 WHOLE = ("", "~", "~/out", "~nobody-here/out", "/", "/dev/null", "/proc/out", "/dev/full/out", "-", "out")
 FLAGS = [
     *(["--which=best"], ["--which=best"], ["--which", "last"], ["--which="], ["--which"], ["--which=[last]"], ["--which=null"]),
-    *(["--label_names=[a, b, c]"], ["--label_names=a"], ["--label_names=null"], ["--label_names=[[]]"], ["--label_names=[a, a]"]),
+    *(
+        ["--label_names=[a, b, c]"],
+        ["--label_names=a"],
+        ["--label_names=null"],
+        ["--label_names=[[]]"],
+        ["--label_names=[a, a]"],
+    ),
     *(["--label_names=['label 0', 'label 1', 'label 2']"], ["--label_names={}"], ["--which=best", "--which=last"], ["third"]),
     *(["--none"], ["--which=" + "x" * 5000], ["--which=\udcff"], ["--config=x"], ["--label_names+=x"], ["--folder=x"], [""]),
 ]
@@ -103,7 +110,13 @@ def tree(folder: Path) -> dict[str, str]:
     for path, _, files in os.walk(folder):
         for name in files:
             file = Path(path, name)
-            kind = os.readlink(file) if file.is_symlink() else hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "?"
+            kind = (
+                os.readlink(file)
+                if file.is_symlink()
+                else hashlib.sha256(file.read_bytes()).hexdigest()
+                if file.is_file()
+                else "?"
+            )
             found[str(file.relative_to(folder))] = kind
     return found
 
@@ -126,14 +139,16 @@ def case(number: int, good: dict[str, Any], place: Path, patch: pytest.MonkeyPat
     if rng.random() < 0.5:
         target = rng.choice([*DESTINATIONS, *WHOLE])
         if target in DESTINATIONS:
-            try:
+            with contextlib.suppress(FileExistsError):
                 DESTINATIONS[target](place / target)
-            except FileExistsError:
-                pass
             target = rng.choice([target, str(place / target)])
     if rng.random() < 0.5:
         words = [word for _ in range(rng.choice([1, 1, 2])) for word in rng.choice(FLAGS)]
-    run = rng.choice(["run", "none", "", "victim", "~", "run/checkpoints", "/dev/zero", "x" * 5000]) if rng.random() < 0.1 else "run"
+    run = (
+        rng.choice(["run", "none", "", "victim", "~", "run/checkpoints", "/dev/zero", "x" * 5000])
+        if rng.random() < 0.1
+        else "run"
+    )
     what = f"{kind} {happened} {run[:40]!r} {target[:60]!r} {str(words)[:60]}"
     before = tree(place)
     found = outcome("export", run, target, *words)
@@ -173,6 +188,7 @@ def test_an_export_has_the_weights_of_the_run_or_leaves_nothing(
     good: dict[str, Any], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: collections.Counter[str] = collections.Counter()
+    monkeypatch.setattr("os.fsync", lambda _: None)  # no power is cut here
     for number in range(FIRST, FIRST + share(0.04)):
         what, kind = case(number, good, place, monkeypatch)
         found[kind] += 1
@@ -186,13 +202,53 @@ def test_an_export_has_the_weights_of_the_run_or_leaves_nothing(
 
 ITS_OWN = ("links/tables.md", "runs/a/curves")  # what a report replaces
 REPORT = [
-    *(["--out=out"], ["--out", "deep/er/out"], ["--out="], ["--out"], ["--out=null"], ["--out=~"], ["--out=~nobody-here"], ["--out=."]),
-    *(["--out=" + "x" * 5000], ["--out=a\0b"], ["--out=\udcff"], ["--out=a\nb"], ["--out=[]"], ["--out=/dev/null"], ["--out=/proc/x"]),
-    *(["--out=victim"], ["--out=victim/x"], ["--out=loop"], ["--out=loop/x"], ["--out=fifo"], ["--out=dangling"], ["--out=runs/a"]),
+    *(
+        ["--out=out"],
+        ["--out", "deep/er/out"],
+        ["--out="],
+        ["--out"],
+        ["--out=null"],
+        ["--out=~"],
+        ["--out=~nobody-here"],
+        ["--out=."],
+    ),
+    *(
+        ["--out=" + "x" * 5000],
+        ["--out=a\0b"],
+        ["--out=\udcff"],
+        ["--out=a\nb"],
+        ["--out=[]"],
+        ["--out=/dev/null"],
+        ["--out=/proc/x"],
+    ),
+    *(
+        ["--out=victim"],
+        ["--out=victim/x"],
+        ["--out=loop"],
+        ["--out=loop/x"],
+        ["--out=fifo"],
+        ["--out=dangling"],
+        ["--out=runs/a"],
+    ),
     *(["--out=runs/a/rounds.jsonl"], ["--out=one", "--out=two"], ["--None"], ["--config=x"], ["more"], ["--runs_dir=x"]),
     *(["--out=taken"], ["--out=links"], ["--ou=x"], ["-o", "x"], ["--out=1e5"], ["--out={a: 1}"], ["--out=$HOME"], ["--"]),
 ]
-FOLDERS = ["runs", "runs", "runs", "runs", "runs/a", "", "none", "victim", "~", "~nobody-here", "/dev/zero", "fifo", "loop", "dangling"]
+FOLDERS = [
+    "runs",
+    "runs",
+    "runs",
+    "runs",
+    "runs/a",
+    "",
+    "none",
+    "victim",
+    "~",
+    "~nobody-here",
+    "/dev/zero",
+    "fifo",
+    "loop",
+    "dangling",
+]
 FOLDERS += ["x" * 5000, "a\0b", "\udcff", "home", ".", "runs/a/checkpoints", "runs/a/rounds.jsonl", "links", "[runs]", "null"]
 
 
@@ -201,6 +257,7 @@ def test_a_report_with_odd_flags_is_written_where_it_was_asked_for_or_refused(
     good: dict[str, Any], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: collections.Counter[str] = collections.Counter()
+    monkeypatch.setattr("os.fsync", lambda _: None)
     monkeypatch.setattr("fedtune.reports.report.plot_grid", lambda rounds, path, metric: path.write_text(metric))
     for number in range(FIRST, FIRST + share(0.02)):
         what, kind = report_case(random.Random(f"report/{number}"), place, monkeypatch)

@@ -66,4 +66,6 @@ def check_room(name: str, kind: type[PreTrainedModel], config: PretrainedConfig,
         raise UsageError("name", name, allowed)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
     if 4 * wanted > memory:
-        raise UsageError("name", name, f"a model that fits into {memory / 2**30:.0f} GiB of memory (it has {wanted:.2g} numbers)")
+        raise UsageError(
+            "name", name, f"a model that fits into {memory / 2**30:.0f} GiB of memory (it has {wanted:.2g} numbers)"
+        )

@@ -195,7 +195,7 @@ def _check_finite(name: str, weights: Tensors) -> None:
 
 
 def _check_names(name: str, weights: Tensors, prefix: str) -> None:
-    """Refuse files that have a tensor of a network twice: with and without the prefix of its family, by its old and new name."""
+    """Refuse files that have a tensor of a network twice: with and without its family's prefix, by its old and new name."""
     known: dict[str, str] = {}
     for key, tensor in weights.items():
         short = re.sub(rf"^({prefix}\.)+", "", key)

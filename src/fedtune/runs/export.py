@@ -123,7 +123,8 @@ def _weights_of(run: Path, config: Mapping[str, Any], which: str) -> tuple[int, 
             raise UsageError("run", str(run), "a run with a complete round")
         ended = _summary_of(run).get("rounds")
         if type(ended) is int and state.round != ended:
-            raise RunError(f"{run} ended with round {ended}, whose weights are missing or damaged; the last there are of round {state.round}")
+            there = f"whose weights are missing or damaged; the last ones are of round {state.round}"
+            raise RunError(f"{run} ended with round {ended}, {there}")
         return state.round, state.weights
     loop = config.get("loop") or {}
     monitor = loop.get("monitor", "accuracy")
