@@ -46,7 +46,7 @@ def report(folder: Path, out: Path) -> None:
         for suffix in ("png", "svg"):
             _draw(rounds, out / f"curves.{suffix}", metric)
         write_text(out / "report.html", page(rounds, readable(table), failed, folder.resolve().name))
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a name with a NUL is of the second kind
         raise UsageError("--out", str(out), f"a directory that can be written ({said(error)})") from error
     number = rounds[rounds.kind == "federated"].run.nunique()
     left_out = f"{unfinished(rounds)} unfinished and not in the tables, " if unfinished(rounds) else ""
