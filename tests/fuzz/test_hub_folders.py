@@ -33,6 +33,7 @@ NAMES = ("no", "maybe", "yes")
 PARTS = {"train": np.arange(8), "validation": np.arange(8, 10), "test": np.arange(10, 12)}
 OURS = (
     "metadata",
+    "item assignment",
     "attn_implementation",
     "FlashAttention",
     "attention implementation",
