@@ -235,3 +235,39 @@ def test_a_run_of_another_kind_of_module_is_refused(tiny_bert: str, tmp_path: Pa
     changed(tmp_path / "run" / "config.yaml", model={"class": "Mine"})
     with pytest.raises(fedtune.UsageError, match=r"a run of a TextClassifier, .* \(this is of 'Mine'\)"):
         fedtune.export(tmp_path / "run", tmp_path / "out")
+
+
+def test_a_finished_run_without_its_last_weights_is_not_exported_as_if_it_had_them(tiny_bert: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    finished(tiny_bert, run, rounds=3)
+    (run / "checkpoints" / "round-0003" / "state.json").unlink()
+    with (
+        pytest.warns(UserWarning, match="DAMAGED CHECKPOINT"),
+        pytest.raises(fedtune.RunError, match=r"ended with round 3, whose weights .*; the last ones are of round 2"),
+    ):
+        fedtune.export(run, tmp_path / "out")
+    (run / "summary.json").unlink()  # as of a run that was interrupted in its last round
+    with pytest.warns(UserWarning, match="DAMAGED CHECKPOINT"):
+        fedtune.export(run, tmp_path / "out")
+    assert "after round 2, the last one" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("target", ["dangling", "loop", "loop/below", "a\0b", "x" * 5000, "file/below"])
+def test_a_target_that_cannot_be_a_new_directory_is_refused(tiny_bert: str, tmp_path: Path, target: str) -> None:
+    finished(tiny_bert, tmp_path / "run", rounds=1)
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(fedtune.UsageError, match="folder: got"):
+        fedtune.export(tmp_path / "run", tmp_path / target)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_home_that_nobody_has_is_a_folder_like_any_other(
+    tiny_bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished(tiny_bert, tmp_path / "run", rounds=1)
+    monkeypatch.chdir(tmp_path)
+    fedtune.export("run", "~nobody-has-this/out")
+    assert (tmp_path / "~nobody-has-this" / "out" / "model.safetensors").exists()

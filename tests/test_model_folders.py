@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -541,3 +542,131 @@ def test_a_whole_number_beside_the_network_is_left_alone(tiny_bert: str, tmp_pat
     plain, other = (fedtune.BertClassifier(name, 3) for name in (tiny_bert, str(folder)))
     for name, tensor in plain.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name])
+
+
+# numbers and names that Transformers takes as they are
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps is nan"),
+        ({"layer_norm_eps": -1.0}, "layer_norm_eps is -1.0"),
+        ({"hidden_dropout_prob": float("nan")}, "hidden_dropout_prob is nan"),
+        ({"initializer_range": float("inf")}, "initializer_range is inf"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+        ({"num_attention_heads": -2}, "num_attention_heads is -2"),
+        ({"vocab_size": 10**9}, "vocab_size is 1000000000"),
+        ({"intermediate_size": 10**6}, "numbers, the files have"),
+        ({"num_labels": 10**9}, "num_labels 1000000000"),
+        ({"id2label": {"x": "a"}}, "name: got"),
+    ],
+)
+def test_numbers_that_no_network_has_are_refused_before_one_is_made(folder: Path, values: dict[str, Any], said: str) -> None:
+    change(folder / "config.json", **values)
+    refused(lambda: fedtune.build_classifier(str(folder), 3), said if said != "name: got" else "allowed")
+
+
+def test_random_weights_must_fit_into_memory(folder: Path) -> None:
+    change(folder / "config.json", hidden_size=2**17, intermediate_size=2**20, num_hidden_layers=1000)
+    refused(lambda: fedtune.build_classifier(str(folder), 3, init="random"), "GiB of memory")
+
+
+@pytest.mark.parametrize("key", ["pooler.dense.weight", "pooler.dense.bias"])
+@pytest.mark.parametrize("way", ["gone", "misspelt", "shape"])
+def test_half_a_pooler_is_refused_not_made_afresh(folder: Path, key: str, way: str) -> None:
+    def spoil(weights: dict[str, torch.Tensor]) -> None:
+        tensor = weights.pop(key)
+        if way != "gone":
+            weights[key.replace("pooler.dense", "pooler.danse") if way == "misspelt" else key] = tensor[:-1].clone()
+
+    change_weights(folder, spoil)
+    refused(lambda: fedtune.BertClassifier(str(folder), 3), f"these lack bert.{key}")
+
+
+def test_a_model_without_a_pooler_gets_a_fresh_one(folder: Path) -> None:
+    change_weights(folder, lambda weights: [weights.pop(key) for key in list(weights) if "pooler" in key])
+    module = fedtune.BertClassifier(str(folder), 3)
+    assert "network.bert.pooler.dense.weight" not in module.from_files
+
+
+@pytest.mark.parametrize("other", ["bert.embeddings.LayerNorm.weight", "embeddings.LayerNorm.gamma"])
+def test_two_tensors_for_one_place_are_refused(folder: Path, other: str) -> None:
+    def add(value: float) -> None:
+        change_weights(folder, lambda weights: weights.update({other: weights["embeddings.LayerNorm.weight"] + value}))
+
+    add(0.0)
+    fedtune.BertClassifier(str(folder), 3)
+    add(1.0)
+    refused(lambda: fedtune.BertClassifier(str(folder), 3), "each of its tensors once", other)
+
+
+@pytest.mark.parametrize("part", ["../elsewhere.safetensors", "/dev/zero", "config.json", 5, None])
+def test_an_index_names_files_beside_it_alone(folder: Path, part: Any) -> None:
+    (folder / "model.safetensors").rename(folder.with_name("elsewhere.safetensors"))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": part}}))
+    refused(lambda: fedtune.BertClassifier(str(folder), 3), "index.json names", "no safetensors file beside it")
+    refused(lambda: fedtune.models.check_classifier(str(folder), {"init": "pretrained"} | OPTIONS), "index.json names")
+
+
+OPTIONS = {"warmup_steps": 0, "seed": 0, "freeze_layers": 0, "weight_decay": 0, "learning_rate": 1, "label_smoothing": 0}
+OPTIONS |= {"dropout": None, "optimizer": "sgd", "vocab_size": None, "keep_head": False}
+
+
+def test_a_tensor_in_two_files_of_an_index_is_refused(folder: Path) -> None:
+    shutil.copy(folder / "model.safetensors", folder / "b.safetensors")
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(lambda: fedtune.BertClassifier(str(folder), 3), "is in another file, too")
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "config.json"])
+@pytest.mark.parametrize("kind", ["fifo", "directory", "dangling", "device"])
+def test_what_is_no_file_is_not_passed_over(folder: Path, name: str, kind: str) -> None:
+    file = folder / name
+    file.unlink(missing_ok=True)
+    if kind == "fifo":
+        os.mkfifo(file)
+    elif kind == "directory":
+        file.mkdir()
+    else:
+        file.symlink_to("/dev/zero" if kind == "device" else "nowhere")
+    for act in (load_tokenizer, load_config):
+        with pytest.raises((fedtune.UsageError, fedtune.RunError), match=name):
+            act(str(folder))
+
+
+def test_names_of_a_kept_head_may_be_numbers(folder: Path) -> None:
+    fedtune.BertClassifier(str(folder), 3).network.save_pretrained(folder)
+    change(folder / "config.json", id2label={"0": 1, "1": 2, "2": 3}, label2id=None)
+    fedtune.BertClassifier(str(folder), 3, keep_head=True, label_names=["1", "2", "3"])
+    refused(lambda: fedtune.BertClassifier(str(folder), 3, keep_head=True, label_names=["a", "b", "c"]), "keep_head")
+
+
+def test_outputs_beside_the_logits_are_not_asked_for(folder: Path) -> None:
+    change(folder / "config.json", output_hidden_states=True, output_attentions=True)
+    module = fedtune.BertClassifier(str(folder), 3, padding_free=False)
+    assert module.network(torch.tensor([[2, 3]])).hidden_states is None
+
+
+def test_a_tokenizer_that_cannot_tokenise_every_text_is_refused(folder: Path) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["unk_token"] = "[NONE]"
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    refused(lambda: load_tokenizer(str(folder)), "Missing [UNK] token")
+
+
+def test_a_tokenizer_that_is_not_that_of_its_file_is_named(folder: Path) -> None:
+    load_tokenizer(str(folder))
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.warns(UserWarning, match=r"BertTokenizer that Transformers makes of .* has other tokens for 'Word\d*' than"):
+        load_tokenizer(str(folder))
+
+
+def test_types_of_python_are_not_in_the_message(folder: Path) -> None:
+    change(folder / "tokenizer_config.json", cls_token=5)
+    with pytest.raises(fedtune.UsageError, match="got: int") as caught:
+        load_tokenizer(str(folder))
+    assert "<class" not in str(caught.value)

@@ -330,3 +330,12 @@ def test_one_round_has_one_tick_and_settings_are_shown_as_they_were_chosen(
         assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [1]
     assert {axes.get_title().split(", ")[2].split("\n")[0] for axes in drawn[0].axes} == {"0.1", "–"}
     assert readable(fedtune.compare(rounds))["model.learning_rate"].tolist() == ["0.1", "–"]
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "~nobody-has-this", "none"])
+def test_a_folder_that_is_not_there_is_named_in_one_line(runs: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match="a directory with"):
+        report(Path(name), tmp_path)
+    if name not in ("none", "~nobody-has-this"):
+        with pytest.raises(UsageError, match="--out: got"):
+            report(runs, tmp_path / name)

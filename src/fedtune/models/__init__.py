@@ -12,6 +12,7 @@ from fedtune.models.classifier import TextClassifier
 from fedtune.models.distilbert import DistilBertClassifier
 from fedtune.models.options import check_options
 from fedtune.models.pretrained import load_config
+from fedtune.models.sizes import check_config
 from fedtune.models.weights import check_files
 
 FAMILIES: dict[str, type[TextClassifier]] = {
@@ -48,6 +49,7 @@ def check_classifier(name: str, options: Mapping[str, Any]) -> None:
         UsageError: as `build_classifier`.
     """
     family_of(name)
+    check_config(name, load_config(name))
     check_options({"num_labels": 2, **options})
     if options["init"] == "pretrained":
         check_files(name)

@@ -24,6 +24,7 @@ from fedtune.models.options import check_options, set_labels
 from fedtune.models.packed import PackedBatch
 from fedtune.models.padding_free import FORWARD
 from fedtune.models.pretrained import cause, content_of, load_config, max_tokens
+from fedtune.models.sizes import check_config, check_room
 from fedtune.randomness import seeded
 
 
@@ -208,10 +209,12 @@ class TextClassifier(pl.LightningModule, abc.ABC):
         if config.model_type != self.model_type:
             allowed = f"a model of the family {self.model_type} (this is {config.model_type!r})"
             raise UsageError("name", options["name"], allowed)
+        check_config(options["name"], config)
         if options["keep_head"]:
             weights.check_kept_head(options["name"], options["num_labels"], options["label_names"])
         config.num_labels, config.problem_type = options["num_labels"], "single_label_classification"
         config.return_dict = True  # a folder may say otherwise; here and in a pipeline the outputs have names
+        config.output_hidden_states = config.output_attentions = False
         if hasattr(config, "chunk_size_feed_forward"):
             config.chunk_size_feed_forward = 0  # the same values, but for lengths that it divides alone
         set_labels(config, options["label_names"] or [f"LABEL_{number}" for number in range(options["num_labels"])])
@@ -221,7 +224,10 @@ class TextClassifier(pl.LightningModule, abc.ABC):
         if options["init"] == "random":
             config.vocab_size = options["vocab_size"] or config.vocab_size
             try:
+                check_room(options["name"], self.model_class, config)
                 network = self.model_class._from_config(config, attn_implementation=attention)
+            except UsageError:
+                raise
             except Exception as error:  # what Transformers raises for a configuration that does not work is of any type
                 raise UsageError("name", options["name"], f"a configuration that works ({cause(error)})") from error
             self._fresh = set(network.state_dict())

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
+import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.errors import RunError, UsageError, one_of, shown
+from fedtune.files import printable
 from fedtune.models.conversion import bert_to_distilbert
+from fedtune.models.folders import check_content, check_kinds, other_than_its_file
 from fedtune.tensors import Tensors
 
 if TYPE_CHECKING:
@@ -38,6 +41,8 @@ _BEHIND_PADDING = {
     "xlm-roberta-xl",
     "xmod",
 }  # families whose positions begin behind that of padding
+_CLASS = re.compile(r"<class '(?:builtins\.)?([\w.]+)'>")  # how Python writes a type
+_PROBE = ("a \u0e01\U0001f642", "A")  # a text that hardly any tokenizer knows, and a pair to it
 _BASE = {"max_position_embeddings": 512, "pad_token_id": 0}
 
 
@@ -154,24 +159,10 @@ def load_config(name: str) -> PretrainedConfig:
 
 
 def _checked(place: str) -> str:
-    """A folder whose config.json says what family it is of; Transformers would guess, or say something else.
-
-    Raises:
-        ValueError: it does not.
-    """
-    if not Path(place).is_dir():
-        return place
-    file = Path(place) / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{place} has no config.json")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
-        raise ValueError(f"{file} has no model_type, which names the family")
-    if content.get("auto_map"):
-        raise ValueError(f"{file} asks for code of its own, which is not run: {shown(content['auto_map'])}")
+    """A place, looked at where it is a folder: Transformers would guess, or say something else."""
+    if Path(place).is_dir():
+        check_kinds(Path(place))
+        check_content(Path(place))
     return place
 
 
@@ -185,6 +176,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     place = locate(name)
+    if Path(place).is_dir():
+        reading(name, lambda place: check_kinds(Path(place)))
     if Path(place).is_dir() and not (Path(place) / "tokenizer.json").exists():
         missing = [package for module, package in _SENTENCEPIECE.items() if importlib.util.find_spec(module) is None]
         models = [file.name for file in Path(place).glob("*.model")]
@@ -195,9 +188,14 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     )
     if tokenizer.init_kwargs.get("auto_map"):
         raise unreadable(name, "its tokenizer_config.json asks for code of its own, which is not run")
+    reading(name, lambda _: tokenizer(*_PROBE, truncation=True, max_length=64))
     special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
     if not tokenizer.get_vocab().keys() - special:
         raise unreadable(name, "it has no tokenizer files, so that every word would be unknown")
+    other = reading(name, lambda place: other_than_its_file(tokenizer, Path(place)))
+    if other is not None:
+        made = f"the {type(tokenizer).__name__} that Transformers makes of {name}"
+        warnings.warn(f"{made} has other tokens for {other!r} than its tokenizer.json has", stacklevel=2)
     return tokenizer
 
 
@@ -246,4 +244,4 @@ def unreadable(name: str, why: str) -> UsageError:
 def cause(error: BaseException) -> str:
     """What an error of another library says first, on one line."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return text if len(text) <= 300 else text[:300] + "…"
+    return printable(_CLASS.sub(r"\1", text).replace("NoneType", "None"), 300)

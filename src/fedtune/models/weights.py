@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,10 +15,13 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fedtune.errors import RunError, UsageError, shown
+from fedtune.files import content, present, regular
 from fedtune.models.pretrained import cause, converted_weights, load_config, locate
+from fedtune.models.sizes import check_room
 from fedtune.tensors import Tensors
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_OLD = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # names of old files -> those of today
 _COUNTED = ("position_ids", "token_type_ids")  # constants that old files hold, too
 
 
@@ -48,19 +52,24 @@ def read(
         return network, set(fresh)
     weights = _tensors_of(name)
     _check_finite(name, weights)
+    _check_names(name, weights, kind.base_model_prefix)
     heads = tuple(f"{part}." for part in head)
     if not keep_head:
         weights = {key: tensor for key, tensor in weights.items() if not key.startswith(heads)}
     options = {"config": config, "attn_implementation": attention, "dtype": torch.float32, "trust_remote_code": False}
     try:
+        check_room(name, kind, config, sum(tensor.numel() for tensor in weights.values()))
         with quiet():
             network, found = kind.from_pretrained(
                 None, state_dict=weights, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
+    except UsageError:
+        raise
     except Exception as error:  # what Transformers raises for a configuration that does not work is of any type
         _check_plain(name, weights)
         raise UsageError("name", name, f"weights that fit the configuration ({cause(error)})") from error
     _check_plain(name, {key: tensor for key, tensor in weights.items() if key not in found["unexpected_keys"]})
+    _check_pooler(name, network, found, weights)
     return network, _check_fit(name, network, found, heads, keep_head)
 
 
@@ -73,7 +82,7 @@ def check_kept_head(name: str, num_labels: int, label_names: Sequence[str] | Non
     config = load_config(name)
     if config.num_labels != num_labels:
         raise _no_head(f"that of {name} has {config.num_labels}", num_labels)
-    theirs = [config.id2label.get(number, "") for number in range(num_labels)]
+    theirs = [str(config.id2label.get(number, "")) for number in range(num_labels)]
     unnamed = all(label == f"LABEL_{number}" for number, label in enumerate(theirs))
     if label_names is not None and not unnamed and [one.lower() for one in theirs] != [one.lower() for one in label_names]:
         raise _no_head(f"those of {name} are {shown(theirs)}, those of the task {shown(list(label_names))}", num_labels)
@@ -91,7 +100,11 @@ def _tensors_of(name: str) -> Tensors:
     file = Path(name)
     try:
         for file in _files_of(name):
-            found |= load_file(file)
+            regular(file)
+            tensors = load_file(file)
+            if found.keys() & tensors.keys():
+                raise ValueError(f"{min(found.keys() & tensors.keys())} is in another file, too")
+            found |= tensors
     except Exception as error:  # of safetensors, of the hub, of the disk
         raise _unreadable(name, file, error) from error
     return found
@@ -102,9 +115,9 @@ def _files_of(name: str) -> list[Path]:
     place = locate(name)
     if Path(place).is_dir():
         whole, index = Path(place) / _WHOLE, Path(place) / _INDEX
-        if whole.is_file():
+        if present(whole):
             return [whole]
-        if not index.is_file():
+        if not present(index):
             pickled = next(iter(sorted(Path(place).glob("pytorch_model*.bin"))), None)
             if pickled is not None:
                 hint = "save it once as safetensors: AutoModel.from_pretrained(...).save_pretrained(...)"
@@ -136,6 +149,7 @@ def check_files(name: str) -> None:
     file = Path(name)
     try:
         for file in _files_of(name):
+            regular(file)
             with safe_open(file, framework="pt"):
                 pass
     except Exception as error:  # of safetensors, of the hub, of the disk
@@ -148,7 +162,19 @@ def _unreadable(name: str, file: Path, error: Exception) -> UsageError:
 
 
 def _parts(index: Path) -> list[str]:
-    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    """The files that an index lists, which lie beside it.
+
+    Raises:
+        ValueError: it lists something else.
+    """
+    found = json.loads(content(index))
+    parts = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(parts, dict) or not parts:
+        raise ValueError(f"{index.name} has no weight_map, which names the files")
+    for part in parts.values():
+        if not isinstance(part, str) or not part.endswith(".safetensors") or part != Path(part).name:
+            raise ValueError(f"{index.name} names {shown(part)}, which is no safetensors file beside it")
+    return sorted(set(parts.values()))
 
 
 def _check_plain(name: str, weights: Tensors) -> None:
@@ -166,6 +192,29 @@ def _check_finite(name: str, weights: Tensors) -> None:
             bool(end.isfinite()) for end in torch.aminmax(tensor.float())
         ):  # isfinite takes 30 times as long
             raise UsageError("name", name, f"a model whose weights are finite numbers ({key} has NaN or infinite ones)")
+
+
+def _check_names(name: str, weights: Tensors, prefix: str) -> None:
+    """Refuse files that have a tensor of a network twice: with and without its family's prefix, by its old and new name."""
+    known: dict[str, str] = {}
+    for key, tensor in weights.items():
+        short = re.sub(rf"^({prefix}\.)+", "", key)
+        for old, new in _OLD.items():
+            short = short.replace(old, new)
+        other = known.setdefault(short, key)
+        if other != key and not (tensor.shape == weights[other].shape and torch.equal(tensor, weights[other])):
+            raise UsageError("name", name, f"a model that has each of its tensors once (these are {other} and {key})")
+
+
+def _check_pooler(name: str, network: PreTrainedModel, found: dict[str, Any], weights: Tensors) -> None:
+    """A pooler is fresh where the files have none; one that does not fit, or in part, is a fault of theirs."""
+    prefix = f"{network.base_model_prefix}.pooler."
+    absent = [*found["missing_keys"], *(key[0] for key in found["mismatched_keys"])]
+    absent = sorted(key for key in absent if key.startswith(prefix))
+    theirs = sorted(key for key in weights if "pooler" in key.lower())
+    if absent and theirs:
+        allowed = f"weights that fit the configuration (these lack {', '.join(absent[:3])}, but have {', '.join(theirs[:3])})"
+        raise UsageError("name", name, allowed)
 
 
 def _check_fit(name: str, network: PreTrainedModel, found: dict[str, Any], heads: tuple[str, ...], keep_head: bool) -> set[str]:

@@ -27,7 +27,7 @@ def directories(folder: Path, damaged: dict[str, str] | None = None) -> Iterator
         RunError: a directory cannot be read, where `damaged` is not given.
     """
     seen: set[tuple[int, int]] = set()
-    queue: list[tuple[Path, int | None]] = [(folder, None)] if folder.is_dir() else []
+    queue: list[tuple[Path, int | None]] = [(folder, None)] if os.path.isdir(folder) else []  # a name may be too long to ask
     links: list[tuple[Path, int | None]] = []  # after all the others, so that a run has its own name
     while queue or links:
         path, depth = queue.pop() if queue else links.pop(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from pathlib import Path
@@ -32,7 +33,8 @@ def report(folder: Path, out: Path) -> None:
     Raises:
         UsageError: there is no federated run below the folder that can be read, or `out` cannot be written.
     """
-    folder, out, damaged = folder.expanduser(), out.expanduser(), dict[str, str]()
+    folder, out = (Path(os.path.expanduser(one)) for one in (folder, out))
+    damaged: dict[str, str] = {}
     failed = failures(folder, damaged)
     rounds = _read(folder, failed, damaged)
     failed |= {run: f"damaged and left out: {reason}" for run, reason in damaged.items()}
@@ -44,7 +46,7 @@ def report(folder: Path, out: Path) -> None:
         for suffix in ("png", "svg"):
             _draw(rounds, out / f"curves.{suffix}", metric)
         write_text(out / "report.html", page(rounds, readable(table), failed, folder.resolve().name))
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a name with a NUL is of the second kind
         raise UsageError("--out", str(out), f"a directory that can be written ({said(error)})") from error
     number = rounds[rounds.kind == "federated"].run.nunique()
     left_out = f"{unfinished(rounds)} unfinished and not in the tables, " if unfinished(rounds) else ""

@@ -49,7 +49,7 @@ def export(run: str | Path, folder: str | Path, which: str = "last", label_names
             written, a model whose files have changed since.
         RunError: the run's files are damaged.
     """
-    run, folder = Path(run).expanduser(), Path(folder).expanduser()
+    run, folder = (Path(os.path.expanduser(one)) for one in (run, folder))
     if which not in WHICH:
         raise one_of("which", which, WHICH)
     _check_target(folder)
@@ -85,9 +85,10 @@ def _write(folder: Path, network: PreTrainedModel, tokenizer: PreTrainedTokenize
 
 def _check_target(folder: Path) -> None:
     try:
-        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-    except OSError as error:
-        raise UsageError("folder", str(folder), f"a directory that can be written ({error.strerror})") from error
+        folder.resolve()
+        taken = os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir()))
+    except (OSError, ValueError, RuntimeError) as error:  # links that lead to themselves are of the last kind
+        raise UsageError("folder", str(folder), f"a directory that can be written ({said(error)})") from error
     if taken:
         raise UsageError("folder", str(folder), "a directory that is empty, or not there yet")
 
@@ -120,6 +121,10 @@ def _weights_of(run: Path, config: Mapping[str, Any], which: str) -> tuple[int, 
         state = checkpoint.latest(run / "checkpoints")
         if state is None:
             raise UsageError("run", str(run), "a run with a complete round")
+        ended = _summary_of(run).get("rounds")
+        if type(ended) is int and state.round != ended:
+            there = f"whose weights are missing or damaged; the last ones are of round {state.round}"
+            raise RunError(f"{run} ended with round {ended}, {there}")
         return state.round, state.weights
     loop = config.get("loop") or {}
     monitor = loop.get("monitor", "accuracy")
