@@ -131,8 +131,7 @@ class Search:
         Raises:
             RunError: the journal is damaged.
         """
-        file = self.journal(folder)
-        return [self._cell(line["at"], f"{file}, line {line['number']}") for line in proposals(file)]
+        return self._cells(folder)
 
     def grow(self, folder: Path, known: Sequence[Cell]) -> list[Cell]:
         """Cells beyond the known ones: those that another process has proposed since, or a new one, which is written down
@@ -143,15 +142,18 @@ class Search:
             UsageError: the folder cannot be written.
         """
         with locked(folder, wait=True):
-            cells = self.proposed(folder)
-            if len(cells) > len(known):
-                return cells[len(known) :]
-            found = self._new(folder, cells) if len(cells) < self.most else None
+            others = self._cells(folder, len(known))
+            found = self._new(folder, known) if not others and len(known) < self.most else None
             if found is None:
-                return []
+                return others
             cell, at = found
-            append_line(self.journal(folder), {"number": len(cells) + 1, "run": cell.name, "at": at})
+            append_line(self.journal(folder), {"number": len(known) + 1, "run": cell.name, "at": at})
             return [cell]
+
+    def _cells(self, folder: Path, start: int = 0) -> list[Cell]:
+        """The cells of a journal, from one on."""
+        file = self.journal(folder)
+        return [self._cell(line["at"], f"{file}, line {line['number']}") for line in proposals(file)[start:]]
 
     def _new(self, folder: Path, cells: Sequence[Cell]) -> tuple[Cell, dict[str, Any]] | None:
         """A cell that is none of the others, and where it is."""
