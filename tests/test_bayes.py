@@ -43,7 +43,7 @@ def write(tmp_path: Path) -> Callable[..., str]:
 
 @pytest.fixture
 def faked(monkeypatch: pytest.MonkeyPatch) -> Callable[[Objective], None]:
-    """Runs that end at once, with a value of their objective; None is a failure."""
+    """Runs that end when the runner looks, with a value of their objective; None is a failure."""
 
     def fake(objective: Objective) -> None:
         def start(cell: Cell, board: Board, logger: str) -> runner.Running:
@@ -53,9 +53,12 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> Callable[[Objective], None]:
             ended = {"state": "failed", "error": "it had to be"}
             if value is not None:
                 ended = {"state": "finished", "seconds": 1.0, "metrics": {"loss_nats": value}}
-            (board.folder / cell.name).mkdir(exist_ok=True)
-            (board.folder / cell.name / "status.json").write_text(json.dumps(ended))
-            process: Any = SimpleNamespace(join=lambda: None, terminate=lambda: None, exitcode=0)
+
+            def end() -> None:
+                (board.folder / cell.name).mkdir(exist_ok=True)
+                (board.folder / cell.name / "status.json").write_text(json.dumps(ended))
+
+            process: Any = SimpleNamespace(join=end, terminate=lambda: None, exitcode=0)
             return runner.Running(cell, process, ours, 0)
 
         monkeypatch.setattr(runner, "_start", start)
@@ -174,6 +177,12 @@ def test_two_workers_propose_each_cell_once(write: Any, faked: Any, tmp_path: Pa
     runner.run(grid.read(file), tmp_path / "runs", workers=2)
     assert begun == proposed(file, tmp_path / "runs")
     assert len(set(begun)) == 12
+    alone: list[str] = []
+    faked(lambda cell: alone.append(cell.name) or bowl(cell))
+    runner.run(grid.read(file), tmp_path / "alone")
+    assert alone[:10] == begun[:10]
+    assert alone != begun  # the one that runs has no value yet
+    faked(lambda cell: begun.append(cell.name) or bowl(cell))
     runner.run(grid.read(file), tmp_path / "runs", workers=2)
     assert len(begun) == 12
     runner.run(grid.read(write({"model.learning_rate": RATE}, run_cap=13)), tmp_path / "runs")
