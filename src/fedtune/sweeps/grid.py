@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -146,7 +145,7 @@ def check_cells(sweep: Sweep, file: str | Path) -> None:
     cells = sweep.search.probes if sweep.search else sweep.cells
     for cell in cells:
         arguments = {part: {key: value for key, value in of.items() if key != "seed"} for part, of in cell.arguments.items()}
-        key = json.dumps(arguments, sort_keys=True, default=str)
+        key = repr(arguments)
         if key not in known:
             try:
                 flags.check(cell.arguments)
@@ -231,7 +230,8 @@ def _search(
     axes = {name: axis(name, spec) for name, spec in parameters.items() if name not in same}
     metric, _ = _metric(content["metric"])
     seed = {**fixed, **same}.get("seed")
-    about = {"parameters": json.dumps([parameters, fixed, metric], sort_keys=True, default=str)}
+    about = {f"parameter {name}": repr(sorted(spec.items())) for name, spec in parameters.items()}
+    about |= {f"flag {name}": repr(value) for name, value in fixed.items()} | {"metric": repr(metric)}
     search = Search(
         axes,
         lambda values: make({**same, **values}),
