@@ -90,8 +90,13 @@ def test_random_draws_within_bounds_and_the_same_each_time(write: Write) -> None
 @pytest.mark.parametrize(
     ("parameters", "content", "only", "said"),
     [
-        ({"seed": {"value": 1}}, {"method": "bayes"}, [], "method: got 'bayes'; allowed: grid, random; bayes with --wandb"),
-        ({"seed": {"value": 1}}, {"early_terminate": {}}, [], "early_terminate with --wandb"),
+        (
+            {"seed": {"value": 1}},
+            {"method": "bayesian"},
+            [],
+            r"method: got 'bayesian'; allowed: bayes \(nearest\), grid, random",
+        ),
+        ({"seed": {"value": 1}}, {"early_terminate": {}}, [], "metric: got None; allowed: name and goal, for early_terminate"),
         ({"seed": {"value": 1}}, {"methid": 1}, [], r"method \(nearest\)"),
         ({"seed": 3}, {}, [], "parameter seed: got 3; allowed: value, values"),
         ({"seed": {"min": 1.0, "max": 2}}, {}, [], "for the method grid"),

@@ -29,8 +29,8 @@ from fedtune.runs import figures
 from fedtune.runs.wandb import WandbMirror, _run_id
 from fedtune.storage import checkpoint
 from fedtune.storage.locks import Busy, locked
+from fedtune.sweeps.board import Board
 from fedtune.sweeps.grid import Cell, Sweep
-from fedtune.sweeps.runner import _Board
 from fedtune.sweeps.worker import recorded, status
 
 SAID = "echo mine\n"
@@ -360,7 +360,7 @@ def test_no_clock_blocks_a_cell(tmp_path: Path) -> None:
     file = tmp_path / "cell" / "status.json"
     file.write_text(json.dumps({"state": "failed", "error": "full"}))
     os.utime(file, (2**32, 2**32))
-    board = _Board(sweep, tmp_path, 1)
+    board = Board(sweep, tmp_path, 1)
     assert board.failed_elsewhere(cell) is None  # it was there before
     file.unlink()
     file.write_text(json.dumps({"state": "failed", "error": "again"}))

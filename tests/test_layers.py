@@ -24,7 +24,7 @@ FOLDERS = {
     "testing": ("federated", "algorithms", "runtimes", "storage"),
     "cli": ("runs", "reports", "sweeps", "data"),
 }
-LAZY = ("datasets", "wandb", "jsonargparse", "matplotlib")  # a machine that only trains need not have them
+LAZY = ("datasets", "wandb", "jsonargparse", "matplotlib", "optuna")  # a machine that only trains need not have them
 COMMANDS = ("runs.parser", "runs.flags", "cli")  # with these begins the command line
 MODULES = {
     ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path for path in SOURCE.rglob("*.py")

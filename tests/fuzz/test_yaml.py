@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 import re
 from collections.abc import Callable
@@ -29,6 +30,17 @@ parameters:
   data.alpha: {distribution: log_normal, mu: 0, sigma: 1}
   loop.algorithm: {values: [fedavg, {name: fedavgm, beta: 0.5}], probabilities: [0.5, 0.5]}
   data.split: {value: dirichlet}
+"""
+BAYES = """
+method: bayes
+run_cap: 5
+metric: {name: loss_nats, goal: minimize}
+early_terminate: {type: hyperband, min_iter: 1, eta: 2, strict: true}
+parameters:
+  model.learning_rate: {distribution: log_uniform_values, min: 1e-5, max: 1e-2}
+  model.dropout: {distribution: q_uniform, min: 0, max: 0.5, q: 0.1}
+  data.batch_size: {min: 8, max: 64}
+  loop.algorithm: {values: [fedavg, {name: fedavgm, beta: 0.5}]}
 """
 COMMAND = """
 method: grid
@@ -196,6 +208,7 @@ ACCIDENTS: list[Callable[[str, random.Random], str]] = [
 @pytest.mark.filterwarnings("ignore")
 def test_a_mutated_sweep_file_is_planned_or_refused_in_one_line(tmp_path: Path) -> None:
     texts = [*(file.read_text() for file in SWEEPS), RANDOM, RANDOM, COMMAND]
+    texts += [BAYES, BAYES] if importlib.util.find_spec("optuna") else []
     file = tmp_path / "sweep.yaml"
     for text in texts:
         file.write_text(text)

@@ -6,7 +6,8 @@ import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.reports.results import alike, baselines_among, settings, shown_setting
+from fedtune.reports.baselines import alike, baselines_among
+from fedtune.reports.results import settings, shown_setting
 from fedtune.runs.figures import PALETTE, drawn_lines, new_figure, over_rounds, save
 
 if TYPE_CHECKING:

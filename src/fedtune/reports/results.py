@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedtune.errors import UsageError
 from fedtune.files import present, read_object
+from fedtune.reports.baselines import Baselines
 from fedtune.reports.folders import check, directories, left_out
 from fedtune.storage.config import KEPT, dotted, fingerprint, read_config
 from fedtune.storage.records import RESERVED, RoundRecord, read_rounds
@@ -135,7 +136,12 @@ def compare(rounds: DataFrame) -> DataFrame:
     federated = rounds[rounds.kind == "federated"]
     if not len(federated):
         return DataFrame(columns=columns)
-    runs = DataFrame([_run(one, rounds) for _, one in federated.groupby("run", sort=False)])
+    lines = {line["run"]: line for line in rounds.drop_duplicates("run").to_dict("records")}
+    found, baselines = dict(iter(rounds.groupby("run", sort=False))), Baselines(lines.values(), settings(rounds))
+    shown = [*CELL, *settings(rounds), "monitor"]
+    runs = DataFrame(
+        [_run(lines[name], shown, found[name], found.get(baselines.of(lines[name]))) for name in federated.run.unique()]
+    )
     rows = []
     for key, group in runs.groupby(keys, sort=False, dropna=False):
         row: dict[str, Any] = dict(zip(keys, _tuple(key), strict=True)) | {"seeds": len(group)}
@@ -148,51 +154,18 @@ def compare(rounds: DataFrame) -> DataFrame:
     return DataFrame(rows, columns=columns).sort_values(keys, ignore_index=True, key=_sortable)
 
 
-def baselines_among(rounds: DataFrame, split: str) -> DataFrame:
-    """What runs of a split are compared with, among rounds of one task, model and setting: those of one client with the same
-    split, as in Hilmkil et al. 2021; else of one client; else the centralised baseline."""
-    single = rounds[(rounds.kind == "federated") & (rounds.clients == 1)]
-    for found in (single[single.split == split], single):
-        if len(found):
-            return found
-    return rounds[rounds.kind == "centralised"]
-
-
-def baseline_of(run: DataFrame, rounds: DataFrame) -> DataFrame:
-    """The rounds that a run is compared with: its own where it has one client, else `baselines_among` those with the same
-    seed and setting."""
-    first = run.iloc[0]
-    if first.clients == 1 and first.kind == "federated":
-        return run
-    found = baselines_among(alike(rounds, first, ["task", "model", "seed", *settings(rounds)]), first.split)
-    return found[found.run == found.run.iloc[0]] if len(found) else found
-
-
-def alike(rounds: DataFrame, row: Any, columns: list[str]) -> DataFrame:
-    """The rounds that are equal to a row in some columns. What a centralised baseline does not depend on, it does not have,
-    and so does not differ in."""
-    from pandas import isna
-
-    same = rounds["round"].notna()
-    for column in columns:
-        missing = rounds[column].isna()
-        same &= missing if isna(row[column]) else (rounds[column] == row[column]) | (missing & (rounds.kind != "federated"))
-    return rounds[same]
-
-
-def _run(run: DataFrame, rounds: DataFrame) -> dict[str, Any]:
-    """What is known of one run, from its rounds."""
-    first, last, base = run.iloc[0], run.iloc[-1], baseline_of(run, rounds)
-    monitor, names = first.monitor, ("accuracy", "score", "loss_nats", "client_min", "client_max")
-    column = column_of(monitor)
-    target = _last(base[column]) if column in base else float("nan")
-    row = {name: first[name] for name in [*CELL, *settings(rounds), "monitor"]} | {"rounds": last["round"], "baseline": target}
+def _run(line: Mapping[str, Any], shown: list[str], run: DataFrame, base: DataFrame | None) -> dict[str, Any]:
+    """What is known of one run: what it is, and what its rounds and those of its baseline say."""
+    names = ("accuracy", "score", "loss_nats", "client_min", "client_max")
+    column, is_max = column_of(line["monitor"]), line["mode"] == "max"
+    target = _last(base[column]) if base is not None and column in base else float("nan")
+    row = {name: line[name] for name in shown} | {"rounds": int(run["round"].iloc[-1]), "baseline": target}
     row |= {name: _last(run[name]) for name in names}
+    score, rounds = run.score.to_numpy(), run["round"].to_numpy()
     for share in SHARES:
-        wanted = share / 100 * target if first["mode"] == "max" else target * 100 / share
-        reached = run.score >= wanted if first["mode"] == "max" else run.score <= wanted
-        there = run["round"][reached].tolist()
-        row[f"rounds_to_{share}pct"] = there[0] if there else float("nan")
+        wanted = share / 100 * target if is_max else target * 100 / share
+        there = rounds[score >= wanted if is_max else score <= wanted]
+        row[f"rounds_to_{share}pct"] = int(there[0]) if len(there) else float("nan")
     return row | {"megabytes": (run.bytes_up + run.bytes_down).sum() / 1e6, "seconds": run.seconds.sum()}
 
 

@@ -4,51 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedtune.errors import UsageError, one_of, shown
 from fedtune.runs import flags
-from fedtune.storage.config import nested
+from fedtune.storage.config import fingerprint, nested
 from fedtune.sweeps import parameters as specs
+from fedtune.sweeps.bayes import Search, axis
+from fedtune.sweeps.cell import Cell
 from fedtune.sweeps.command import PROGRAMS, flags_of, words_of
+from fedtune.sweeps.hyperband import Hyperband, rule_of
 from fedtune.yaml_files import parse_or_text
 from fedtune.yaml_files import read as read_yaml
 
-METHODS = ("grid", "random")
+METHODS = ("grid", "random", "bayes")
 GOALS = ("minimize", "maximize")
 METRICS = ("accuracy", "macro_f1", "loss_nats")  # of every run
 _TEXTS = ("name", "description", "project", "entity")
-_KEYS = ("method", "metric", "parameters", "run_cap", "program", "command", *_TEXTS)
-_NOT_LOCAL = ("early_terminate",)  # W&B's agents know these; the local runner would have to ignore them
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of a sweep.
-
-    Args:
-        arguments: of data module, model and loop, complete.
-        varied: flat key -> value, of what differs between cells.
-    """
-
-    arguments: dict[str, dict[str, Any]]
-    varied: dict[str, Any]
-
-    @functools.cached_property
-    def name(self) -> str:
-        """The name of its directory."""
-        return flags.name_of(self.arguments)
-
-    @property
-    def title(self) -> str:
-        """What it is, for a reader: the values that differ between cells."""
-        return ", ".join(f"{key.removesuffix('.name').rpartition('.')[2]} {value}" for key, value in self.varied.items())
+_KEYS = ("method", "metric", "parameters", "run_cap", "early_terminate", "program", "command", *_TEXTS)
 
 
 @dataclass(frozen=True)
@@ -56,9 +33,12 @@ class Sweep:
     """The cells of a sweep file, each once.
 
     Args:
+        cells: none yet where they are found by a `search`.
         metric: the name of what is best, and whether more of it is better.
         target: of the metric: once a run reaches it, no other is started.
         environment: where the runs go in W&B, where they are mirrored.
+        search: proposes the cells, for the method bayes.
+        early: when a run is stopped that is behind the others.
     """
 
     name: str
@@ -66,6 +46,8 @@ class Sweep:
     metric: tuple[str, bool] = ("accuracy", True)
     target: float | None = None
     environment: dict[str, str] = field(default_factory=dict)
+    search: Search | None = None
+    early: Hyperband | None = None
 
     def is_reached(self, value: Any) -> bool:
         """Whether a value of the metric is as good as the target."""
@@ -78,39 +60,49 @@ def read(file: str | Path, only: Sequence[str] = ()) -> Sweep:
     """Read a sweep file.
 
     Args:
-        file: YAML with `method` ("grid", or "random" with `run_cap`), `parameters` and, optionally, `run_cap`, `name`,
-            `command`, `metric` {name, goal, target}. A parameter has `value`, `values`, a `distribution` with its bounds, or
-            `parameters` of its own; dotted names are the same as nested ones. `seed` sets all three seeds. Flags in `command`
-            hold for each run.
+        file: YAML with `method` ("grid", "random" with `run_cap`, or "bayes" with `run_cap` and `metric`), `parameters` and,
+            optionally, `run_cap`, `name`, `command`, `metric` {name, goal, target}, `early_terminate` (hyperband). A parameter
+            has `value`, `values`, a `distribution` with its bounds, or `parameters` of its own; dotted names are the same as
+            nested ones. `seed` sets all three seeds. Flags in `command` hold for each run.
         only: "key=value" each; cells without that value are left out. The key may be shortened to its last part.
 
     Raises:
-        UsageError: the file cannot be read, or holds what a sweep cannot be made of; `only` takes no cell.
+        UsageError: the file cannot be read, or holds what a sweep cannot be made of; `only` takes no cell; for bayes, Optuna is
+            not installed.
         SystemExit: a parameter that a run does not have, or a value of a wrong type; said in one line.
     """
     with _naming(file):
         content = load(file)
         fixed = check(content)
         parameters = specs.parameters_of(content["parameters"])
-        chosen = [values for values in _draws(content, parameters) if _taken(values, only)]
-        if not chosen:
-            raise _none_taken(parameters, only)
         varied = [name for name, spec in parameters.items() if specs.kind_of(name, spec) != "constant"]
-        cells: dict[str, Cell] = {}
-        for values in chosen:
+
+        def make(values: Mapping[str, Any]) -> Cell:
             arguments = flags.resolve(nested(copy.deepcopy({**fixed, **values})), str(file))
-            cell = Cell(arguments, {name: values[name] for name in varied})
-            cells.setdefault(cell.name, cell)
+            return Cell(arguments, {name: values[name] for name in varied})
+
+        metric, target = _metric(content.get("metric"))
+        search: Search | None = None
+        cells: dict[str, Cell] = {}
+        if content["method"] == "bayes":
+            search = _search(content, parameters, fixed, make, only)
+        else:
+            chosen = [values for values in _draws(content, parameters) if _taken(values, only)]
+            if not chosen:
+                raise _none_taken(parameters, only)
+            for cell in map(make, chosen):
+                cells.setdefault(cell.name, cell)
         environment = {f"WANDB_{key.upper()}": content[key] for key in ("project", "entity") if key in content}
         name = str(content.get("name", Path(file).stem))
-        return Sweep(name, list(cells.values()), *_metric(content.get("metric")), environment)
+        early = rule_of(content["early_terminate"], metric) if "early_terminate" in content else None
+        return Sweep(name, list(cells.values()), metric, target, environment, search, early)
 
 
 def check(content: Mapping[str, Any], with_wandb: bool = False) -> dict[str, Any]:
     """Check every key of a sweep file; the values of runs are checked with the runs.
 
     Args:
-        with_wandb: W&B hands out the runs; it has more methods.
+        with_wandb: W&B hands out the runs; it knows more metrics, and when to stop a run.
 
     Returns:
         name -> value, of the flags in `command`.
@@ -118,20 +110,22 @@ def check(content: Mapping[str, Any], with_wandb: bool = False) -> dict[str, Any
     Raises:
         UsageError: a key, or a value of one, that could not be applied.
     """
-    methods, keys = (METHODS, _KEYS) if not with_wandb else ((*METHODS, "bayes"), (*_KEYS, *_NOT_LOCAL))
     method = content.get("method")
-    if not isinstance(method, str) or method not in methods:
-        raise one_of("method", method, methods, also="" if with_wandb else "; bayes with --wandb and a key")
+    if not isinstance(method, str) or method not in METHODS:
+        raise one_of("method", method, METHODS)
     for key in content:
-        if key not in keys:
-            also = "; early_terminate with --wandb and a key" if key in _NOT_LOCAL else ""
-            raise one_of("sweep file", key, keys, also=also)
+        if key not in _KEYS:
+            raise one_of("sweep file", key, _KEYS)
         if key in _TEXTS and not isinstance(content[key], str):
             raise UsageError(key, content[key], "text")
     if content.get("program", PROGRAMS[0]) not in PROGRAMS:
         raise UsageError("program", content["program"], f"{PROGRAMS[0]}, or none: the runs are those of fedtune run")
     _check_cap(content, with_wandb)
-    _metric(content.get("metric"), with_wandb)
+    metric, _ = _metric(content.get("metric"), with_wandb)
+    if not with_wandb:
+        _check_compared(content)
+        if "early_terminate" in content:
+            rule_of(content["early_terminate"], metric)
     fixed = flags_of(words_of(content["command"])) if "command" in content else {}
     parameters = specs.parameters_of(content["parameters"])
     for name in fixed.keys() & parameters.keys():
@@ -141,16 +135,17 @@ def check(content: Mapping[str, Any], with_wandb: bool = False) -> dict[str, Any
 
 
 def check_cells(sweep: Sweep, file: str | Path) -> None:
-    """Check each run of a sweep as its start would, before any text is read.
+    """Check each run of a sweep as its start would, before any text is read; for bayes, the ends of ranges and the categories.
 
     Raises:
         UsageError: the first value that cannot be used, and in how many runs.
     """
     known: dict[str, UsageError | None] = {}
     bad = []
-    for cell in sweep.cells:
+    cells = sweep.search.probes if sweep.search else sweep.cells
+    for cell in cells:
         arguments = {part: {key: value for key, value in of.items() if key != "seed"} for part, of in cell.arguments.items()}
-        key = json.dumps(arguments, sort_keys=True, default=str)
+        key = repr(arguments)
         if key not in known:
             try:
                 flags.check(cell.arguments)
@@ -160,7 +155,8 @@ def check_cells(sweep: Sweep, file: str | Path) -> None:
         found = known[key]
         bad += [] if found is None else [found]
     if bad:
-        allowed = f"{bad[0].allowed} ({len(bad)} of {len(sweep.cells)} runs could not start)"
+        what = "ends of ranges and categories" if sweep.search else "runs"
+        allowed = f"{bad[0].allowed} ({len(bad)} of {len(cells)} {what} could not start)"
         raise UsageError(f"{file}: {bad[0].argument}", bad[0].came, allowed)
 
 
@@ -176,12 +172,21 @@ def _naming(file: str | Path) -> Iterator[None]:
 
 
 def _check_cap(content: Mapping[str, Any], with_wandb: bool) -> None:
-    cap, is_random = content.get("run_cap"), content["method"] == "random"
-    if "run_cap" in content or (is_random and not with_wandb):
+    cap, method = content.get("run_cap"), content["method"]
+    if "run_cap" in content or (method != "grid" and not with_wandb):
         if isinstance(cap, bool) or not isinstance(cap, int) or cap < 1:
-            raise UsageError("run_cap", cap, "the number of runs, 1 or more" + (", for the method random" if is_random else ""))
-        if is_random and cap > specs.MOST:
+            raise UsageError(
+                "run_cap", cap, "the number of runs, 1 or more" + (f", for the method {method}" * (method != "grid"))
+            )
+        if method != "grid" and cap > specs.MOST:
             raise UsageError("run_cap", cap, f"at most {specs.MOST} runs")
+
+
+def _check_compared(content: Mapping[str, Any]) -> None:
+    """Runs that are compared while the sweep goes on are so by what the file says, and not by a default."""
+    metric, is_bayes = content.get("metric"), content["method"] == "bayes"
+    if (is_bayes or "early_terminate" in content) and not (isinstance(metric, Mapping) and "goal" in metric):
+        raise UsageError("metric", metric, f"name and goal, for {'the method bayes' if is_bayes else 'early_terminate'}")
 
 
 def _metric(given: Any, with_wandb: bool = False) -> tuple[tuple[str, bool], float | None]:
@@ -209,6 +214,34 @@ def load(file: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("parameters"), dict):
         raise UsageError("sweep file", str(file), "YAML with `method` and `parameters`")
     return content
+
+
+def _search(
+    content: Mapping[str, Any],
+    parameters: Mapping[str, Mapping[str, Any]],
+    fixed: Mapping[str, Any],
+    make: Callable[[Mapping[str, Any]], Cell],
+    only: Sequence[str],
+) -> Search:
+    """What the method bayes searches; a seed that is the same for all runs is that of the search, too."""
+    if only:
+        raise UsageError("--only", " ".join(only), "nothing, for the method bayes; take the part out of the file")
+    same = {name: spec["value"] for name, spec in parameters.items() if specs.kind_of(name, spec) == "constant"}
+    axes = {name: axis(name, spec) for name, spec in parameters.items() if name not in same}
+    metric, _ = _metric(content["metric"])
+    seed = {**fixed, **same}.get("seed")
+    about = {f"parameter {name}": repr(sorted(spec.items())) for name, spec in parameters.items()}
+    about |= {f"flag {name}": repr(value) for name, value in fixed.items()} | {"metric": repr(metric)}
+    search = Search(
+        axes,
+        lambda values: make({**same, **values}),
+        content["run_cap"],
+        metric,
+        seed if isinstance(seed, int) and seed >= 0 else 0,
+        fingerprint(about),
+    )
+    search.probes  # noqa: B018 - reading them checks them
+    return search
 
 
 def _draws(content: Mapping[str, Any], parameters: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -129,6 +129,14 @@ def draw(name: str, spec: Mapping[str, Any], number: int) -> Any:
         raise UsageError(f"parameter {name}", dict(spec), f"bounds for {kind} that give finite numbers ({error})") from error
 
 
+def stepped(value: float, spec: Mapping[str, Any], kind: str) -> Any:
+    """A drawn number, in steps of q where the distribution has them; whole where q is."""
+    if not kind.startswith("q_"):
+        return float(value)
+    steps = round(float(value) / spec["q"])
+    return steps * spec["q"] if _is_whole(spec["q"]) else float(steps * spec["q"])
+
+
 def _check_keys(name: str, spec: Mapping[str, Any], kind: str) -> None:
     known = KINDS[kind]
     for key in spec:
@@ -186,20 +194,12 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _stepped(value: float, spec: Mapping[str, Any], kind: str) -> Any:
-    """A drawn number, in steps of q where the distribution has them; whole where q is."""
-    if not kind.startswith("q_"):
-        return float(value)
-    steps = round(float(value) / spec["q"])
-    return steps * spec["q"] if _is_whole(spec["q"]) else float(steps * spec["q"])
-
-
 def _between(rng: Any, low: float, high: float) -> float:
     return float(rng.uniform(float(low), float(high)))
 
 
 def _log_values(rng: Any, spec: Mapping[str, Any], kind: str) -> Any:
-    return _stepped(math.exp(_between(rng, math.log(spec["min"]), math.log(spec["max"]))), spec, kind)
+    return stepped(math.exp(_between(rng, math.log(spec["min"]), math.log(spec["max"]))), spec, kind)
 
 
 def _categorical(rng: Any, spec: Mapping[str, Any], kind: str) -> Any:
@@ -210,12 +210,12 @@ _DISTRIBUTIONS: dict[str, Callable[[Any, Mapping[str, Any], str], Any]] = {  # o
     "categorical": _categorical,
     "categorical_w_probabilities": _categorical,
     "int_uniform": lambda rng, spec, kind: int(rng.integers(spec["min"], spec["max"] + 1)),
-    "uniform": lambda rng, spec, kind: _stepped(_between(rng, spec["min"], spec["max"]), spec, kind),
-    "log_uniform": lambda rng, spec, kind: _stepped(math.exp(_between(rng, spec["min"], spec["max"])), spec, kind),
+    "uniform": lambda rng, spec, kind: stepped(_between(rng, spec["min"], spec["max"]), spec, kind),
+    "log_uniform": lambda rng, spec, kind: stepped(math.exp(_between(rng, spec["min"], spec["max"])), spec, kind),
     "log_uniform_values": _log_values,
     "inv_log_uniform": lambda rng, spec, kind: math.exp(-_between(rng, spec["min"], spec["max"])),
     "inv_log_uniform_values": _log_values,
-    "normal": lambda rng, spec, kind: _stepped(rng.normal(spec["mu"], spec["sigma"]), spec, kind),
-    "log_normal": lambda rng, spec, kind: _stepped(math.exp(rng.normal(spec["mu"], spec["sigma"])), spec, kind),
-    "beta": lambda rng, spec, kind: _stepped(rng.beta(spec["a"], spec["b"]), spec, kind),
+    "normal": lambda rng, spec, kind: stepped(rng.normal(spec["mu"], spec["sigma"]), spec, kind),
+    "log_normal": lambda rng, spec, kind: stepped(math.exp(rng.normal(spec["mu"], spec["sigma"])), spec, kind),
+    "beta": lambda rng, spec, kind: stepped(rng.beta(spec["a"], spec["b"]), spec, kind),
 }

@@ -12,7 +12,7 @@ from fedtune.errors import RunError, UsageError
 from fedtune.runs.flags import content_of_run
 from fedtune.storage.config import dotted, read_config
 from fedtune.storage.locks import is_locked
-from fedtune.sweeps.grid import Cell
+from fedtune.sweeps.cell import Cell
 
 _CONTENT = ("task", "task_options", "folder", "tokenizer", "max_length", "limit")  # of the data: what their content depends on
 

@@ -20,6 +20,7 @@ from fedtune.runs.flags import fit
 from fedtune.storage import checks
 from fedtune.storage.directory import writing
 from fedtune.storage.locks import Busy, locked
+from fedtune.sweeps.hyperband import Stopping
 
 if TYPE_CHECKING:
     from fedtune.runs.loop import FederatedLoop
@@ -28,7 +29,8 @@ Arguments = Mapping[str, Mapping[str, Any]]
 
 
 def status(folder: Path) -> dict[str, Any]:
-    """How the last start of a run ended: `state` ("finished" or "failed"), `seconds`, `metrics` or `error`; else nothing.
+    """How the last start of a run ended: `state` ("finished" or "failed"), `seconds`, `metrics` or `error`; else nothing. One
+    that was stopped early is finished, and `stopped` says why.
 
     A file that says neither, as a run writes it, says nothing: the run is started, and ends at once where it was done.
     """
@@ -65,7 +67,7 @@ def work(arguments: Arguments, folder: Path, setting: Mapping[str, Any], line: C
     """One run, from its directory's lock to its status.
 
     Args:
-        setting: `environment`, `threads` and `logger`.
+        setting: `environment`, `threads`, `logger` and `callbacks`.
         line: to the runner. "left: ..." says that another process has the run.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the runner, which ends this process
@@ -80,16 +82,16 @@ def work(arguments: Arguments, folder: Path, setting: Mapping[str, Any], line: C
                 with opened(folder / "log.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT, "ab") as log:
                     for stream in (1, 2):  # the streams themselves: handlers of other libraries hold on to them
                         os.dup2(log.fileno(), stream)
-                    _run(arguments, folder, setting["logger"], line)
+                    _run(arguments, folder, setting, line)
     except Busy as error:
         line.send(f"left: {error}")
     except (UsageError, OSError) as error:
         line.send(f"failed: {printable(error)}")
 
 
-def _run(arguments: Arguments, folder: Path, logger: str, line: Connection) -> None:
+def _run(arguments: Arguments, folder: Path, setting: Mapping[str, Any], line: Connection) -> None:
     try:
-        recorded(arguments, folder, logger=logger, callbacks=[_Reporter(line)])
+        recorded(arguments, folder, logger=setting["logger"], callbacks=[_Reporter(line), *setting["callbacks"]])
     except Exception as error:
         traceback.print_exc()
         if status(folder).get("state") != "failed":  # it could not be written
@@ -111,6 +113,8 @@ def recorded(arguments: Arguments, folder: Path, **where: Any) -> FederatedLoop:
             before = sum(checks.not_negative("seconds", one.get("seconds", 0)) for one in _records(folder))
             loop = fit(arguments, run_dir=str(folder), **where)
             ended = {"state": "finished", "metrics": loop.history[-1].metrics}
+            reasons = [one.reason for one in loop.callbacks if isinstance(one, Stopping) and one.reason is not None]
+            ended |= {"stopped": reasons[0]} if reasons else {}
             return loop
         except Exception as error:
             kind = "" if isinstance(error, (UsageError, RunError)) else f"{type(error).__name__}: "
