@@ -175,7 +175,8 @@ def _describe(options: Namespace) -> None:
         data = FederatedDataModule(**options.data.as_dict(), model=options.model.name)
         rows = data.describe()
     title = f"{data.task.name}, split {data.hparams['split']}, {data.num_clients} clients"
-    table = Table(title=title, caption=f"{len(data.task.texts)} texts in all; source: {data.task.source}")
+    lines = [data.left_out] * bool(data.left_out) + [f"{len(data.task.texts)} texts in all; source: {data.task.source}"]
+    table = Table(title=title, caption="\n".join(lines))
     columns = [name for name in rows[0] if name not in ("labels", "authors")]
     for name in columns:
         table.add_column(name.replace("_", " "), justify="right")

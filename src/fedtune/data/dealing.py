@@ -30,12 +30,12 @@ Split = Callable[..., list[IntArray]]
 
 def check_option(name: str, value: Any) -> None:
     """Raise `UsageError` for a value that the parameter of a split cannot have."""
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if name == "skew" and not (isinstance(value, numbers.Real) and 0 <= value <= 1):
+    number = float(value) if isinstance(value, numbers.Real) else math.nan
+    if name == "skew" and not 0 <= number <= 1:
         raise UsageError("skew", value, "a probability between 0 and 1")
-    if name == "alpha" and not (isinstance(value, numbers.Real) and 0 < value < math.inf):
+    if name == "alpha" and not 0 < number < math.inf:
         raise UsageError("alpha", value, "a number above 0")
-    if name == "exponent" and not (number and -10 <= value <= 10):
+    if name == "exponent" and (isinstance(value, bool) or not -10 <= number <= 10):
         raise UsageError("exponent", value, "a number between -10 and 10")
     if name in ("shards_per_client", "min_size"):
         whole_at_least(name, value, 1)
@@ -88,8 +88,15 @@ def _homes(authors: IntArray, num_clients: int) -> dict[int, list[int]]:
     return homes
 
 
-def by_shares(labels: IntArray, num_clients: int, alpha: float, rng: np.random.Generator) -> IntArray:
-    """(N,) clients: the texts of every class are shared out, at random, by proportions from Dirichlet(alpha)."""
+def by_shares(
+    labels: IntArray, num_clients: int, alpha: float, rng: np.random.Generator, offset: float | None = None
+) -> IntArray:
+    """(N,) clients: the texts of every class are shared out, at random, by proportions from Dirichlet(alpha).
+
+    Args:
+        offset: where the first of a class's n texts lies in the first n-th of the proportions; drawn for each class by default,
+            so that on average a client gets its exact proportion also of a class with fewer texts than there are clients.
+    """
     client = np.empty(len(labels), dtype=np.int64)
     names, places = np.unique(labels, return_inverse=True)
     for of_class in groups(places, len(names)):
@@ -99,7 +106,8 @@ def by_shares(labels: IntArray, num_clients: int, alpha: float, rng: np.random.G
             raise UsageError(
                 "alpha", alpha, "a number whose Dirichlet distribution floating-point numbers can hold, as 1e-3 .. 1e6"
             )
-        bounds = np.searchsorted((np.arange(len(rows)) + 0.5) / len(rows), shares[:-1], side="right")
+        first = rng.random() if offset is None else offset
+        bounds = np.searchsorted((np.arange(len(rows)) + first) / len(rows), shares[:-1], side="right")
         client[rows] = np.repeat(np.arange(num_clients), np.diff(bounds, prepend=0, append=len(rows)))
     return client
 

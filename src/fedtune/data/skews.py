@@ -106,8 +106,8 @@ def small_authors_said(authors: IntArray, min_size: int = 1, small_authors: str 
 
 
 def by_length(columns: Columns, num_clients: int, seed: int, skew: float = 1.0) -> list[IntArray]:
-    """Sorted by length in characters, the shortest first, and cut into blocks of equal size; before they are cut, each text leaves
-    its place with probability 1 - skew, and those that have left change places at random.
+    """Sorted by length in characters, the shortest first, and cut into blocks of equal size; before that each text leaves its
+    place with probability 1 - skew, and those that have left change places at random.
 
     Skew 0 is IID, skew 1 is sorted; sizes differ by at most one at any skew. (The ContinuousPartitioner of Flower's datasets
     sorts by a number, too; its strictness weighs it against noise, where skew is a share of texts.)

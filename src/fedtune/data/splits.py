@@ -56,7 +56,8 @@ def by_author(columns: Columns, num_clients: int, seed: int, skew: float = 1.0) 
 def dirichlet(columns: Columns, num_clients: int, seed: int, alpha: float = 0.5) -> list[IntArray]:
     """The texts of every class are shared out by proportions from Dirichlet(alpha) (Hsu et al. 2019, by class).
 
-    A small alpha gives each client few classes, a large one is IID. A draw that leaves a client empty is drawn again, up to
+    A small alpha gives each client few classes, a large one is IID where classes have more texts than there are clients (of
+    smaller classes each gives its texts to much the same clients). A draw that leaves a client empty is drawn again, up to
     100 times, or until a draw leaves more than 30 empty; in the last draw each client that is empty gets a text of the
     client that has most.
 
@@ -66,7 +67,7 @@ def dirichlet(columns: Columns, num_clients: int, seed: int, alpha: float = 0.5)
     check_option("alpha", alpha)
     rng = stream(seed, "split/dirichlet")
     for _ in range(_DRAWS):
-        client = by_shares(columns.labels, num_clients, alpha, rng)
+        client = by_shares(columns.labels, num_clients, alpha, rng, offset=0.5)
         empty = num_clients - np.count_nonzero(np.bincount(client))
         if not empty or empty > _HOPELESS:
             break
@@ -111,7 +112,16 @@ _OPTIONS = {
     "by_author_and_label": ("skew", "alpha"),
     "by_length": ("skew",),
 }
-DEFAULTS = {"skew": 1.0, "alpha": 0.5, "shards_per_client": None, "exponent": None, "min_size": None, "small_authors": None}
+# the options of all splits; with None the split's own default
+DEFAULTS: dict[str, Any] = {
+    "skew": 1.0,
+    "alpha": 0.5,
+    "shards_per_client": None,
+    "exponent": None,
+    "min_size": None,
+    "small_authors": None,
+}
+# splits that give a single client all texts, in one order
 WHOLE = ("iid", "by_label", "shards", "dirichlet", "quantity", "by_author", "by_author_and_label", "by_length")
 
 
@@ -131,13 +141,14 @@ def check_options(split: str | Split, options: Mapping[str, Any]) -> list[str]:
         UsageError: a value that an option cannot have.
     """
     taken = options_of(split, options)
+    given = {name: options.get(name) for name in DEFAULTS}
     for name, value in taken.items():
         check_option(name, value)
     named = shown(split).strip("'") if isinstance(split, str) else getattr(split, "__name__", "of your own")
     return [
         f"{name} {shown(value)} has no effect with the split {named}: it is for "
         + ", ".join(other for other in SPLITS if name in _OPTIONS.get(other, ()))
-        for name, value in options.items()
+        for name, value in given.items()
         if name not in taken and value is not None and value != DEFAULTS[name]
     ]
 
