@@ -240,7 +240,7 @@ def test_a_configuration_with_an_odd_value_is_named(run: Run, tmp_path: Path, te
 def test_plain_values_stay_as_they_are(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(
-        "data: {task: csv, task_options: {path: '1e5', label: '7', author: 'no'}, alpha: 1e-3}\nloop: {options: {keep: 3}}"
+        "data: {task: csv, task_options: {path: '1e5', label: '7', author: 'no'}, split: dirichlet, alpha: 1e-3}\nloop: {options: {keep: 3}}"
     )
     code, out, err = run("run", "--config", str(file), "--data.task_options.text=body", "--loop.options={agreement: false}")
     assert code == 2  # there is no such file of texts

@@ -188,7 +188,7 @@ def _describe(options: Namespace) -> None:
     for row in rows:
         plain = [f"{row[name]:.2f}" if isinstance(row[name], float) else str(row[name]) for name in columns]
         table.add_row(*plain, *(_most_frequent(row[name]) for name in counted))
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)  # a name is what it is
     try:
         plot_split(rows, options.picture, title)
     except (OSError, ValueError) as error:
@@ -209,7 +209,7 @@ def _export(options: Namespace) -> None:
 
 def _most_frequent(counts: dict[str, int]) -> str:
     ranked = sorted(counts, key=lambda name: -counts[name])
-    return f"{len(counts)}: " + ", ".join(f"{name} {counts[name]}" for name in ranked[:2])
+    return f"{len(counts)}: " + ", ".join(f"{printable(name, 40)} {counts[name]}" for name in ranked[:2])
 
 
 class _Command(NamedTuple):
