@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -308,7 +310,7 @@ def test_by_length_has_equal_sizes_and_is_sorted_at_full_skew(problem: tuple[Col
     assert max(sizes) - min(sizes) <= 1
     assert columns.lengths is not None
     lengths = [columns.lengths[part] for part in divide("by_length", columns, clients, seed, skew=1.0)]
-    assert all(one.max() <= other.min() for one, other in zip(lengths, lengths[1:], strict=False))
+    assert all(one.max() <= other.min() for one, other in itertools.pairwise(lengths))
 
 
 def test_by_length_goes_from_iid_to_sorted() -> None:
