@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import WORDS
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -256,7 +257,9 @@ def test_plain_values_stay_as_they_are(run: Run, tmp_path: Path) -> None:
 def test_describe_says_what_a_split_leaves_out_and_what_has_no_effect(run: Run, tiny: list[str], tmp_path: Path) -> None:
     flags = [flag for flag in tiny if not flag.startswith(("--loop", "--data.num_clients"))]
     rows = [
-        f"words of {name}{word},{name},{name}" for name, count in (("[/b]", 30), ("$_", 20), ("c", 2)) for word in range(count)
+        f"{' '.join(WORDS[: 1 + word])},{name},{name}"
+        for name, count in (("[/b]", 20), ("$_", 15), ("c", 3))
+        for word in range(count)
     ]
     (tmp_path / "few.csv").write_text("\n".join(["text,label,author", *rows]))
     picture = f"--picture={tmp_path / 'split.png'}"
@@ -270,7 +273,7 @@ def test_describe_says_what_a_split_leaves_out_and_what_has_no_effect(run: Run, 
     assert "alpha 0.3 has no effect with the split natural: it is for dirichlet, by_author_and_label" in err
     assert "1 of 3 authors has fewer than 5 texts: " in " ".join(out.split())
     assert "[/b] " in out
-    assert "mean characters" in " ".join(out.split())
+    assert "characters" in out
     code, out, err = run("describe", *flags, "--data.num_clients=3")
     assert (code, err.count("\n")) == (2, 1)
     assert err.startswith(
