@@ -3,12 +3,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from conftest import WORDS
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -240,7 +242,8 @@ def test_a_configuration_with_an_odd_value_is_named(run: Run, tmp_path: Path, te
 def test_plain_values_stay_as_they_are(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(
-        "data: {task: csv, task_options: {path: '1e5', label: '7', author: 'no'}, alpha: 1e-3}\nloop: {options: {keep: 3}}"
+        "data: {task: csv, task_options: {path: '1e5', label: '7', author: 'no'}, split: dirichlet, alpha: 1e-3}\n"
+        "loop: {options: {keep: 3}}"
     )
     code, out, err = run("run", "--config", str(file), "--data.task_options.text=body", "--loop.options={agreement: false}")
     assert code == 2  # there is no such file of texts
@@ -249,6 +252,33 @@ def test_plain_values_stay_as_they_are(run: Run, tmp_path: Path) -> None:
     found = yaml.safe_load(out)
     assert found["data"]["task_options"] == {"path": "1e5", "label": "7", "author": "no", "text": "body"}
     assert (found["data"]["alpha"], found["loop"]["options"]["keep"]) == (0.001, 3)
+
+
+def test_describe_says_what_a_split_leaves_out_and_what_has_no_effect(run: Run, tiny: list[str], tmp_path: Path) -> None:
+    flags = [flag for flag in tiny if not flag.startswith(("--loop", "--data.num_clients"))]
+    rows = [
+        f"{' '.join(WORDS[: 1 + word])},{name},{name}"
+        for name, count in (("[/b]", 20), ("$_", 15), ("c", 3))
+        for word in range(count)
+    ]
+    (tmp_path / "few.csv").write_text("\n".join(["text,label,author", *rows]))
+    picture = f"--picture={tmp_path / 'split.png'}"
+    options = json.dumps({"path": str(tmp_path / "few.csv"), "author": "author"})
+    flags += ["--data.task=csv", f"--data.task_options={options}", "--data.split=natural", "--data.min_size=5", picture]
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        code, out, err = run("describe", *flags, "--data.num_clients=2", "--data.alpha=0.3", "--data.batch_size=1")
+    assert code == 0, err
+    assert "1 of 3 authors has fewer than 5 texts: " in err
+    assert "alpha 0.3 has no effect with the split natural: it is for dirichlet, by_author_and_label" in err
+    assert "1 of 3 authors has fewer than 5 texts: " in " ".join(out.split())
+    assert "[/b] " in out
+    assert "characters" in out
+    code, out, err = run("describe", *flags, "--data.num_clients=3")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith(
+        "fedtune: --data.num_clients: got 3; allowed: 2 with the split natural: one for each author with at least 5"
+    )
 
 
 @pytest.mark.parametrize(

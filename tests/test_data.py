@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -129,3 +130,77 @@ def test_loading_draws_nothing_from_the_global_generator(make_data: Make) -> Non
     before = torch.random.get_rng_state()
     make_data(split="dirichlet", alpha=100.0).setup()
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_describe_has_the_mean_length_of_a_clients_texts(make_data: Make, task: fedtune.TextTask) -> None:
+    data = make_data(split="by_length")
+    means = [row["mean_characters"] for row in data.describe()]
+    assert means == [np.mean([len(task.texts[row]) for row in part]) for part in data.client_indices]
+    assert means == sorted(means)
+    pairs = dataclasses.replace(task, second_texts=["xx"] * len(task.texts))
+    assert [row["mean_characters"] for row in make_data(task=pairs, split="by_length").describe()] == pytest.approx(
+        [mean + 2 for mean in means]
+    )
+
+
+def test_natural_clients_are_tested_on_their_own_authors(make_data: Make, task: fedtune.TextTask) -> None:
+    data = make_data(split="natural", num_clients=6)
+    assert data.left_out == ""
+    for part, test in zip(data.client_indices, data.client_test_indices, strict=True):
+        (author,) = np.unique(task.authors[part])
+        np.testing.assert_array_equal(test, [row for row in task.parts["test"] if task.authors[row] == author])
+    kept = [row for row in task.parts["test"] if task.authors[row] != 2]
+    other = dataclasses.replace(task, parts={**task.parts, "test": np.array(kept)})
+    data = make_data(task=other, split="natural", num_clients=6)
+    with pytest.raises(fedtune.UsageError, match=r"test texts of every client \(1 of 6 have none\)"):
+        data.client_test_dataloader(0)
+
+
+def test_small_authors_are_said_and_left_out_or_one_client(make_data: Make, task: fedtune.TextTask) -> None:
+    counts = np.bincount(task.authors[task.parts["train"]])
+    least = int(np.sort(counts)[2])
+    small, some = int((counts < least).sum()), int(counts[counts < least].sum())
+    assert small
+    dropped = make_data(split="natural", min_size=least, num_clients=6 - small)
+    with pytest.warns(UserWarning, match=f"{small} of 6 authors .* {some} of {counts.sum()} texts are left out"):
+        assert sum(row["examples"] for row in dropped.describe()) == counts.sum() - some
+    assert len(dropped.train_dataloader().dataset) == counts.sum() - some
+    pooled = make_data(split="natural", min_size=least, small_authors="pool", num_clients=7 - small)
+    with pytest.warns(UserWarning, match="the last client's"):
+        assert pooled.describe()[-1]["examples"] == some
+    assert "the last client's" in pooled.left_out
+
+
+def test_what_a_split_leaves_out_is_known(make_data: Make, task: fedtune.TextTask) -> None:
+    count = len(task.parts["train"])
+    assert make_data(num_clients=3).left_out == ""
+    rest = count - 7 * (count // 7)
+    assert rest
+    assert make_data(num_clients=7, split="hilmkil_iid").left_out == f"split hilmkil_iid: {rest} of {count} texts are left out"
+
+
+def test_a_parameter_of_another_split_is_a_warning_and_none_is_in_the_configuration_unless_given(make_data: Make) -> None:
+    with pytest.warns(UserWarning, match="exponent 2.0 has no effect with the split iid: it is for quantity"):
+        make_data(exponent=2.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = make_data(split="quantity", exponent=2.0).config
+    assert config["exponent"] == 2.0
+    assert not {"shards_per_client", "min_size", "small_authors"} & set(config)
+
+
+def test_the_test_part_is_divided_without_a_least_size(make_data: Make, task: fedtune.TextTask) -> None:
+    data = make_data(split="quantity", min_size=15)
+    assert min(map(len, data.client_indices)) >= 15
+    assert sum(map(len, data.client_test_indices)) == len(task.parts["test"]) < 3 * 15
+
+
+@pytest.mark.parametrize(("split", "clients"), [("natural", 6), ("by_author_and_label", 4)])
+def test_accuracy_for_clients_of_authors_is_by_author(
+    make_data: Make, task: fedtune.TextTask, split: str, clients: int
+) -> None:
+    data = make_data(split=split, num_clients=clients)
+    held_out = task.authors[data.test_dataloader().dataset.rows.numpy()]
+    found = data.client_accuracy("test", torch.from_numpy(held_out == 1))
+    for part, accuracy in zip(data.client_indices, found, strict=True):
+        assert accuracy == pytest.approx((task.authors[part] == 1).mean())

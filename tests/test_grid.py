@@ -41,6 +41,11 @@ def test_a_grid_is_the_product_of_its_values_nested_or_dotted(write: Write) -> N
 
 
 def test_a_cell_is_named_by_what_it_computes(write: Write) -> None:
+    def arguments(**parameters: Any) -> Any:
+        return (
+            grid.read(write({key.replace("__", "."): {"value": value} for key, value in parameters.items()})).cells[0].arguments
+        )
+
     def name(**parameters: Any) -> str:
         return grid.read(write({key.replace("__", "."): {"value": value} for key, value in parameters.items()})).cells[0].name
 
@@ -48,6 +53,11 @@ def test_a_cell_is_named_by_what_it_computes(write: Write) -> None:
     assert name(loop__options__progress=False, loop__options__keep=1) == name()
     assert name(data__num_clients=1, data__split="by_author") == name(data__num_clients=1, data__split="iid", data__skew=0.5)
     assert name(data__num_clients=2, data__split="by_author") != name(data__num_clients=2, data__split="iid")
+    shards = {"data__num_clients": 2, "data__split": "shards"}
+    assert name(**shards) == name(**shards, data__shards_per_client=None) != name(**shards, data__shards_per_client=3)
+    assert name(data__num_clients=1, data__split="shards", data__shards_per_client=3) == name(data__num_clients=1)
+    assert name(data__num_clients=1, data__split="natural") != name(data__num_clients=1)  # it may leave texts out
+    assert not {"shards_per_client", "exponent", "min_size", "small_authors"} & set(arguments()["data"])
 
 
 def test_algorithms_and_their_parameters_are_in_the_cells_and_their_names(write: Write) -> None:

@@ -431,6 +431,8 @@ def test_runs_that_differ_in_the_split_share_the_centralised_baseline(
     options = {"baselines": ["centralised"], "baseline_dir": str(tmp_path / "baselines")}
     make_loop(run_dir=str(tmp_path / "a"), **options).fit(make_module(), make_data(split="iid"))
     make_loop(run_dir=str(tmp_path / "b"), **options).fit(make_module(), make_data(split="by_author", num_clients=2))
+    uneven = make_data(split="quantity", exponent=0.5, num_clients=2)
+    make_loop(run_dir=str(tmp_path / "uneven"), **options).fit(make_module(), uneven)
     assert len(list((tmp_path / "baselines").iterdir())) == 1
     make_loop(run_dir=str(tmp_path / "c"), **options).fit(make_module(learning_rate=1e-3), make_data())
     assert len(list((tmp_path / "baselines").iterdir())) == 2

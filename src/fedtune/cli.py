@@ -175,7 +175,8 @@ def _describe(options: Namespace) -> None:
         data = FederatedDataModule(**options.data.as_dict(), model=options.model.name)
         rows = data.describe()
     title = f"{data.task.name}, split {data.hparams['split']}, {data.num_clients} clients"
-    table = Table(title=title, caption=f"{len(data.task.texts)} texts in all; source: {data.task.source}")
+    lines = [data.left_out] * bool(data.left_out) + [f"{len(data.task.texts)} texts in all; source: {data.task.source}"]
+    table = Table(title=title, caption="\n".join(lines))
     columns = [name for name in rows[0] if name not in ("labels", "authors")]
     for name in columns:
         table.add_column(name.replace("_", " "), justify="right")
@@ -187,7 +188,7 @@ def _describe(options: Namespace) -> None:
     for row in rows:
         plain = [f"{row[name]:.2f}" if isinstance(row[name], float) else str(row[name]) for name in columns]
         table.add_row(*plain, *(_most_frequent(row[name]) for name in counted))
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)  # a name is what it is
     try:
         plot_split(rows, options.picture, title)
     except (OSError, ValueError) as error:
@@ -208,7 +209,7 @@ def _export(options: Namespace) -> None:
 
 def _most_frequent(counts: dict[str, int]) -> str:
     ranked = sorted(counts, key=lambda name: -counts[name])
-    return f"{len(counts)}: " + ", ".join(f"{name} {counts[name]}" for name in ranked[:2])
+    return f"{len(counts)}: " + ", ".join(f"{printable(name, 40)} {counts[name]}" for name in ranked[:2])
 
 
 class _Command(NamedTuple):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import warnings
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,8 +15,9 @@ from torch.utils.data import DataLoader
 
 from fedtune.data.batches import LengthGroupedBatches, Texts
 from fedtune.data.contract import whole_at_least
+from fedtune.data.holdings import accuracy_of_clients, characters_of, left_out_said, shares_of_authors, table_of
 from fedtune.data.registry import load_task
-from fedtune.data.splits import Columns, Split, divide, entropy_bits
+from fedtune.data.splits import DEFAULTS, Columns, Split, check_options, divide, options_of
 from fedtune.data.task import TASK_PARTS, IntArray, TextTask
 from fedtune.data.tokens import TokenStore, tokens_of
 from fedtune.errors import UsageError, one_of
@@ -43,8 +43,9 @@ class FederatedDataModule(pl.LightningDataModule):
         model: the model whose tokenizer is used: a name of `fedtune.MODELS`, a local folder or a hub id.
         num_clients: number of clients.
         split: a name of `fedtune.SPLITS`, or a callable (columns, num_clients, seed) -> list of row arrays.
-        skew: for `by_author`: the probability that a text goes to its author's home client.
-        alpha: for `dirichlet`: the concentration; small is skewed.
+        skew: for `by_author`, `by_author_and_label`: the probability that a text goes to its author's home client; for
+            `by_length`: that it stays in its place among the sorted ones. 0 is not skewed.
+        alpha: for `dirichlet`, `by_author_and_label`: the concentration; small is skewed.
         batch_size: texts in a training batch.
         eval_batch_size: texts in a validation or test batch.
         max_length: longest sequence in tokens, special ones included; longer texts are cut.
@@ -61,9 +62,15 @@ class FederatedDataModule(pl.LightningDataModule):
         seed: seed of the split and of `limit`.
         folder: where the files of the task lie, for tasks that are read from files; by default below `FEDTUNE_DATA`.
         task_options: more keyword arguments for the task's builder, for example {"path": "my.csv", "label": "stars"}.
+        shards_per_client: for `shards`: pieces of the sorted texts for each client; 2 by default.
+        exponent: for `quantity`: sizes fall as rank ** -exponent; 0 is equal sizes, 1 (the default) Zipf's law.
+        min_size: for `quantity`: texts that every client has at least; for `natural`: that an author needs for a client of its
+            own; 1 by default.
+        small_authors: for `natural`: those with fewer are left out ("drop", the default), or are one client ("pool").
 
     Raises:
-        UsageError: a value outside of what is allowed; on first use also what task, tokenizer and split refuse.
+        UsageError: a value outside of what is allowed; on first use also what task, tokenizer and split refuse. A parameter of
+            a split that is given to another one is a warning.
 
     Batches are dicts: "input_ids" and "attention_mask" (B, L) int64, "labels" (B,) int64.
     """
@@ -90,6 +97,10 @@ class FederatedDataModule(pl.LightningDataModule):
         task_options: dict[str, Any] | None = None,
         pad_to_multiple_of: int | None = None,
         group_by_length: bool = False,
+        shards_per_client: int | None = None,
+        exponent: float | None = None,
+        min_size: int | None = None,
+        small_authors: str | None = None,
     ) -> None:
         super().__init__()
         for name in _WHOLE:
@@ -100,6 +111,8 @@ class FederatedDataModule(pl.LightningDataModule):
         if group_by_length and (padding == "max_length" or not shuffle):
             raise UsageError("group_by_length", True, "False, with padding to max_length or without shuffle")
         self.save_hyperparameters(ignore=["task", "split"], logger=False)  # a seed of the module's own would clash
+        for line in check_options(split, self.hparams):
+            warnings.warn(line, stacklevel=1)  # the same place wherever it is made, so it is said once
         self._task, self._split = task, split
         self._kept: tuple[TokenStore, Tensor] | None = None
         self.hparams["task"] = task.name if isinstance(task, TextTask) else task
@@ -125,24 +138,32 @@ class FederatedDataModule(pl.LightningDataModule):
     @functools.cached_property
     def client_indices(self) -> list[IntArray]:
         """For each client the row numbers of its texts in the task."""
-        options = self.hparams
-        rows = self.task.parts["train"]
-        if options["limit"] is not None:
-            rows = np.sort(stream(options["seed"], "limit").permutation(rows)[: options["limit"]])
+        rows, limit, size = self.task.parts["train"], self.hparams["limit"], self.hparams["batch_size"]
+        if limit is not None:
+            rows = np.sort(stream(self.hparams["seed"], "limit").permutation(rows)[:limit])
         parts = self._divide(rows)
-        smallest = min(map(len, parts))
-        if smallest < options["batch_size"]:
+        split, smallest = self.hparams["split"], min(map(len, parts))
+        self._left_out = left_out_said(self.task, split, rows, parts, options_of(split, self.hparams))
+        if split == "natural" and self._left_out:
+            warnings.warn(self._left_out, stacklevel=1)
+        if smallest < size:
             warnings.warn(
-                f"batch_size {options['batch_size']} is larger than the smallest client ({smallest} texts), "
-                "which trains with smaller batches",
+                f"batch_size {size} is larger than the smallest client ({smallest} texts), which trains with smaller batches",
                 stacklevel=1,  # the caller is functools
             )
         return parts
 
     @property
+    def left_out(self) -> str:
+        """In a line, which training texts the split leaves out, or which authors have no client of their own; mostly empty."""
+        self.client_indices  # noqa: B018 - reading them makes it
+        return self._left_out
+
+    @property
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
-        return {**self.hparams, "split": self._split}
+        """The constructor's arguments, but for parameters of splits that are not given."""
+        given = {key: value for key, value in self.hparams.items() if value is not None or key not in DEFAULTS}
+        return {**given, "split": self._split}
 
     @property
     def digest(self) -> str:
@@ -187,8 +208,10 @@ class FederatedDataModule(pl.LightningDataModule):
 
     @functools.cached_property
     def client_test_indices(self) -> list[IntArray]:
-        """For each client its share of the test part, divided by the same split."""
-        return self._divide(self.task.parts["test"])
+        """For each client its share of the test part, by the same split, without `min_size`; with `natural` its authors'."""
+        if self._split == "natural":
+            return shares_of_authors(self.task, self.client_indices, self.task.parts["test"])
+        return self._divide(self.task.parts["test"], min_size=None)
 
     def client_test_dataloader(self, client: int) -> DataLoader[dict[str, Tensor]]:
         """One client's share of the test part, in the order of the split."""
@@ -217,29 +240,17 @@ class FederatedDataModule(pl.LightningDataModule):
         """The split as a table, one row a client; `pandas.DataFrame(data.describe())` shows it.
 
         Returns:
-            rows with `client`, `examples`, `tokens`, `label_entropy_bits`, and `labels` and `authors`: examples by name.
+            rows with `client`, `examples`, `tokens`, `mean_characters`, `label_entropy_bits`, and `labels` and `authors`:
+                examples by name.
         """
-        rows = []
-        for client, chosen in enumerate(self.client_indices):
-            labels = self.task.labels[chosen]
-            row = {
-                "client": client,
-                "examples": len(chosen),
-                "tokens": int(self.tokens.lengths_of(torch.from_numpy(chosen)).sum()),
-                "label_entropy_bits": entropy_bits(labels),
-                "labels": _counts(labels, self.task.label_names),
-            }
-            if self.task.authors is not None:
-                row["authors"] = _counts(self.task.authors[chosen], self.task.author_names)
-            rows.append(row)
-        return rows
+        return table_of(self.task, self.client_indices, self.tokens.lengths.numpy(), self._characters)
 
     def client_accuracy(self, part: str, correct_N: Tensor) -> list[float | None]:
         """How accurate a model is for each client: on texts of a part, mixed like the client's training texts.
 
         That is the mean, over the client's training texts, of the accuracy on the part's texts of the same label (with the
-        split `by_author`: of the same author). It needs no held-out texts of the client's own, so it is there for any number of
-        clients.
+        splits `by_author`, `natural` and `by_author_and_label`: of the same author). It needs no held-out texts of the
+        client's own, so it is there for any number of clients.
 
         Args:
             part: "validation" or "test".
@@ -248,20 +259,17 @@ class FederatedDataModule(pl.LightningDataModule):
         Returns:
             a fraction for each client; None where the part has no text of any of its labels (authors).
         """
-        authors = self.task.authors if self.hparams["split"] == "by_author" else None
-        groups = self.task.labels if authors is None else authors
-        held_out = groups[self._by_length(self.task.parts[part])]
-        right, known = (np.bincount(held_out, weight, groups.max() + 1) for weight in (correct_N.numpy(), None))
-        mine = groups[np.concatenate(self.client_indices)]
-        starts = np.cumsum([0, *map(len, self.client_indices[:-1])])
-        hits = np.add.reduceat((right / np.maximum(known, 1))[mine], starts)
-        counted = np.add.reduceat((known > 0)[mine].astype(np.int64), starts)
-        return [float(hit / count) if count else None for hit, count in zip(hits, counted, strict=True)]
+        rows = self._by_length(self.task.parts[part])
+        return accuracy_of_clients(self.task, self.hparams["split"], self.client_indices, rows, correct_N.numpy())
 
-    def _divide(self, rows: IntArray) -> list[IntArray]:
+    @functools.cached_property
+    def _characters(self) -> IntArray:
+        return characters_of(self.task)
+
+    def _divide(self, rows: IntArray, **others: Any) -> list[IntArray]:
         authors = None if self.task.authors is None else self.task.authors[rows]
-        columns = Columns(self.task.labels[rows], authors)
-        choice = {name: self.hparams[name] for name in ("num_clients", "seed", "skew", "alpha")}
+        columns = Columns(self.task.labels[rows], authors, self._characters[rows])
+        choice = {name: self.hparams[name] for name in ("num_clients", "seed", *DEFAULTS)} | others
         return [rows[part] for part in divide(self._split, columns, **choice)]
 
     def _training(self, rows: IntArray) -> DataLoader[dict[str, Tensor]]:
@@ -290,8 +298,3 @@ class FederatedDataModule(pl.LightningDataModule):
 
 def _as_is(batch: Any) -> Any:
     return batch
-
-
-def _counts(numbers: IntArray, names: tuple[str, ...]) -> Mapping[str, int]:
-    values, counts = np.unique(numbers, return_counts=True)
-    return {names[value]: int(count) for value, count in zip(values, counts, strict=True)}

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import heapq
-import math
-import numbers
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 
 from fedtune.data.contract import IntArray, whole
-from fedtune.errors import UsageError, at_least, one_of
+from fedtune.data.dealing import Columns as Columns
+from fedtune.data.dealing import Split as Split
+from fedtune.data.dealing import at_home, authors_for, by_shares, check_option, groups, none_empty
+from fedtune.data.skews import by_author_and_label, by_length, natural, quantity, shards
+from fedtune.errors import UsageError, at_least, one_of, shown
 from fedtune.randomness import stream
 
-_DRAWS = 100  # attempts of a Dirichlet split before it is given up
-
-
-class Columns(NamedTuple):
-    """What a split may look at: (N,) labels and (N,) authors, or None where the task names no authors."""
-
-    labels: IntArray
-    authors: IntArray | None = None
-
-
-Split = Callable[..., list[IntArray]]
+_DRAWS = 100  # attempts of a Dirichlet split
+_HOPELESS = 30  # empty clients in one draw; where there are so many, the chance that none is in a later one is nil
 
 
 def iid(columns: Columns, num_clients: int, seed: int) -> list[IntArray]:
@@ -46,76 +38,40 @@ def by_author(columns: Columns, num_clients: int, seed: int, skew: float = 1.0) 
 
     Skew 0 is IID; skew 1 keeps every author whole. Authors are dealt out, largest first, each to the client with the
     fewest texts, so sizes stay as even as whole authors allow. With more clients than authors every client is home to
-    one author, authors with more texts have more home clients, and these share the author's texts evenly.
+    one author, authors with more texts have more home clients, and these share the author's texts evenly. A client that is
+    left empty gets a text of the client that has most.
 
     Raises:
         UsageError: the task names no authors, or skew is outside 0 .. 1.
     """
-    if columns.authors is None:
-        raise UsageError("split", "by_author", "a task that names its authors (this one does not): iid, by_label, dirichlet")
-    if not isinstance(skew, numbers.Real) or not 0 <= skew <= 1:
-        raise UsageError("skew", skew, "a probability between 0 and 1")
+    authors = authors_for("by_author", columns)
+    check_option("skew", skew)
     rng = stream(seed, "split/by_author")
-    client = np.empty(len(columns.labels), dtype=np.int64)
-    names, places = np.unique(columns.authors, return_inverse=True)
-    rows_of = dict(zip(names.tolist(), _groups(places, len(names)), strict=True))
-    for author, homes in _homes(columns.authors, num_clients).items():
-        rows = rng.permutation(rows_of[author])
-        client[rows] = np.resize(homes, len(rows))
+    client = at_home(authors, num_clients, rng)
     away = rng.random(len(client)) >= skew
     client[away] = rng.integers(num_clients, size=int(away.sum()))
-    return _groups(client, num_clients)
-
-
-def _groups(values: IntArray, count: int) -> list[IntArray]:
-    """For each number below `count` the places where it stands, in order."""
-    sizes = np.bincount(values, minlength=count)
-    return np.split(np.argsort(values, kind="stable"), np.cumsum(sizes)[:-1])
-
-
-def _homes(authors: IntArray, num_clients: int) -> dict[int, list[int]]:
-    """Home clients of every author."""
-    names, counts = np.unique(authors, return_counts=True)
-    largest_first = np.argsort(-counts, kind="stable")
-    homes: dict[int, list[int]] = {int(name): [] for name in names}
-    if num_clients <= len(names):
-        load = np.zeros(num_clients, dtype=np.int64)
-        for i in largest_first:
-            client = int(load.argmin())  # an empty client, as long as there is one
-            homes[int(names[i])].append(client)
-            load[client] += counts[i]
-        return homes
-    fullest = [(-counts[i] / 1e-9, place, int(names[i])) for place, i in enumerate(largest_first)]  # sorted, so it is a heap
-    for client in range(num_clients):  # the author whose home clients are the fullest gets one more
-        _, place, name = fullest[0]
-        homes[name].append(client)
-        heapq.heapreplace(fullest, (-counts[largest_first[place]] / len(homes[name]), place, name))
-    return homes
+    return groups(none_empty(client, num_clients, rng), num_clients)
 
 
 def dirichlet(columns: Columns, num_clients: int, seed: int, alpha: float = 0.5) -> list[IntArray]:
     """The texts of every class are shared out by proportions from Dirichlet(alpha) (Hsu et al. 2019, by class).
 
-    A small alpha gives each client few classes, a large one is IID. A draw that leaves a client empty is drawn again.
+    A small alpha gives each client few classes, a large one is IID where classes have more texts than there are clients (of
+    smaller classes each gives its texts to much the same clients). A draw that leaves a client empty is drawn again, up to
+    100 times, or until a draw leaves more than 30 empty; in the last draw each client that is empty gets a text of the
+    client that has most.
 
     Raises:
-        UsageError: alpha is not positive, or 100 draws in a row left a client empty.
+        UsageError: alpha is not positive.
     """
-    if not isinstance(alpha, numbers.Real) or not 0 < alpha < math.inf:
-        raise UsageError("alpha", alpha, "a number above 0")
+    check_option("alpha", alpha)
     rng = stream(seed, "split/dirichlet")
     for _ in range(_DRAWS):
-        client = np.empty(len(columns.labels), dtype=np.int64)
-        for label in np.unique(columns.labels):
-            rows = rng.permutation(np.flatnonzero(columns.labels == label))
-            shares = rng.dirichlet(np.full(num_clients, alpha))
-            client[rows] = np.searchsorted(np.cumsum(shares)[:-1], (np.arange(len(rows)) + 0.5) / len(rows))
-        parts = _groups(client, num_clients)
-        if all(len(part) for part in parts):
-            return parts
-    raise UsageError(
-        "alpha", alpha, f"a larger alpha or fewer clients ({_DRAWS} draws for {num_clients} clients left one empty)"
-    )
+        client = by_shares(columns.labels, num_clients, alpha, rng, offset=0.5)
+        empty = num_clients - np.count_nonzero(np.bincount(client))
+        if not empty or empty > _HOPELESS:
+            break
+    return groups(none_empty(client, num_clients, rng), num_clients)
 
 
 def hilmkil_iid(columns: Columns, num_clients: int, seed: int) -> list[IntArray]:
@@ -136,19 +92,72 @@ def hilmkil_sorted(columns: Columns, num_clients: int, seed: int) -> list[IntArr
 SPLITS: dict[str, Split] = {
     "iid": iid,
     "by_label": by_label,
-    "by_author": by_author,
+    "shards": shards,
     "dirichlet": dirichlet,
+    "quantity": quantity,
+    "by_author": by_author,
+    "natural": natural,
+    "by_author_and_label": by_author_and_label,
+    "by_length": by_length,
     "hilmkil_iid": hilmkil_iid,
     "hilmkil_sorted": hilmkil_sorted,
 }
-_OPTIONS = {"by_author": ("skew",), "dirichlet": ("alpha",)}  # what each registered split takes beyond the three
+# what each registered split takes beyond the three
+_OPTIONS = {
+    "shards": ("shards_per_client",),
+    "dirichlet": ("alpha",),
+    "quantity": ("exponent", "min_size"),
+    "by_author": ("skew",),
+    "natural": ("min_size", "small_authors"),
+    "by_author_and_label": ("skew", "alpha"),
+    "by_length": ("skew",),
+}
+# the options of all splits; with None the split's own default
+DEFAULTS: dict[str, Any] = {
+    "skew": 1.0,
+    "alpha": 0.5,
+    "shards_per_client": None,
+    "exponent": None,
+    "min_size": None,
+    "small_authors": None,
+}
+# splits that give a single client all texts, in one order
+WHOLE = ("iid", "by_label", "shards", "dirichlet", "quantity", "by_author", "by_author_and_label", "by_length")
+
+
+def options_of(split: str | Split, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of some options those that a split takes, where they are given."""
+    taken = _OPTIONS.get(split, ()) if isinstance(split, str) else ()
+    return {name: options[name] for name in taken if options.get(name) is not None}
+
+
+def check_options(split: str | Split, options: Mapping[str, Any]) -> list[str]:
+    """Check the options that a split takes.
+
+    Returns:
+        a line for each option that has another value than its default, and that the split does not take.
+
+    Raises:
+        UsageError: a value that an option cannot have.
+    """
+    taken = options_of(split, options)
+    given = {name: options.get(name) for name in DEFAULTS}
+    for name, value in taken.items():
+        check_option(name, value)
+    named = shown(split).strip("'") if isinstance(split, str) else getattr(split, "__name__", "of your own")
+    return [
+        f"{name} {shown(value)} has no effect with the split {named}: it is for "
+        + ", ".join(other for other in SPLITS if name in _OPTIONS.get(other, ()))
+        for name, value in given.items()
+        if name not in taken and value is not None and value != DEFAULTS[name]
+    ]
 
 
 def divide(split: str | Split, columns: Columns, num_clients: int, seed: int, **options: Any) -> list[IntArray]:
     """Apply a split by name, or any callable (columns, num_clients, seed) -> list of row arrays, and check its result.
 
     Args:
-        options: `skew` and `alpha`; handed to the registered split that takes them.
+        options: what registered splits take beyond the three, by name; each is handed those that it takes.
 
     Returns:
         `num_clients` arrays of row numbers, disjoint, none empty.
@@ -159,23 +168,26 @@ def divide(split: str | Split, columns: Columns, num_clients: int, seed: int, **
     at_least("num_clients", num_clients, 1)
     if num_clients > len(columns.labels):
         raise UsageError("num_clients", num_clients, f"at most the number of training texts, {len(columns.labels)}")
-    if callable(split):
-        function, chosen = split, {}
-    elif split in SPLITS:
-        function, chosen = SPLITS[split], {key: options[key] for key in _OPTIONS.get(split, ())}
-    else:
+    if not callable(split) and split not in SPLITS:
         raise one_of("split", split, SPLITS, also=", or a callable (columns, num_clients, seed) -> row arrays")
-    parts = [whole("split", split, "a split into rows", part) for part in function(columns, num_clients, seed, **chosen)]
+    function = split if callable(split) else SPLITS[split]
+    found = function(columns, num_clients, seed, **options_of(split, options))
+    return _checked(
+        split, [whole("split", split, "a split into rows", part) for part in found], num_clients, len(columns.labels)
+    )
+
+
+def _checked(split: str | Split, parts: list[IntArray], num_clients: int, count: int) -> list[IntArray]:
+    """The parts of `count` texts; `UsageError` where they are not what a split has to give."""
     if len(parts) != num_clients:
         raise UsageError("split", split, f"a split into {num_clients} clients (it made {len(parts)})")
     empty = [client for client, part in enumerate(parts) if not len(part)]
     if empty:
-        raise UsageError("split", split, f"a split that leaves no client without examples (empty: {empty}); use fewer clients")
+        listed = f"{shown(empty[:5])[:-1]}, ... {len(empty)} in all]" if len(empty) > 5 else shown(empty)
+        raise UsageError("split", split, f"a split that leaves no client without examples (empty: {listed}); use fewer clients")
     rows = np.concatenate(parts)
-    if rows.min() < 0 or rows.max() >= len(columns.labels):
-        raise UsageError(
-            "split", split, f"a split into rows 0 .. {len(columns.labels) - 1} (it gave {rows.min()} .. {rows.max()})"
-        )
+    if rows.min() < 0 or rows.max() >= count:
+        raise UsageError("split", split, f"a split into rows 0 .. {count - 1} (it gave {rows.min()} .. {rows.max()})")
     if len(np.unique(rows)) != len(rows):
         raise UsageError("split", split, "a split that gives no text to two clients")
     return parts

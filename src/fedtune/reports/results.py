@@ -26,6 +26,7 @@ _COLUMNS = {"run", "kind", "seed", "complete", "monitor", "mode", "score", *_CLI
 _SECTIONS = ("model.", "data.", "loop.", "content.")  # of a configuration; with them begins the column of a setting
 _METRIC = "metric."  # with that begins the column of a metric whose name another column has, or may have
 _NAMED = {"data.task", "model.name", "data.split", "data.skew", "data.alpha", "data.num_clients"}
+_LEVELS = {"by_author": ["skew"], "by_length": ["skew"], "dirichlet": ["alpha"], "by_author_and_label": ["skew", "alpha"]}
 _NAMED |= {"data.seed", "model.seed", "loop.seed"}
 CONTENT = "content.digest"  # a column where contents differ
 _CONTENT_BY = ["data.task", "data.task_options", "data.folder", "data.tokenizer", "data.max_length", "model.name", "model.init"]
@@ -191,14 +192,14 @@ def _runs(folder: Path, damaged: dict[str, str] | None) -> Iterator[tuple[str, t
 
 def _named(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     split, clients = config.get("data.split"), config.get("data.num_clients")
-    level = {"by_author": "data.skew", "dirichlet": "data.alpha"}.get(str(split))
+    levels = [str(config.get(f"data.{name}")) for name in _LEVELS.get(str(split), ())]
     pooled = "baseline.name" in config
     return {
         "run": name,
         "kind": str(config["baseline.name"]) if pooled else "federated",
         "task": _shown(config.get("data.task", config.get("data.class"))),
         "model": _shown(config.get("model.name", config.get("model.class"))),
-        "split": "pooled" if pooled else f"{split} {config.get(level)}" if level else _shown(split),
+        "split": "pooled" if pooled else " ".join([_shown(split), *levels]),
         "seed": seed if isinstance(seed := config.get("loop.seed"), int) else _shown(seed),
     } | ({"clients": 1} if pooled else {"clients": clients} if isinstance(clients, int) else {})
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedtune.data.splits import DEFAULTS, WHOLE
 from fedtune.federated.agreement import Agreement
 from fedtune.federated.batches import exactly
 from fedtune.federated.cohorts import cohort
@@ -22,7 +23,7 @@ from fedtune.randomness import seeded
 from fedtune.runs.callbacks import Run
 from fedtune.runs.progress import Progress
 from fedtune.runs.rounds import Rounds
-from fedtune.storage.config import baseline_config, fingerprint
+from fedtune.storage.config import baseline_config, fingerprint, without
 from fedtune.storage.directory import RunDirectory
 from fedtune.storage.locks import locked
 from fedtune.storage.records import RoundRecord
@@ -136,10 +137,16 @@ class Baselines:
         if self.run.config["content"]["task"] is None:  # nobody could tell whether other runs have the same data
             about["of"] = self.run.run_dir
         about |= more
-        config = baseline_config(self.run.config, about, split_matters)
+        config = baseline_config(self.run.config if split_matters else self._pooled(), about, split_matters)
         path = None if self.folder is None else self.folder / f"{name}-{fingerprint(config)}"
         with locked(path, wait=True):
             yield RunDirectory(path, config, self.keep), Run(config, self.run.data, len(self.run.history))
+
+    def _pooled(self) -> dict[str, Any]:
+        """The configuration without the parameters of our splits that leave no text out: pooled, their texts are the same."""
+        data = self.run.config["data"]
+        ours = "class" not in data and data.get("split") in WHOLE
+        return without(self.run.config, {f"data.{option}" for option in DEFAULTS} if ours else ())
 
 
 def centralised(training: Training, state: ServerState, loader: Any, examples: int, epochs: int) -> RoundResult:

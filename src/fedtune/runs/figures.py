@@ -117,25 +117,39 @@ def plot_run(
 
 
 def plot_split(table: Sequence[Mapping[str, Any]], path: str | Path, title: str = "") -> None:
-    """Draw labels per client, and authors per client where the task names authors; the most frequent, where there are many.
+    """Draw labels per client, authors per client where the task names authors (the most frequent, where there are many), and
+    the mean length of a client's texts where the table has it.
 
     Args:
         table: as from `FederatedDataModule.describe`.
         path: the picture.
     """
-    panels = [key for key in ("labels", "authors") if key in table[0]]
+    panels = [key for key in ("labels", "authors", "mean_characters") if key in table[0]]
     height = min(_TALLEST, max(3.5, 0.3 * len(table) + 1.5))
     figure, axes = new_figure(1, len(panels), (5.5 * len(panels) + 1, height))
     step = -(-len(table) // _ROWS)
     label = "client" if step == 1 else f"client (a row has {step})"
     for panel, key in zip(axes, panels, strict=True):
-        rows = _most_frequent([row[key] for row in table])
-        _stack(panel, [sum(rows[first : first + step], Counter()) for first in range(0, len(rows), step)], step)
-        panel.set(xlabel="training texts", ylabel=label, title=f"{key} per client")
+        if key == "mean_characters":
+            _stack(panel, [{key: mean} for mean in _mean_lengths(table, step)], step, legend=False)
+            panel.set(xlabel="characters of a text", title="mean length per client")
+        else:
+            rows = _most_frequent([row[key] for row in table])
+            _stack(panel, [sum(rows[first : first + step], Counter()) for first in range(0, len(rows), step)], step)
+            panel.set(xlabel="training texts", title=f"{key} per client")
+        panel.set_ylabel(label)
         panel.set_yticks(range(len(table)) if len(table) <= 40 else range(0, len(table), len(table) // 20))
         panel.invert_yaxis()
     figure.suptitle(title)
     save(figure, path)
+
+
+def _mean_lengths(table: Sequence[Mapping[str, Any]], step: int) -> list[float]:
+    """The mean number of characters of a text, for each so many clients."""
+    groups = [table[first : first + step] for first in range(0, len(table), step)]
+    return [
+        sum(row["mean_characters"] * row["examples"] for row in rows) / sum(row["examples"] for row in rows) for rows in groups
+    ]
 
 
 def _most_frequent(clients: Sequence[Mapping[str, int]]) -> list[Counter[str]]:
@@ -154,13 +168,13 @@ def _most_frequent(clients: Sequence[Mapping[str, int]]) -> list[Counter[str]]:
     return found
 
 
-def _stack(axes: Axes, clients: Sequence[Mapping[str, int]], step: int) -> None:
+def _stack(axes: Axes, clients: Sequence[Mapping[str, float]], step: int, legend: bool = True) -> None:
     """Bars, one for so many clients each."""
     from matplotlib import colormaps
 
     names = sorted({name for counts in clients for name in counts})
     colours = colormaps["tab20"].colors  # type: ignore[attr-defined]  # a listed colour map has them
-    start, edges, drawn = [0] * len(clients), [number * step - 0.5 for number in range(len(clients) + 1)], []
+    start, edges, drawn = [0.0] * len(clients), [number * step - 0.5 for number in range(len(clients) + 1)], []
     for index, name in enumerate(names):
         end = [before + counts.get(name, 0) for before, counts in zip(start, clients, strict=True)]
         style: dict[str, Any] = {"color": colours[index % 20], "fill": True, "orientation": "horizontal", "linewidth": 0}
@@ -168,7 +182,7 @@ def _stack(axes: Axes, clients: Sequence[Mapping[str, int]], step: int) -> None:
         start = end
     if len(clients) <= 100:
         axes.hlines(edges, 0, max(start), color="white", linewidth=2)
-    if len(names) <= 20:  # a longer legend would hide the bars
+    if legend and len(names) <= 20:  # a longer legend would hide the bars
         axes.legend(drawn, names, fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
 
 

@@ -14,7 +14,7 @@ from fedtune.algorithms import ALGORITHMS
 from fedtune.algorithms.specification import algorithm_of, specification_of
 from fedtune.data.classification import FederatedDataModule
 from fedtune.data.registry import TASKS
-from fedtune.data.splits import SPLITS
+from fedtune.data.splits import DEFAULTS, SPLITS, WHOLE
 from fedtune.errors import UsageError, one_of
 from fedtune.models import TextClassifier, build_classifier, check_classifier
 from fedtune.models.options import check_options
@@ -29,7 +29,6 @@ from fedtune.runtimes.faulty import faults_of, plain_faults
 from fedtune.storage.config import KEPT, fingerprint, without
 
 SECTIONS = ("data", "model", "loop")
-_WHOLE = ("iid", "by_label", "by_author", "dirichlet")  # splits that give a single client all texts, in one order
 _FLAGS = {"data.model": "model.name", "model.model": "model.name", "loop.run_dir": "run_dir", "loop.logger": "logger"}
 
 
@@ -103,7 +102,8 @@ def _run_parser() -> Parser:
 def resolved(options: Namespace) -> dict[str, dict[str, Any]]:
     """The arguments of data module, module and loop, complete; `seed` handed on to each.
 
-    A single client holds the same texts whatever the split, so its split is always "iid": such runs are one run.
+    A single client holds the same texts whatever the split, so its split is always "iid": such runs are one run. Parameters of
+    splits that are not given are left out, so that a run keeps its name when there are new ones.
     """
     found = {part: dict(options[part].as_dict()) for part in SECTIONS}
     if options.seed is not None:
@@ -113,8 +113,9 @@ def resolved(options: Namespace) -> dict[str, dict[str, Any]]:
         found["loop"]["algorithm"] = specification_of(algorithm_of(found["loop"]["algorithm"]))
         check_plain("algorithm", found["loop"]["algorithm"])
         found["loop"]["faults"] = plain_faults(faults_of(found["loop"]["faults"]))
-    if found["data"]["num_clients"] == 1 and found["data"]["split"] in _WHOLE:
-        found["data"] |= {"split": "iid", "skew": 1.0, "alpha": 0.5}
+    if found["data"]["num_clients"] == 1 and found["data"]["split"] in WHOLE:
+        found["data"] |= {"split": "iid", **DEFAULTS}
+    found["data"] = {key: value for key, value in found["data"].items() if value is not None or key not in DEFAULTS}
     return found
 
 

@@ -1,0 +1,104 @@
+"""What each client of a split holds: as a table, as texts held out that are like its own, and what a split leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fedtune.data.skews import small_authors_said
+from fedtune.data.splits import entropy_bits
+from fedtune.data.task import IntArray, TextTask
+from fedtune.errors import UsageError
+
+_OF_AUTHORS = ("by_author", "natural", "by_author_and_label")  # splits after which a client is known by its authors
+
+
+def characters_of(task: TextTask) -> IntArray:
+    """(N,) length of each text in characters; of a pair both together."""
+    found = np.fromiter(map(len, task.texts), dtype=np.int64, count=len(task.texts))
+    if task.second_texts is not None:
+        found += np.fromiter(map(len, task.second_texts), dtype=np.int64, count=len(found))
+    return found
+
+
+def table_of(task: TextTask, parts: Sequence[IntArray], tokens_N: IntArray, characters_N: IntArray) -> list[dict[str, Any]]:
+    """A row for each client.
+
+    Args:
+        parts: for each client row numbers of the task.
+        tokens_N: tokens of each text of the task.
+        characters_N: characters of each text of the task.
+    """
+    rows = []
+    for client, chosen in enumerate(parts):
+        labels = task.labels[chosen]
+        row = {
+            "client": client,
+            "examples": len(chosen),
+            "tokens": int(tokens_N[chosen].sum()),
+            "mean_characters": float(characters_N[chosen].mean()),
+            "label_entropy_bits": entropy_bits(labels),
+            "labels": _counts(labels, task.label_names),
+        }
+        if task.authors is not None:
+            row["authors"] = _counts(task.authors[chosen], task.author_names)
+        rows.append(row)
+    return rows
+
+
+def left_out_said(task: TextTask, split: str, rows: IntArray, parts: Sequence[IntArray], options: Mapping[str, Any]) -> str:
+    """In a line, what a split left out of some rows, or what `natural` did with authors of few texts; empty if nothing."""
+    if split == "natural" and task.authors is not None:
+        return small_authors_said(task.authors[rows], **options)
+    left = len(rows) - sum(map(len, parts))
+    return f"split {split}: {left:,} of {len(rows):,} texts are left out" if left else ""
+
+
+def shares_of_authors(task: TextTask, parts: Sequence[IntArray], rows: IntArray) -> list[IntArray]:
+    """For each client those of some other rows whose author it has texts of; rows of other authors are left out.
+
+    Raises:
+        UsageError: a client whose authors have none of these rows.
+    """
+    if task.authors is None:
+        raise UsageError("split", "natural", "a task that names its authors (this one does not)")
+    client_of = np.full(len(task.author_names), -1)
+    for client, part in enumerate(parts):
+        client_of[task.authors[part]] = client
+    owners = client_of[task.authors[rows]]
+    found = [rows[owners == client] for client in range(len(parts))]
+    without = [client for client, part in enumerate(found) if not len(part)]
+    if without:
+        allowed = f"another one, or a task that has test texts of every client ({len(without)} of {len(parts)} have none)"
+        raise UsageError("split", "natural", allowed)
+    return found
+
+
+def accuracy_of_clients(
+    task: TextTask, split: str, parts: Sequence[IntArray], rows: IntArray, correct_N: IntArray
+) -> list[float | None]:
+    """For each client the mean, over its texts, of how many held-out texts of the same label (author) were answered rightly.
+
+    Args:
+        split: by its name it is known whether clients differ in labels or in authors.
+        parts: for each client row numbers of the task.
+        rows: row numbers of the held-out texts.
+        correct_N: whether each of these was answered rightly.
+
+    Returns:
+        a fraction for each client; None where no held-out text has any of its labels (authors).
+    """
+    groups = task.authors if task.authors is not None and split in _OF_AUTHORS else task.labels
+    right, known = (np.bincount(groups[rows], weight, groups.max() + 1) for weight in (correct_N, None))
+    mine = groups[np.concatenate(parts)]
+    starts = np.cumsum([0, *map(len, parts[:-1])])
+    hits = np.add.reduceat((right / np.maximum(known, 1))[mine], starts)
+    counted = np.add.reduceat((known > 0)[mine].astype(np.int64), starts)
+    return [float(hit / count) if count else None for hit, count in zip(hits, counted, strict=True)]
+
+
+def _counts(numbers: IntArray, names: tuple[str, ...]) -> Mapping[str, int]:
+    values, counts = np.unique(numbers, return_counts=True)
+    return {names[value]: int(count) for value, count in zip(values, counts, strict=True)}
