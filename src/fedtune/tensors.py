@@ -135,12 +135,21 @@ def distance(one: Tensors, other: Tensors) -> float:
 
 
 def digest(tensors: Tensors) -> str:
-    """Sixteen hexadecimal digits that name these tensors."""
+    """Sixteen hexadecimal digits that name these tensors, in their order."""
+    return _hashed(tensors)[:16]
+
+
+def sha256(tensors: Mapping[str, Tensor]) -> str:
+    """The sha256 of names, shapes, types and bytes, whatever the order: what a file says of its own content."""
+    return _hashed({name: tensors[name] for name in sorted(tensors)})
+
+
+def _hashed(tensors: Mapping[str, Tensor]) -> str:
     found = hashlib.sha256()
     for name, tensor in tensors.items():
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
         found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()[:16]
+    return found.hexdigest()
 
 
 def misfit(found: Tensors, expected: Tensors) -> str | None:
