@@ -139,6 +139,12 @@ def test_a_file_of_another_client_or_round_is_not_taken_for_this_one(tmp_path: P
             memory.load(int(place[5]), int(place[10]) + 1)
 
 
+def test_the_same_memory_is_the_same_bytes(tmp_path: Path) -> None:
+    for name in map(str, range(8)):
+        MemoryOnDisk(tmp_path / name, 2).save(0, 1, groups(1))
+    assert len({file.read_bytes() for file in tmp_path.rglob("0001.safetensors")}) == 1
+
+
 WRONG = {
     "file": lambda path: path.write_text(""),
     "FIFO": os.mkfifo,

@@ -176,16 +176,15 @@ class Vanishing(http.server.BaseHTTPRequestHandler):
     opened = False  # of the class, as each connection has an instance
 
     def do_POST(self) -> None:
-        query = (
-            json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "{}").get("query", "") if not self.opened else ""
-        )
         if self.opened:
             self.close_connection = True
             return
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        query, name = body.get("query", ""), body.get("variables", {}).get("name")
         entity = {"id": "e", "name": "me"}
         bucket = {
             "id": "b",
-            "name": "b",
+            "name": name,
             "displayName": "b",
             "config": "{}",
             "project": {"id": "p", "name": "p", "entity": entity},

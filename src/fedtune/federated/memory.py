@@ -236,5 +236,5 @@ class MemoryOnDisk(ClientMemory):
 
 
 def _notes(client: int, round: int, digest: str) -> dict[str, str]:
-    """What a file says of itself."""
-    return {"client": str(client), "round": str(round), "sha256": digest}
+    """What a file says of itself; one entry, as safetensors writes several in any order."""
+    return {"content": f"client {client}, round {round}, sha256 {digest}"}
