@@ -41,7 +41,7 @@ PROCESSES = multiprocessing.get_context("forkserver")  # children are forked fro
 IMPORTS = ["fedtune.cli", "fedtune.runs.loop", "fedtune.sweeps.runner", "fedtune.data.classification", "fedtune.models"]
 IMPORTS += ["transformers.models.bert.modeling_bert", "matplotlib.pyplot", "machine"]
 SIGNALS = {signal.SIGKILL: 0.7, signal.SIGTERM: 0.15, signal.SIGINT: 0.15}
-AGAIN = 0.6  # share of the starts after a kill that are killed, too
+AGAIN = 0.8  # share of the starts after a kill that are killed, too
 LONGEST = 60.0  # seconds of a start
 ASIDE = re.compile(r"(.*/)?(\.lock|\.lock\.owner|log\.txt|curves\.png)")  # may be there, and say nothing of the result
 FREE = {"seconds", "seconds_train", "seconds_evaluate", "seconds_aggregate", "peak_memory_bytes", "versions"}
@@ -142,7 +142,7 @@ def case(kind: Kind, rng: random.Random, place: Path) -> None:
     began, killed, code = time.monotonic(), 0, None
     for number in range(20):
         process = start(kind, place)
-        if number == 0 or (killed < 4 and rng.random() < AGAIN):
+        if number == 0 or (killed < 6 and rng.random() < AGAIN):
             process.join(rng.random() * kind.seconds)
             killed += kill(kind, rng, process, place / "here")
         process.join(LONGEST)

@@ -9,9 +9,14 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
+
+from fedtune.files import regular
+from fedtune.threads import uninterrupted
 
 Tensors = dict[str, Tensor]
 Groups = dict[str, Tensors]
@@ -180,6 +185,17 @@ def parted(tensors: Tensors) -> Groups:
         group, _, name = key.partition("/")
         found.setdefault(group, {})[name] = tensor
     return found
+
+
+def read_file(file: Path) -> tuple[Tensors, dict[str, str]]:
+    """The tensors of a safetensors file, and its metadata.
+
+    Raises:
+        OSError, SafetensorError, ValueError, RuntimeError: it is none, or cannot be read.
+    """
+    regular(file)
+    with uninterrupted(), safe_open(file, framework="pt") as stored:
+        return {name: stored.get_tensor(name) for name in stored.keys()}, stored.metadata() or {}  # noqa: SIM118 - no dictionary
 
 
 def num_bytes(tensors: Tensors) -> int:

@@ -17,12 +17,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import final
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from fedtune.errors import RunError
-from fedtune.files import clear, entries, is_folder, regular, replaced, said
-from fedtune.tensors import Groups, joined, mapped, num_bytes, parted, sha256
+from fedtune.files import clear, entries, is_folder, replaced, said
+from fedtune.tensors import Groups, joined, mapped, num_bytes, parted, read_file, sha256
 
 _CLIENT = re.compile("[0-9]{6}|[1-9][0-9]{6,}", re.ASCII)
 _FILE = re.compile(r"([0-9]{4}|[1-9][0-9]{4,})\.safetensors", re.ASCII)
@@ -191,10 +191,7 @@ class MemoryOnDisk(ClientMemory):
     def _read(self, client: int, round: int) -> Groups:
         file = self._file(client, round)
         try:
-            regular(file)
-            with safe_open(file, framework="pt") as stored:
-                found = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - it is no dictionary
-                noted = stored.metadata()
+            found, noted = read_file(file)
             if noted != _notes(client, round, sha256(found)):
                 raise ValueError("its content is not what was written")
             return parted(found)

@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from fedtune.errors import RunError
 from fedtune.federated.messages import Position
 from fedtune.federated.state import ServerState
 from fedtune.files import content, entries, opened, present, replaced, said, synchronise, write_text
 from fedtune.storage import checks
-from fedtune.tensors import Tensors, joined, parted
+from fedtune.tensors import Tensors, joined, parted, read_file
 
 _NAME = re.compile(r"round-[0-9]{4,}", re.ASCII)
 _TEMPORARY = ".round-*.tmp"
@@ -138,7 +138,7 @@ def load(path: Path) -> ServerState:
             found = _sha256(file)
             if found != expected:
                 raise RunError(f"{file} has sha256 {found[:12]}…, {expected[:12]}… was written")
-            tensors[name] = load_file(file)
+            tensors[name], _ = read_file(file)
         memory = {step: parted(groups) for step, groups in parted(tensors["memory"]).items()}
         position = Position(notes["steps"], notes["epochs"])
         return ServerState(notes["round"], tensors["weights"], position, notes["examples"], memory)
