@@ -21,7 +21,7 @@ from fedtune.errors import RunError, shown
 _KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 _KINDS |= {stat.S_IFDIR: "a directory", stat.S_IFLNK: "a symbolic link"}
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-_TEMPORARY = re.compile(r"\.(.+\.)?[0-9]+\.tmp", re.ASCII | re.DOTALL)  # what `replaced` and `settled` write first
+_TEMPORARY = re.compile(r"\.(.+\.)?[0-9]+\.tmp|\.tmp[A-Za-z0-9]{6}", re.ASCII | re.DOTALL)  # ours, safetensors'
 _LONGEST = 200  # characters of what a file or the system says, in a message
 
 
