@@ -205,14 +205,69 @@ def test_records_without_checkpoints_are_not_dropped(tmp_path: Path, rounds: int
     assert (tmp_path / "rounds.jsonl").read_bytes() == before
 
 
-def test_rounds_that_are_done_again_are_named_where_a_crash_does_not_explain_them(run: Path, tmp_path: Path) -> None:
-    expected = fit(run, 6).history
+@pytest.mark.parametrize("unmounted", [True, False])
+def test_one_record_without_a_checkpoint_is_dropped_only_where_a_crash_explains_it(tmp_path: Path, unmounted: bool) -> None:
+    expected, run = fit(tmp_path / "whole", 2).history, tmp_path / "run"
+    fit(run, 1)
+    for name in ("summary.json", "callbacks.jsonl"):  # a kill right after the first checkpoint
+        (run / name).unlink()
+    folder, before = run / "checkpoints", (run / "rounds.jsonl").read_bytes()
+    shutil.rmtree(folder)
+    if unmounted:
+        folder.mkdir()
+    with pytest.raises(fedtune.RunError) as caught:
+        fit(run, 2)
+    one_line(caught, f"{folder} has no checkpoint", "is its disk mounted?")
+    assert (run / "rounds.jsonl").read_bytes() == before
+    (folder / ".round-0001.4711.tmp").mkdir(parents=True)  # a kill between the record and the name of the checkpoint
+    assert without_times(fit(run, 2).history) == without_times(expected)
+    assert sorted(path.name for path in folder.iterdir()) == ["round-0001", "round-0002"]
+    assert not list(run.glob("rounds.jsonl.*"))
+
+
+def test_a_round_is_recorded_while_its_checkpoint_waits_for_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def noting(file: Path, record: dict[str, Any]) -> None:
+        if file.name == "rounds.jsonl":
+            seen.append([path.name.rpartition(".")[2] for path in (tmp_path / "checkpoints").iterdir()])
+        append_line(file, record)
+
+    monkeypatch.setattr("fedtune.storage.directory.append_line", noting)
+    fit(tmp_path, 2)
+    assert [sorted(names) for names in seen] == [["tmp"], ["round-0001", "tmp"]]
+
+
+def test_rounds_that_are_done_again_are_kept_where_a_crash_does_not_explain_them(run: Path) -> None:
+    expected, file = fit(run, 6).history, run / "rounds.jsonl"
     for number in (5, 6):
         shutil.rmtree(run / "checkpoints" / f"round-{number:04d}")
     shutil.copytree(run / "start" / "round-0000", run / "checkpoints" / "round-0000")
-    with pytest.warns(UserWarning, match=r"rounds\.jsonl: rounds 1 to 6 have no checkpoint and are done again"):
+    before, said = (
+        file.read_bytes(),
+        r"rounds 1 to 6 have no checkpoint and are done again; .* is kept in rounds\.jsonl\.before-1",
+    )
+    with pytest.warns(UserWarning, match=said):
         again = fit(run, 6).history
     assert without_times(again) == without_times(expected)
+    assert (run / "rounds.jsonl.before-1").read_bytes() == before
+    fit(run, 6)
+    assert not (run / "rounds.jsonl.before-2").exists()
+
+
+@pytest.mark.parametrize("folder", ["", "start"])
+def test_what_a_kill_has_left_half_written_is_removed_at_the_next_start(run: Path, folder: str) -> None:
+    for name in (".config.yaml.4711.tmp", ".4711.tmp", ".tmpicf2eI"):
+        (run / folder / name).write_text("half")
+    (run / folder / ".mine.tmp").write_text("whole")
+    fit(run)
+    assert [path.name for path in (run / folder).glob(".*tmp*")] == [".mine.tmp"]
+
+
+def test_the_end_of_a_round_that_a_kill_has_cut_short_is_made_up_for(run: Path) -> None:
+    shutil.copytree(run / "checkpoints" / "round-0002", run / "checkpoints" / "round-0001")
+    fit(run)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["round-0002", "round-0003"]
 
 
 def test_other_folders_among_the_checkpoints_are_left_alone(run: Path) -> None:

@@ -99,17 +99,141 @@ def test_a_disk_without_room_for_all_clients_is_refused(tmp_path: Path, monkeypa
         MemoryOnDisk(tmp_path / "b", 1000).save(0, 1, {"control": {"w": torch.zeros(10_000)}})
 
 
+def one_line(caught: pytest.ExceptionInfo[RunError], *parts: str) -> None:
+    said = str(caught.value)
+    assert "\n" not in said
+    for part in parts:
+        assert part in said
+
+
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     memory = MemoryOnDisk(tmp_path, 2)
     memory.save(0, 1, groups(1))
     file = tmp_path / "000000" / "0001.safetensors"
-    file.write_bytes(file.read_bytes()[:20])
-    with pytest.raises(RunError, match=r"0001.safetensors cannot be read"):
+    whole = file.read_bytes()
+    file.write_bytes(whole[:20])
+    with pytest.raises(RunError) as caught:
         memory.load(0, 2)
+    one_line(caught, f"{file} cannot be read", "put back what the run has written, or start again in a new run directory")
+    for place in range(0, 8 * len(whole), 7):  # every byte, each of its bits in turn
+        flipped = bytearray(whole)
+        flipped[place // 8] ^= 1 << place % 8
+        file.write_bytes(flipped)
+        with pytest.raises(RunError) as caught:
+            memory.load(0, 2)
+        one_line(caught, f"{file} cannot be read")
     file.unlink()
     os.mkfifo(file)
-    with pytest.raises(RunError, match=r"0001.safetensors cannot be read"):
+    with pytest.raises(RunError, match=r"0001.safetensors cannot be read: .* a FIFO, where a file belongs"):
         memory.load(0, 2)
+
+
+def test_a_file_of_another_client_or_round_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    memory = MemoryOnDisk(tmp_path, 2)
+    for client, round in ((0, 1), (0, 2), (1, 2)):
+        memory.save(client, round, groups(round))
+    good = (tmp_path / "000000" / "0002.safetensors").read_bytes()
+    for place in ("000000/0001.safetensors", "000001/0002.safetensors"):
+        (tmp_path / place).write_bytes(good)
+        with pytest.raises(RunError, match=f"{place} cannot be read: its content is not what was written"):
+            memory.load(int(place[5]), int(place[10]) + 1)
+
+
+def test_the_same_memory_is_the_same_bytes(tmp_path: Path) -> None:
+    for name in map(str, range(8)):
+        MemoryOnDisk(tmp_path / name, 2).save(0, 1, groups(1))
+    assert len({file.read_bytes() for file in tmp_path.rglob("0001.safetensors")}) == 1
+
+
+WRONG = {
+    "file": lambda path: path.write_text(""),
+    "FIFO": os.mkfifo,
+    "device": lambda path: path.symlink_to("/dev/null"),
+    "link to something that is not there": lambda path: path.symlink_to("nowhere"),
+    "symbolic links": lambda path: path.symlink_to(path.name),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+@pytest.mark.parametrize("name", ["clients", "clients/000000"])
+def test_what_is_no_folder_is_named_where_one_belongs(tmp_path: Path, name: str, kind: str) -> None:
+    place = tmp_path / name
+    place.parent.mkdir(exist_ok=True)
+    WRONG[kind](place)
+    memory = MemoryOnDisk(tmp_path / "clients", 2)
+    for act in (lambda: memory.load(0, 2), lambda: memory.rewind(1), lambda: memory.expect({0: 1})):
+        with pytest.raises(RunError) as caught:
+            act()
+        one_line(caught, f"{place}", "cannot be read: ", kind)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path) -> None:
+    memory = MemoryOnDisk(tmp_path / "clients", 2)
+    memory.save(0, 1, groups(1))
+    (tmp_path / "clients").chmod(0)
+    os.seteuid(65534)
+    try:
+        for act in (lambda: memory.load(0, 2), lambda: memory.rewind(1), lambda: memory.expect({0: 1})):
+            with pytest.raises(RunError, match=r"clients.* cannot be read: Permission denied"):
+                act()
+    finally:
+        os.seteuid(0)
+
+
+def test_strange_names_are_no_clients_and_no_rounds(tmp_path: Path) -> None:
+    memory = MemoryOnDisk(tmp_path, 2)
+    memory.save(0, 1, groups(1))
+    content = (tmp_path / "000000" / "0001.safetensors").read_bytes()
+    for name in ("0001 (copy).safetensors", "2.safetensors", "00002.safetensors", "٠٠٠٢.safetensors", "0002.safetensors.bak"):
+        (tmp_path / "000000" / name).write_bytes(content)
+    for name in ("000000 (copy)", "1", "٠٠٠٠٠١", "0000001", "x"):
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "000001" / "0003.safetensors").mkdir(parents=True)
+    assert value_of(memory, 0, 9) == 1
+    memory.prune(8, [0])
+    memory.rewind(3)
+    assert len(list((tmp_path / "000000").iterdir())) == 6
+    with pytest.raises(RunError, match=r"0003.safetensors cannot be removed"):
+        memory.rewind(2)
+
+
+def test_what_a_client_has_lost_is_missed(memory: ClientMemory) -> None:
+    memory.expect({})
+    for round, clients in enumerate(((0, 1), (0, 2), (1, 2)), start=1):
+        for client in clients:
+            memory.save(client, round, groups(round))
+        memory.discard(round, [2])
+        newest = memory.completed(round, clients)
+    assert newest == {0: 2, 1: 3}
+    assert [value_of(memory, client, 4) for client in (0, 1, 2)] == [2, 3, None]
+    memory.expect(newest)
+    memory.rewind(2)
+    with pytest.raises(RunError) as caught:
+        memory.expect(newest)
+    one_line(caught, " is missing, what 1 of 2 clients remember is lost", "start again in a new run directory")
+    memory.expect(None)  # a checkpoint that says nothing of them
+    assert value_of(memory, 1, 4) == 1
+    assert memory.completed(4, [0]) is None
+
+
+def test_a_file_that_is_lost_while_the_run_goes_on_is_missed(tmp_path: Path) -> None:
+    memory = MemoryOnDisk(tmp_path, 2)
+    memory.expect({})
+    memory.save(0, 1, groups(1))
+    memory.completed(1, [0])
+    (tmp_path / "000000" / "0001.safetensors").unlink()
+    with pytest.raises(RunError, match=r"000000/0001.safetensors cannot be read: No such file"):
+        memory.load(0, 2)
+
+
+def test_what_a_kill_has_left_half_written_is_removed_with_the_rewind(tmp_path: Path) -> None:
+    memory = MemoryOnDisk(tmp_path, 2)
+    memory.save(0, 1, groups(1))
+    for name in (".0002.safetensors.4711.tmp", ".tmpicf2eI"):  # ours, and what safetensors writes first
+        (tmp_path / "000000" / name).write_bytes(b"half")
+    memory.rewind(1)
+    assert [file.name for file in (tmp_path / "000000").iterdir()] == ["0001.safetensors"]
 
 
 FULL_DISK = """

@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from fedtune.federated.cohorts import cohort
 from fedtune.federated.pieces import Pieces
-from fedtune.tensors import assign_, distance, num_bytes, snapshot, travelling
+from fedtune.tensors import assign_, distance, num_bytes, read_file, snapshot, travelling
 
 
 class Mixed(nn.Module):
@@ -45,3 +52,31 @@ def test_a_cohort_is_drawn_without_replacement_and_anew_each_round() -> None:
     assert cohort(1, 0, 20, 5) != drawn[0]
     assert cohort(0, 0, 20, 5) == drawn[0]
     assert cohort(0, 3, 4, None) == [0, 1, 2, 3]
+
+
+def test_ctrl_c_waits_until_a_file_is_read_and_is_not_taken_for_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({"w": torch.ones(3)}, tmp_path / "x.safetensors")
+    closed = []
+
+    class Interrupted:
+        """Within it Ctrl-C comes; an exception of its handler would be swallowed, as within torch."""
+
+        def __init__(self, *_: object, **__: object) -> None:
+            self._file = safe_open(tmp_path / "x.safetensors", framework="pt")
+
+        def __enter__(self) -> Any:
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                raise ValueError("could not determine the shape") from None
+            return self._file.__enter__()
+
+        def __exit__(self, *_: object) -> None:
+            closed.append(True)
+
+    monkeypatch.setattr("fedtune.tensors.safe_open", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        read_file(tmp_path / "x.safetensors")
+    assert closed == [True]
+    with pytest.raises(KeyboardInterrupt):  # and the handler is the one from before
+        signal.raise_signal(signal.SIGINT)

@@ -1,15 +1,24 @@
 from __future__ import annotations
 
+import http.server
 import json
+import os
+import socket
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from conftest import assert_equal, make_loop, weights_of, without_times
+from test_lightning import Net, Three
 
 from fedtune.runs.figures import plot_curves, plot_split
+from fedtune.runs.wandb import WandbMirror
 from fedtune.storage.summary import rounds_to
 
 Make = Callable[..., Any]
@@ -96,6 +105,101 @@ def read_offline(file: Path) -> list[dict[str, Any]]:
                     {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
                 )
     return rows
+
+
+UNREACHABLE = """
+import sys, time
+sys.path.insert(0, sys.argv[2])
+from conftest import make_loop
+from test_lightning import Net, Three
+began = time.monotonic()
+loop = make_loop(max_rounds=2, run_dir=sys.argv[1], logger="wandb", progress=True)
+loop.fit(Net(), Three())
+print("rounds", len(loop.history), "seconds", round(time.monotonic() - began))
+"""
+
+
+def unreachable(folder: Path, port: int) -> str:
+    """What a run says that is mirrored to a server on this machine."""
+    environment = {name: value for name, value in os.environ.items() if "WANDB" not in name}  # an earlier test's service
+    environment |= {"WANDB_API_KEY": "x" * 40, "WANDB_BASE_URL": f"http://127.0.0.1:{port}", "WANDB_SILENT": "true"}
+    environment |= {"WANDB_MODE": "online", "WANDB_INIT_TIMEOUT": "3", "WANDB_FINISH_TIMEOUT": "3"}
+    command = [sys.executable, "-c", UNREACHABLE, str(folder), str(Path(__file__).parent)]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert found.returncode == 0, found.stderr
+    seconds = int(found.stdout.split()[-1])
+    assert seconds < 60  # it would try for hours
+    assert "rounds 2" in found.stdout
+    return found.stdout + found.stderr
+
+
+def test_a_server_that_cannot_be_reached_leaves_offline_files_in_bounded_time(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        said = unreachable(tmp_path, free.getsockname()[1])
+    (line,) = [line for line in said.splitlines() if "W&B could not be started" in line]
+    folder = Path(line.rpartition("send them with: wandb sync ")[2])
+    assert folder.name.startswith("offline-run-")
+    assert [row["round"] for row in offline_rows(tmp_path, rounds=2) if "accuracy" in row] == [1, 2]
+
+
+def test_a_server_that_is_lost_during_the_run_does_not_hold_up_its_end(tmp_path: Path) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Vanishing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        said = unreachable(tmp_path, server.server_address[1])
+        server.shutdown()
+    (line,) = [line for line in said.splitlines() if "the run is no longer mirrored, W&B failed" in line]
+    folder = Path(line.rpartition("send what it lacks with: wandb sync ")[2])
+    assert list(folder.glob("run-*.wandb"))
+
+
+def test_an_end_that_takes_too_long_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow() -> None:
+        raise TimeoutError("Timed out finishing run.")
+
+    mirror = SimpleNamespace(
+        dir="runs/wandb/run-1/files",
+        settings=SimpleNamespace(mode="online"),
+        summary={},
+        finish=slow,
+        log=lambda values: None,
+        define_metric=lambda *names, **options: None,
+    )
+    monkeypatch.setattr(WandbMirror, "_opened", lambda self, run: mirror)
+    with pytest.warns(UserWarning, match="failed: TimeoutError: .*; send what it lacks with: wandb sync runs/wandb/run-1$"):
+        make_loop(run_dir=str(tmp_path), logger="wandb").fit(Net(), Three())
+
+
+class Vanishing(http.server.BaseHTTPRequestHandler):
+    """W&B's server as far as a run is opened; then every connection is closed."""
+
+    opened = False  # of the class, as each connection has an instance
+
+    def do_POST(self) -> None:
+        if self.opened:
+            self.close_connection = True
+            return
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        query, name = body.get("query", ""), body.get("variables", {}).get("name")
+        entity = {"id": "e", "name": "me"}
+        bucket = {
+            "id": "b",
+            "name": name,
+            "displayName": "b",
+            "config": "{}",
+            "project": {"id": "p", "name": "p", "entity": entity},
+        }
+        data = {"upsertBucket": {"bucket": bucket, "inserted": True}} if "UpsertBucket" in query else {}
+        content = json.dumps({"data": data}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+        Vanishing.opened |= "UpsertBucket" in query
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing."""
 
 
 def test_progress_says_where_the_run_stands(make_data: Make, make_module: Make, capsys: pytest.CaptureFixture[str]) -> None:

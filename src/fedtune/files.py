@@ -21,6 +21,7 @@ from fedtune.errors import RunError, shown
 _KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 _KINDS |= {stat.S_IFDIR: "a directory", stat.S_IFLNK: "a symbolic link"}
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_TEMPORARY = re.compile(r"\.(.+\.)?[0-9]+\.tmp|\.tmp[A-Za-z0-9]{6}", re.ASCII | re.DOTALL)  # ours, safetensors'
 _LONGEST = 200  # characters of what a file or the system says, in a message
 
 
@@ -74,6 +75,28 @@ def regular(path: Path, follow: bool = True) -> None:
         raise OSError(errno.EINVAL, f"it is {kind}, where a file belongs", str(path))
 
 
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder, or a link to one, at a path; not where there is nothing.
+
+    Raises:
+        RunError: it is something else, or cannot be seen.
+    """
+    if not present(path):
+        return False
+    mode = os.stat(path).st_mode
+    if not stat.S_ISDIR(mode):
+        raise RunError(f"{path} cannot be read: it is {_KINDS.get(stat.S_IFMT(mode), 'a file')}, where a folder belongs")
+    return True
+
+
+def entries(folder: Path) -> list[str]:
+    """The names in a folder, in no order; none where it is not there. Raises `RunError` as `is_folder`."""
+    try:
+        return os.listdir(folder) if is_folder(folder) else []
+    except OSError as error:
+        raise RunError(f"{folder} cannot be read: {said(error)}") from error
+
+
 @contextlib.contextmanager
 def opened(file: Path, flags: int = os.O_RDONLY, mode: Any = "rb") -> Iterator[Any]:
     """Inside the block a file, open; what is no file is not waited for. For writing no link is followed.
@@ -124,6 +147,13 @@ def replaced(file: Path) -> Iterator[Path]:
     synchronise(file.parent)
 
 
+def clear(folder: Path) -> None:
+    """Remove what processes that were killed in `replaced` have left in a folder in which nobody else writes now."""
+    with contextlib.suppress(RunError, OSError):  # it is in nobody's way; what is wrong with the folder its reader says
+        for name in filter(_TEMPORARY.fullmatch, entries(folder)):
+            (folder / name).unlink()
+
+
 def settled(folder: Path) -> None:
     """Give the files of a folder the permissions of new files, as `replaced`, and wait until all are on the disk."""
     probe = folder / f".{os.getpid()}.tmp"
@@ -142,18 +172,17 @@ def write_text(file: Path, text: str) -> None:
         temporary.write_bytes(text.encode("utf-8", "replace"))
 
 
-def put_aside(path: Path, why: str) -> Path:
-    """Rename what is damaged, so that a new one can take its place.
-
-    Returns:
-        the new path: the name, `why` and a number.
-
-    Raises:
-        OSError: that is not possible.
-    """
+def free_name(path: Path, why: str) -> Path:
+    """The first path of the name, `why` and a number at which there is nothing."""
     number = 1
     while os.path.lexists(place := path.with_name(f"{path.name}.{why}-{number}")):
         number += 1
+    return place
+
+
+def put_aside(path: Path, why: str) -> Path:
+    """Rename what is damaged, to the path that is returned, so that a new one can take its place. Raises `OSError`."""
+    place = free_name(path, why)
     os.rename(path, place)
     return place
 

@@ -9,9 +9,14 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Container, Mapping
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
+
+from fedtune.files import regular
+from fedtune.threads import uninterrupted
 
 Tensors = dict[str, Tensor]
 Groups = dict[str, Tensors]
@@ -135,12 +140,21 @@ def distance(one: Tensors, other: Tensors) -> float:
 
 
 def digest(tensors: Tensors) -> str:
-    """Sixteen hexadecimal digits that name these tensors."""
+    """Sixteen hexadecimal digits that name these tensors, in their order."""
+    return _hashed(tensors)[:16]
+
+
+def sha256(tensors: Mapping[str, Tensor]) -> str:
+    """The sha256 of names, shapes, types and bytes, whatever the order: what a file says of its own content."""
+    return _hashed({name: tensors[name] for name in sorted(tensors)})
+
+
+def _hashed(tensors: Mapping[str, Tensor]) -> str:
     found = hashlib.sha256()
     for name, tensor in tensors.items():
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
         found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()[:16]
+    return found.hexdigest()
 
 
 def misfit(found: Tensors, expected: Tensors) -> str | None:
@@ -176,6 +190,17 @@ def parted(tensors: Tensors) -> Groups:
 def without(tensors: Tensors, names: Container[str]) -> Tensors:
     """The tensors with other names."""
     return {name: tensor for name, tensor in tensors.items() if name not in names}
+
+
+def read_file(file: Path) -> tuple[Tensors, dict[str, str]]:
+    """The tensors of a safetensors file, and its metadata.
+
+    Raises:
+        OSError, SafetensorError, ValueError, RuntimeError: it is none, or cannot be read.
+    """
+    regular(file)
+    with uninterrupted(), safe_open(file, framework="pt") as stored:
+        return {name: stored.get_tensor(name) for name in stored.keys()}, stored.metadata() or {}  # noqa: SIM118 - no dictionary
 
 
 def num_bytes(tensors: Tensors) -> int:

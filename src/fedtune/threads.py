@@ -1,10 +1,14 @@
-"""Threads on a machine that others use, too."""
+"""Threads on a machine that others use, too, and signals, which interrupt the main one."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 _SPINS = "1000"  # rounds that a thread waits actively for the others; libgomp's default is billions
@@ -34,3 +38,26 @@ def is_busy(looks: int = 5, apart: float = 0.002) -> bool:
             return False
         found.append(running > 1)  # one of them is this process
     return 2 * sum(found) > looks
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Inside the block, a short one, Ctrl-C and other signals that a handler in Python answers wait for its end.
+
+    Code in C may swallow the exception of a handler and raise one of its own, which is taken for an error of what it does.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    held = {number: handler for number, handler in before.items() if callable(handler)}
+    for number in held:
+        signal.signal(number, lambda number, _: waiting.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in held.items():
+            signal.signal(number, handler)
+        for came in waiting:
+            signal.raise_signal(came)

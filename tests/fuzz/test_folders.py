@@ -211,7 +211,14 @@ def reported(number: int, folder: Path) -> Any:
         raise
 
 
-def case(number: int, good: Path, place: Path, act: Callable[[int, Path], Any], expected: Any = None) -> tuple[str, str | None]:
+def case(
+    number: int,
+    good: Path,
+    place: Path,
+    act: Callable[[int, Path], Any],
+    expected: Any = None,
+    harm: Callable[[random.Random, Path, Path], str] = damage,
+) -> tuple[str, str | None]:
     """Do one; what was damaged, and what is wrong with the outcome."""
     rng = random.Random(number)
     shutil.rmtree(place, ignore_errors=True)
@@ -219,7 +226,7 @@ def case(number: int, good: Path, place: Path, act: Callable[[int, Path], Any], 
     victim, folder = place / "victim", place / "here"
     victim.write_text("echo hello\n")
     shutil.copytree(good, folder)
-    what = damage(rng, folder, victim)
+    what = harm(rng, folder, victim)
     before = records(folder)
     try:
         with bounded(), warnings.catch_warnings(record=True) as caught:

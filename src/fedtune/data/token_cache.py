@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedtune.errors import shown
 from fedtune.files import regular, replaced, said
-from fedtune.tensors import Tensors
+from fedtune.tensors import Tensors, sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -155,7 +155,7 @@ def read(path: Path, texts: int, pairs: bool, vocabulary: int) -> Tensors | None
         with safe_open(path, framework="pt") as file:
             noted = (file.metadata() or {}).get("sha256")
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
-        why = "its content is not what was written" if noted != _sha256(found) else _fault(found, texts, pairs, vocabulary)
+        why = "its content is not what was written" if noted != sha256(found) else _fault(found, texts, pairs, vocabulary)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
@@ -190,14 +190,6 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replaced(path) as temporary:
-            save_file(dict(tensors), temporary, metadata={"sha256": _sha256(tensors)})
+            save_file(dict(tensors), temporary, metadata={"sha256": sha256(tensors)})
     except (OSError, SafetensorError) as error:
         warnings.warn(f"tokens were not cached, the next start tokenises again: {error}", stacklevel=3)
-
-
-def _sha256(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype} ".encode())
-        digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

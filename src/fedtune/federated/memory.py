@@ -3,36 +3,70 @@
     clients/000012/0007.safetensors     what client 12 remembers since round 7
 
 A client reads its newest file below its round. So a round that is done again, since its checkpoint was lost, reads what it read
-the first time and ends with the same bits.
+the first time and ends with the same bits. A file says whose it is, and has the sha256 of its tensors, which is checked when
+it is read; and a checkpoint says which files there are, so that no client begins afresh because its file is lost.
 """
 
 from __future__ import annotations
 
 import abc
+import os
+import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import final
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from fedtune.errors import RunError
-from fedtune.files import regular, replaced
-from fedtune.tensors import Groups, joined, mapped, num_bytes, parted
+from fedtune.files import clear, entries, is_folder, replaced, said
+from fedtune.tensors import Groups, joined, mapped, num_bytes, parted, read_file, sha256
+
+_CLIENT = re.compile("[0-9]{6}|[1-9][0-9]{6,}", re.ASCII)
+_FILE = re.compile(r"([0-9]{4}|[1-9][0-9]{4,})\.safetensors", re.ASCII)
+_CURE = "put back what the run has written, or start again in a new run directory"
 
 
 class ClientMemory(abc.ABC):
     """Groups of tensors for each client and round, on the CPU."""
 
+    def __init__(self) -> None:
+        self._newest: dict[int, int] | None = None  # client -> round, as far as rounds are complete; None: nobody knows
+
     def load(self, client: int, round: int) -> Groups:
         """What a client remembers when it takes part in a round; nothing when it never did.
 
         Raises:
-            RunError: its file cannot be read.
+            RunError: its file is missing, damaged, or cannot be read.
         """
-        known = [number for number in self._rounds(client) if number < round]
-        return self._read(client, max(known)) if known else {}
+        newest = round if self._newest is None else self._newest.get(client, 0)
+        if newest >= round:
+            newest = max((number for number in self._rounds(client) if number < round), default=0)
+        return self._read(client, newest) if newest else {}
+
+    def expect(self, newest: Mapping[int, int] | None) -> None:
+        """Be told of which round each client has kept something last; None where nobody knows, as in an older run.
+
+        Raises:
+            RunError: some of it is not there.
+        """
+        missing = sorted(client for client, round in (newest or {}).items() if round not in self._rounds(client))
+        if newest and missing:
+            where = self._where(missing[0], newest[missing[0]])
+            raise RunError(f"{where} is missing, what {len(missing)} of {len(newest)} clients remember is lost; {_CURE}")
+        self._newest = None if newest is None else dict(newest)
+
+    def completed(self, round: int, clients: Iterable[int]) -> dict[int, int] | None:
+        """Take a round of these clients for complete.
+
+        Returns:
+            for `expect`: the last round of which each client has kept something.
+        """
+        if self._newest is not None:
+            self._newest |= {client: round for client in clients if self._has(client, round)}
+        return self._newest
 
     def save(self, client: int, round: int, groups: Groups) -> None:
         """Keep what a client remembers after a round, as a copy; without groups nothing is kept.
@@ -54,8 +88,9 @@ class ClientMemory(abc.ABC):
             self._remove(client, sorted(number for number in self._rounds(client) if number <= round)[:-1])
 
     def rewind(self, round: int) -> None:
-        """Forget all that is newer than a round: the run goes on from there."""
+        """Forget all that is newer than a round, and what is half-written: the run goes on from there."""
         for client in self._clients():
+            self._tidy(client)
             self._remove(client, [number for number in self._rounds(client) if number > round])
 
     @abc.abstractmethod
@@ -65,6 +100,18 @@ class ClientMemory(abc.ABC):
     @abc.abstractmethod
     def _rounds(self, client: int) -> list[int]:
         """The rounds of which a client has kept something."""
+
+    @abc.abstractmethod
+    def _has(self, client: int, round: int) -> bool:
+        """Whether a client has kept something of a round."""
+
+    @abc.abstractmethod
+    def _where(self, client: int, round: int) -> str:
+        """What a client has kept of a round, for a message."""
+
+    @abc.abstractmethod
+    def _tidy(self, client: int) -> None:
+        """Remove what a process has left half-written that was killed."""
 
     @abc.abstractmethod
     def _read(self, client: int, round: int) -> Groups: ...
@@ -81,6 +128,7 @@ class MemoryInRam(ClientMemory):
     """Grows with the number of clients; for runs that write nothing."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._kept: dict[int, dict[int, Groups]] = {}
 
     def _clients(self) -> list[int]:
@@ -88,6 +136,15 @@ class MemoryInRam(ClientMemory):
 
     def _rounds(self, client: int) -> list[int]:
         return list(self._kept.get(client, {}))
+
+    def _has(self, client: int, round: int) -> bool:
+        return round in self._kept.get(client, {})
+
+    def _where(self, client: int, round: int) -> str:
+        return f"what client {client} remembers since round {round}"
+
+    def _tidy(self, client: int) -> None:
+        """Nothing: it is whole, or not there."""
 
     def _read(self, client: int, round: int) -> Groups:
         return self._kept[client][round]
@@ -110,35 +167,54 @@ class MemoryOnDisk(ClientMemory):
     """
 
     def __init__(self, folder: Path, num_clients: int) -> None:
+        super().__init__()
         self._folder, self._num_clients, self._has_room = folder, num_clients, False
 
     def _clients(self) -> list[int]:
-        return [int(folder.name) for folder in self._folder.glob("[0-9]*")]
+        return [int(name) for name in entries(self._folder) if _CLIENT.fullmatch(name)]
 
     def _rounds(self, client: int) -> list[int]:
-        return [int(file.stem) for file in self._file(client, 0).parent.glob("[0-9]*.safetensors")]
+        names = entries(self._file(client, 0).parent)
+        if not names:
+            is_folder(self._folder)  # else that says what is wrong
+        return [int(name.partition(".")[0]) for name in names if _FILE.fullmatch(name)]
+
+    def _has(self, client: int, round: int) -> bool:
+        return os.path.lexists(self._file(client, round))
+
+    def _where(self, client: int, round: int) -> str:
+        return str(self._file(client, round))
+
+    def _tidy(self, client: int) -> None:
+        clear(self._file(client, 0).parent)
 
     def _read(self, client: int, round: int) -> Groups:
         file = self._file(client, round)
         try:
-            regular(file)
-            return parted(load_file(file))
-        except (OSError, SafetensorError) as error:
-            raise RunError(f"{file} cannot be read: {error}") from error
+            found, noted = read_file(file)
+            if noted != _notes(client, round, sha256(found)):
+                raise ValueError("its content is not what was written")
+            return parted(found)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise RunError(f"{file} cannot be read: {said(error)}; {_CURE}") from error
 
     def _write(self, client: int, round: int, groups: Groups) -> None:
         file = self._file(client, round)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             self._check_room(sum(map(num_bytes, groups.values())))
+            tensors = joined(groups)
             with replaced(file) as temporary:
-                save_file(joined(groups), temporary)
+                save_file(tensors, temporary, metadata=_notes(client, round, sha256(tensors)))
         except (OSError, SafetensorError) as error:
             raise RunError(f"round {round}, client {client}: its memory could not be written to {file} ({error})") from error
 
     def _remove(self, client: int, rounds: list[int]) -> None:
         for number in rounds:
-            self._file(client, number).unlink(missing_ok=True)
+            try:
+                self._file(client, number).unlink(missing_ok=True)
+            except OSError as error:
+                raise RunError(f"{self._file(client, number)} cannot be removed: {said(error)}") from error
 
     def _file(self, client: int, round: int) -> Path:
         return self._folder / f"{client:06d}" / f"{round:04d}.safetensors"
@@ -154,3 +230,8 @@ class MemoryOnDisk(ClientMemory):
                 f"{self._folder} has {free / 1e9:,.1f} GB left"
             )
         self._has_room = True
+
+
+def _notes(client: int, round: int, digest: str) -> dict[str, str]:
+    """What a file says of itself; one entry, as safetensors writes several in any order."""
+    return {"content": f"client {client}, round {round}, sha256 {digest}"}

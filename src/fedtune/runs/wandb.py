@@ -23,6 +23,7 @@ from fedtune.storage.records import RoundRecord
 from fedtune.storage.summary import spread
 
 LOGGERS = ("none", "wandb")
+_PATIENCE = 60.0  # seconds that the end of a run waits for W&B, unless WANDB_FINISH_TIMEOUT says otherwise
 
 
 class WandbMirror(FederatedCallback):
@@ -56,6 +57,24 @@ class WandbMirror(FederatedCallback):
             self.on_round_end(run, module, run.history[-1])
 
     def _opened(self, run: Run) -> Any:
+        """The W&B run. Where W&B is wanted and cannot be reached, one with offline files, and a warning says so."""
+        wanted = os.environ.get("WANDB_MODE") or ("online" if is_online(self._wandb) else "offline")
+        try:
+            return self._init(run, wanted)
+        except Exception as error:
+            if wanted != "online":
+                raise
+            why = f"{type(error).__name__}: {said(error)}"
+        self._wandb.teardown()  # it holds on to the run
+        mirror = self._init(run, "offline")
+        warnings.warn(
+            f"W&B could not be started ({why}): nothing is sent, the run is written into offline files; send them with: "
+            f"wandb sync {os.path.dirname(mirror.dir)}",
+            stacklevel=5,
+        )
+        return mirror
+
+    def _init(self, run: Run, mode: str) -> Any:
         config, tagged = run.config, (("model", "name"), ("data", "task"), ("data", "split"))
         return self._wandb.init(
             project=os.environ.get("WANDB_PROJECT", "fedtune"),
@@ -64,18 +83,30 @@ class WandbMirror(FederatedCallback):
             resume="allow",
             reinit="finish_previous",
             config=config,
-            mode=None if os.environ.get("WANDB_MODE") or is_online(self._wandb) else "offline",
+            mode=mode,
+            settings=self._patience(),
             tags=[str(config[part][key])[:64] for part, key in tagged if key in config.get(part, {})],
         )
 
+    def _patience(self) -> Any:
+        """W&B's settings for an end that comes even where W&B cannot be reached; none where it is too old for that."""
+        known = getattr(self._wandb.Settings, "model_fields", {})
+        wanted: dict[str, Any] = {"finish_timeout_raises": True}
+        if "WANDB_FINISH_TIMEOUT" not in os.environ:
+            wanted["finish_timeout"] = _PATIENCE
+        return self._wandb.Settings(**{name: value for name, value in wanted.items() if name in known})
+
     @contextlib.contextmanager
     def _no_harm(self, what: str = "the run is no longer mirrored, W&B failed") -> Iterator[None]:
-        """Inside the block an error of W&B is a warning, the only one: from then on it is left alone."""
+        """Inside the block an error of W&B is a warning, the only one: from then on it is left alone, and what is lost can be
+        sent later."""
         try:
             yield
         except Exception as error:  # whatever it is, the run is not about it
+            folder = getattr(self._mirror, "dir", None)
+            later = f"; send what it lacks with: wandb sync {os.path.dirname(folder)}" if folder else ""
             self._mirror = None
-            warnings.warn(f"{what}: {type(error).__name__}: {said(error)}", stacklevel=4)
+            warnings.warn(f"{what}: {type(error).__name__}: {said(error)}{later}", stacklevel=4)
 
     def _log_split(self, run: Run) -> None:
         with tempfile.TemporaryDirectory() as folder:

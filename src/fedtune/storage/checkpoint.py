@@ -2,34 +2,39 @@
 
     checkpoints/round-0003/weights.safetensors     the server's weights
                            memory.safetensors      only where something outlives its round: momentum, an optimizer
-                           state.json              counters, the sha256 of each file, and its own
+                           state.json              counters, the sha256 of each file, and its own; which round each client
+                                                   remembers
 
 A checkpoint is written under another name, synchronised to the disk and then renamed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fnmatch
 import hashlib
 import json
 import os
 import re
 import shutil
 import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from fedtune.errors import RunError
 from fedtune.federated.messages import Position
 from fedtune.federated.state import ServerState
-from fedtune.files import content, opened, present, replaced, said, synchronise, write_text
+from fedtune.files import content, entries, opened, present, replaced, said, synchronise, write_text
 from fedtune.storage import checks
-from fedtune.tensors import Tensors, joined, parted
+from fedtune.tensors import Tensors, joined, parted, read_file
 
 _NAME = re.compile(r"round-[0-9]{4,}", re.ASCII)
+_TEMPORARY = ".round-*.tmp"
 
 
 def save(folder: Path, state: ServerState, keep: int) -> Path:
@@ -38,26 +43,63 @@ def save(folder: Path, state: ServerState, keep: int) -> Path:
     Raises:
         RunError: the disk is full or the folder cannot be written; earlier checkpoints are as they were.
     """
+    with saving(folder, state, keep):
+        pass
+    return folder / _name(state.round)
+
+
+@contextlib.contextmanager
+def saving(folder: Path, state: ServerState, keep: int, clients: Mapping[int, int] | None = None) -> Iterator[None]:
+    """As `save`; inside the block the checkpoint is on the disk under another name, at its end it gets its own and counts.
+
+    Args:
+        clients: client -> the last round of which it has kept something, where that is known.
+    """
     path = folder / _name(state.round)
     temporary = folder / f".{path.name}.{os.getpid()}.tmp"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".round-*.tmp"):  # of a process that was killed while writing
-            shutil.rmtree(leftover, ignore_errors=True)
-        temporary.mkdir()
-        _write(temporary, state)
-        if os.path.lexists(path):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        os.replace(temporary, path)
-        synchronise(folder)
-    except (OSError, SafetensorError) as error:
+        with _reported(folder, state.round):
+            new = not present(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob(_TEMPORARY):  # of a process that was killed while writing
+                shutil.rmtree(leftover, ignore_errors=True)
+            temporary.mkdir()
+            _write(temporary, state, clients)
+            for changed in [folder, folder.parent] if new else [folder]:
+                synchronise(changed)
+        yield
+        with _reported(folder, state.round):
+            if os.path.lexists(path):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            os.replace(temporary, path)
+            synchronise(folder)
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    drop(folder, state.round, keep)
+
+
+@contextlib.contextmanager
+def _reported(folder: Path, round: int) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
         raise RunError(
-            f"round {state.round}: its checkpoint could not be written to {folder} ({error}); the one before is intact"
+            f"round {round}: its checkpoint could not be written to {folder} ({error}); the one before is intact"
         ) from error
-    for old in _numbered(folder)[:-keep]:
+
+
+def drop(folder: Path, round: int, keep: int) -> None:
+    """Drop all but the newest `keep` of the checkpoints up to a round."""
+    numbered = _numbered(folder)
+    known = [path for path in numbered if _round(path) <= round]
+    for old in known[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
-    return path
+
+
+def begun(folder: Path) -> bool:
+    """Whether a checkpoint was begun in a folder: there is one, or the beginning of one."""
+    return any(_NAME.fullmatch(name) or fnmatch.fnmatch(name, _TEMPORARY) for name in entries(folder))
 
 
 def latest(folder: Path) -> ServerState | None:
@@ -84,9 +126,7 @@ def load(path: Path) -> ServerState:
         RunError: a file is missing, unreadable or not the one that was written, or it is a checkpoint of another round.
     """
     try:
-        notes = json.loads(content(path / "state.json"))
-        if not isinstance(notes, dict) or notes.pop("check", None) != _check(notes):
-            raise RunError(f"{path / 'state.json'} is not the one that was written")
+        notes = _noted(path)
         checks.checked(notes, dict.fromkeys(("round", "steps", "epochs", "examples"), checks.count))
         if not {"weights"} <= notes["sha256"].keys() <= {"weights", "memory"}:
             raise RunError(f"{path / 'state.json'} names other files than the weights and the memory")
@@ -98,7 +138,7 @@ def load(path: Path) -> ServerState:
             found = _sha256(file)
             if found != expected:
                 raise RunError(f"{file} has sha256 {found[:12]}…, {expected[:12]}… was written")
-            tensors[name] = load_file(file)
+            tensors[name], _ = read_file(file)
         memory = {step: parted(groups) for step, groups in parted(tensors["memory"]).items()}
         position = Position(notes["steps"], notes["epochs"])
         return ServerState(notes["round"], tensors["weights"], position, notes["examples"], memory)
@@ -106,12 +146,33 @@ def load(path: Path) -> ServerState:
         raise RunError(f"{path} cannot be read: {type(error).__name__}: {said(error)}") from error
 
 
+def clients(folder: Path, round: int) -> dict[int, int] | None:
+    """Client -> the last round of which it has kept something; None where the checkpoint of the round doesn't say so.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    path = folder / _name(round)
+    try:
+        by_round = _noted(path).get("clients")
+        return None if by_round is None else {int(client): int(round) for round, those in by_round.items() for client in those}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise RunError(f"{path} cannot be read: {type(error).__name__}: {said(error)}") from error
+
+
+def _noted(path: Path) -> dict[str, Any]:
+    notes = json.loads(content(path / "state.json"))
+    if not isinstance(notes, dict) or notes.pop("check", None) != _check(notes):
+        raise RunError(f"{path / 'state.json'} is not the one that was written")
+    return notes
+
+
 def rounds(folder: Path) -> list[int]:
     """The rounds whose checkpoints a folder has, oldest first."""
-    return [int(path.name.partition("-")[2]) for path in _numbered(folder)]
+    return [_round(path) for path in _numbered(folder)]
 
 
-def _write(folder: Path, state: ServerState) -> None:
+def _write(folder: Path, state: ServerState, clients: Mapping[int, int] | None) -> None:
     hashes: dict[str, str] = {}
     memory = joined({step: joined(groups) for step, groups in state.memory.items()})
     for name, tensors in (("weights", state.weights), ("memory", memory)):
@@ -121,6 +182,11 @@ def _write(folder: Path, state: ServerState) -> None:
                 save_file({key: value.contiguous().cpu() for key, value in tensors.items()}, temporary)
             hashes[name] = _sha256(file)
     notes = {"round": state.round, "examples": state.examples, **dataclasses.asdict(state.position), "sha256": hashes}
+    if clients is not None:
+        by_round: dict[str, list[int]] = {}
+        for client in sorted(clients):
+            by_round.setdefault(str(clients[client]), []).append(client)
+        notes["clients"] = by_round
     write_text(folder / "state.json", json.dumps(notes | {"check": _check(notes)}, indent=1) + "\n")
     synchronise(folder)
 
@@ -140,12 +206,12 @@ def _numbered(folder: Path) -> list[Path]:
     Raises:
         RunError: the folder cannot be seen.
     """
-    try:
-        names = os.listdir(folder) if present(folder) else []
-    except OSError as error:
-        raise RunError(f"{folder} cannot be read: {said(error)}") from error
-    found = [folder / name for name in names if _NAME.fullmatch(name)]
-    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+    found = [folder / name for name in entries(folder) if _NAME.fullmatch(name)]
+    return sorted(found, key=_round)
+
+
+def _round(path: Path) -> int:
+    return int(path.name.partition("-")[2])
 
 
 def _sha256(file: Path) -> str:

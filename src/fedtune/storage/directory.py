@@ -13,37 +13,28 @@ from typing import Any
 from fedtune.errors import RunError, UsageError, shown
 from fedtune.federated.memory import ClientMemory, MemoryInRam, MemoryOnDisk
 from fedtune.federated.state import ServerState
-from fedtune.files import append_line, finite, parsed_lines, present, put_aside, read_object, said, write_lines, write_text
-from fedtune.storage import checkpoint, checks, start
+from fedtune.files import (
+    append_line,
+    clear,
+    content,
+    finite,
+    free_name,
+    parsed_lines,
+    present,
+    put_aside,
+    read_object,
+    replaced,
+    said,
+    write_lines,
+    write_text,
+)
+from fedtune.storage import checkpoint, start
 from fedtune.storage.config import differences, read_config, versions
+from fedtune.storage.lines import FORMS
 from fedtune.storage.records import RoundRecord, read_rounds
 from fedtune.tensors import Tensors
 from fedtune.yaml_files import dump
 
-
-def _is_states(line: dict[str, Any]) -> bool:
-    """Whether a line of callbacks.jsonl says what each callback knew, and when the run was stopped if it was."""
-    try:
-        states = json.loads(line["states"])
-    except (KeyError, TypeError, ValueError):
-        return False
-    stopped = line.get("stopped_at")
-    well = isinstance(states, dict) and all(isinstance(state, dict) for state in states.values())
-    return well and (stopped is None or type(stopped) is int)
-
-
-def _is_local(line: dict[str, Any]) -> bool:
-    """Whether a line of local.jsonl says how a client alone has trained, and its metrics on a part."""
-    form = dict.fromkeys(("client", "num_examples", "num_steps"), checks.count)
-    try:
-        checks.checked(line, {**form, "train_loss_nats": checks.finite, "seconds": checks.not_negative})
-        parts = {name: value for name, value in line.items() if name not in (*form, "train_loss_nats", "seconds")}
-        return len([checks.measured_by_name(name, value) for name, value in parts.items()]) > 0
-    except ValueError:
-        return False
-
-
-_FORMS = {"callbacks.jsonl": _is_states, "local.jsonl": _is_local}  # how a line looks
 _ONLY_HERE = ("callbacks.jsonl",)  # what its lines say is in no other file
 
 
@@ -69,6 +60,8 @@ class RunDirectory:
             return
         try:
             path.mkdir(parents=True, exist_ok=True)
+            for folder in (path, path / "start"):
+                clear(folder)
             self._claim(path / "config.yaml", config)
         except OSError as error:
             raise UsageError("run_dir", str(path), f"a directory that can be written ({error.strerror})") from error
@@ -124,21 +117,32 @@ class RunDirectory:
             return self._resume(self.path)
 
     def _resume(self, path: Path) -> tuple[ServerState | None, list[RoundRecord]]:
-        state, file = checkpoint.latest(path / "checkpoints"), path / "rounds.jsonl"
+        folder, file = path / "checkpoints", path / "rounds.jsonl"
+        state = checkpoint.latest(folder)
         number = state.round if state else 0
         found = len(parsed_lines(file))
-        if state is None and (found > 1 or self._leftovers()):
+        if state is None and (found > 1 or self._leftovers() or (found and not checkpoint.begun(folder))):
             raise RunError(
-                f"{path / 'checkpoints'} has no checkpoint, but other files of the run have complete rounds; put it back (is "
-                "its disk mounted?), or start again in a new run directory"
+                f"{folder} has no checkpoint, but other files of the run have complete rounds; put it back (is its disk "
+                "mounted?), or start again in a new run directory"
             )
         done = read_rounds(file, number)
-        if found > number + 1:  # a crash leaves one at most
-            warnings.warn(f"{file}: rounds {number + 1} to {found} have no checkpoint and are done again", stacklevel=2)
         self._done = number
+        self.memory.expect(checkpoint.clients(folder, number) if state else {})
+        if found > number + 1:  # a crash leaves one at most
+            place = _copied(file)
+            said_now = f"{file}: rounds {number + 1} to {found} have no checkpoint and are done again"
+            warnings.warn(f"{said_now}; what it said of them is kept in {place.name}", stacklevel=2)
         self.memory.rewind(number)
+        if state is not None:  # the last round's end, which a kill may have cut short
+            self._tidy(folder, number, done[-1].cohort if done else [])
         self.rewrite(file.name, [record.to_dict() for record in done])
         return state, done
+
+    def _tidy(self, folder: Path, round: int, clients: Iterable[int]) -> None:
+        """Drop old checkpoints, and what these clients remember for them alone."""
+        checkpoint.drop(folder, round, self.keep)
+        self.memory.prune(min(round - self.keep + 1, checkpoint.rounds(folder)[0]), clients)
 
     def _leftovers(self) -> bool:
         """Whether there is what a run writes only when a round is complete."""
@@ -146,13 +150,15 @@ class RunDirectory:
         return known or bool(self.read_json("summary.json").get("rounds"))
 
     def complete(self, record: RoundRecord, state: ServerState) -> None:
-        """Keep a finished round: first its record, then its checkpoint, which is what makes it count."""
-        self.append("rounds.jsonl", record.to_dict())
-        oldest = state.round
-        if self.path is not None:
-            checkpoint.save(self.path / "checkpoints", state, self.keep)
-            oldest = checkpoint.rounds(self.path / "checkpoints")[0]
-        self.memory.prune(oldest, record.cohort)
+        """Keep a finished round: its record, then the name of its checkpoint, which is what makes it count."""
+        newest = self.memory.completed(state.round, record.cohort)
+        if self.path is None:
+            self.memory.prune(state.round, record.cohort)
+            return
+        folder = self.path / "checkpoints"
+        with checkpoint.saving(folder, state, self.keep, newest):
+            self.append("rounds.jsonl", record.to_dict())
+        self._tidy(folder, state.round, record.cohort)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file of the run, at once."""
@@ -190,7 +196,7 @@ class RunDirectory:
         for one, number in zip(found, wanted, strict=False):
             if not isinstance(one, dict) or isinstance(one.get(key), bool) or one.get(key) != number:
                 break
-            if name in _FORMS and not _FORMS[name](one):
+            if name in FORMS and not FORMS[name](one):
                 break
             good.append(one)
         if len(good) < len(found):
@@ -254,6 +260,15 @@ class RunDirectory:
                 raise UsageError("run_dir", str(self.path), allowed)
         text = dump({**config, "versions": versions()})
         write_text(file, text)
+
+
+def _copied(file: Path) -> Path:
+    """A copy of a file under a new name beside it."""
+    with writing(file):
+        place = free_name(file, "before")
+        with replaced(place) as temporary:
+            temporary.write_bytes(content(file))
+    return place
 
 
 @contextlib.contextmanager

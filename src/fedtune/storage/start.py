@@ -12,13 +12,13 @@ from collections.abc import Collection
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from fedtune.errors import RunError, UsageError, shown
 from fedtune.federated.state import ServerState
-from fedtune.files import read_object, regular, replaced, said, write_text
+from fedtune.files import read_object, replaced, said, write_text
 from fedtune.storage import checkpoint
-from fedtune.tensors import Tensors, assign_, digest
+from fedtune.tensors import Tensors, assign_, digest, read_file
 
 
 def begin(folder: Path, state: ServerState, resting: Tensors, from_files: Collection[str]) -> None:
@@ -66,8 +66,7 @@ def read(folder: Path) -> tuple[dict[str, str], Tensors]:
     """
     try:
         before: dict[str, str] = read_object(folder / "resting.json")
-        regular(folder / "resting.safetensors")
-        kept = load_file(folder / "resting.safetensors")
+        kept, _ = read_file(folder / "resting.safetensors")
     except (OSError, ValueError, RunError, SafetensorError) as error:
         raise RunError(f"{folder} cannot be read: {said(error)}; start again in a new run directory") from error
     for name, tensor in kept.items():
