@@ -101,8 +101,9 @@ def names_of(task: str, field: str, names: Any) -> tuple[str, ...]:
     found = tuple(names)
     seen: set[str] = set()
     for name in found:
-        if not isinstance(name, str) or not name.strip():
-            raise UsageError("task", task, f"{field} that are texts and not empty (one is {shown(name)})")
+        fault = fault_of_text(name)
+        if fault:
+            raise UsageError("task", task, f"{field} that are {fault} (one is {shown(name)})")
         if name in seen:
             raise UsageError("task", task, f"{field} that differ ({shown(name)} is there twice)")
         seen.add(name)

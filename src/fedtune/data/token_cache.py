@@ -1,7 +1,7 @@
 """Tokenised texts kept on the disk between runs: an entry is named after all that decides the tokens, and checked when read.
 
 An entry is a safetensors file with "ids" (T,) int32, "offsets" (N + 1,) int64 and, for pairs of texts, "types" (T,) int8; its
-metadata hold the sha256 of names, types, shapes and bytes. Legend: N texts, T tokens in all.
+metadata hold the sha256 of its own name and of names, types, shapes and bytes. Legend: N texts, T tokens in all.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def entry_of(
     texts: Sequence[str], seconds: Sequence[str] | None, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Path | None:
     """The file for these texts, cut by this tokenizer at so many tokens; None, with a warning, where nothing can name it."""
-    digest = hashlib.sha256(f"2 {max_length} {seconds is not None} ".encode())
+    digest = hashlib.sha256(f"3 {max_length} {seconds is not None} ".encode())
     try:
         folder = cache_folder()
         for fact in _settings(tokenizer):
@@ -155,7 +155,9 @@ def read(path: Path, texts: int, pairs: bool, vocabulary: int) -> Tensors | None
         with safe_open(path, framework="pt") as file:
             noted = (file.metadata() or {}).get("sha256")
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
-        why = "its content is not what was written" if noted != _sha256(found) else _fault(found, texts, pairs, vocabulary)
+        why = (
+            "its content is not what was written" if noted != _sha256(path, found) else _fault(found, texts, pairs, vocabulary)
+        )
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
@@ -190,13 +192,13 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replaced(path) as temporary:
-            save_file(dict(tensors), temporary, metadata={"sha256": _sha256(tensors)})
+            save_file(dict(tensors), temporary, metadata={"sha256": _sha256(path, tensors)})
     except (OSError, SafetensorError) as error:
         warnings.warn(f"tokens were not cached, the next start tokenises again: {error}", stacklevel=3)
 
 
-def _sha256(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _sha256(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(f"{path.name} ".encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype} ".encode())
         digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data)
