@@ -191,7 +191,7 @@ def _describe(options: Namespace) -> None:
     Console(markup=False, emoji=False).print(table)  # names are as they are
     try:
         plot_split(rows, options.picture, title)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever it is: each kind of picture has a library of its own
         raise UsageError("--picture", options.picture, f"a file that can be written as a picture ({said(error)})") from error
     print(f"picture: {printable(Path(options.picture).resolve())}")
 

