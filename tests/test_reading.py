@@ -666,8 +666,8 @@ def test_files_of_a_folder_that_are_left_out_are_named() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(fedtune.TextTask.from_hub("folder").texts) == 80
-        for name in (".hidden.csv", "dataset_infos.json", "notes.txt"):
-            (Path("folder") / name).write_text(BODY)
+        for name, text in ((".hidden.csv", BODY), ("dataset_infos.json", "{}"), ("notes.txt", BODY)):
+            (Path("folder") / name).write_text(text)
         assert len(fedtune.TextTask.from_hub("folder").texts) == 80
     for name in ("other.csv", "sub/data.jsonl.gz"):
         (Path("folder") / name).write_text(BODY)
