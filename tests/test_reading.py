@@ -381,7 +381,9 @@ def test_half_a_character_is_no_name_of_a_class_or_an_author() -> None:
     assert "author: got 'author'" in refused(read, lines, "data.jsonl", author="author")
     names = ("a", "\ud800")
     parts = {"train": [0, 1], "test": [2]}
-    assert "label_names that are whole characters" in refused(fedtune.TextTask, "t", ["a", "b", "c"], [0, 1, 0], names, parts)
+    assert "label_names that are texts and not empty, of whole characters" in refused(
+        fedtune.TextTask, "t", ["a", "b", "c"], [0, 1, 0], names, parts
+    )
 
 
 def test_names_in_a_line_are_cut_and_on_one_line() -> None:
