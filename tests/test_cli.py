@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -140,6 +141,34 @@ def test_describe_shows_a_table_and_draws_a_picture(run: Run, tiny: list[str], t
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
+def test_describe_shows_names_as_they_are(run: Run, tiny_bert: str, tmp_path: Path) -> None:
+    names = ("[/red]", "[bold]:smile:", "\x1b[31m", "x" * 5000)
+    rows = [{"text": f"word{i} word1", "label": names[i % 4]} for i in range(40)]
+    (tmp_path / "[").mkdir()
+    file = tmp_path / "[" / "]$x_{$[red].jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    flags = ["--data.task=csv", f"--data.task_options.path={file}", f"--model.name={tiny_bert}", "--data.max_length=8"]
+    shown = set()
+    for limit in range(1, 12):  # another label is the most frequent
+        flags_of = [*flags, f"--data.limit={limit}", "--data.num_clients=1", f"--picture={tmp_path / 'split.png'}"]
+        code, out, err = run("describe", *flags_of, "--data.batch_size=1")
+        assert code == 0, err
+        assert "$x_{$[red].jsonl" in out
+        assert "\x1b[31m" not in out
+        shown |= {name for name in ("[/red]", "[bold]:smile:", "[31m", "x" * 8) if name in "".join(out.split())}
+    assert len(shown) == 4
+
+
+def test_a_picture_that_cannot_be_drawn_is_one_line(run: Run, tiny: list[str], tmp_path: Path) -> None:
+    flags = [flag for flag in tiny if not flag.startswith("--loop")]
+    os.mkfifo(tmp_path / "fifo.png")
+    for name, said in (("fifo.png", "it is a FIFO"), ("split.xyz", "not supported"), ("n" * 300 + ".png", "too long")):
+        code, _, err = run("describe", *flags, f"--picture={tmp_path / name}")
+        assert code == 2
+        assert err.startswith("fedtune: --picture: got ")
+        assert said in err
+
+
 BAD = [
     (["--data.task=autors"], "--data.task: got 'autors'; allowed: authors (nearest)"),
     (["--data.split=by_autor"], "--data.split: got 'by_autor'; allowed: by_author (nearest)"),
@@ -199,8 +228,9 @@ def test_a_bad_value_ends_with_code_2_and_one_line(run: Run, tiny: list[str], fl
         (["--data.task_options={a: 1, a: 2}"], "allowed: a dictionary, null"),
         (["--data.task=" + "x" * 5000], "x…"),
         (["--data.task", "a\0b"], "allowed: text in UTF-8"),
+        (["--data.task_options.path=a\x1bb.csv"], "allowed: text in UTF-8 without control characters"),
     ],
-    ids=range(13),
+    ids=range(14),
 )
 def test_a_flag_has_one_plain_value(run: Run, flags: list[str], said: str) -> None:
     code, _, err = run("run", *flags, "--data.limit=3", as_they_are=True)

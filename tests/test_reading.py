@@ -7,6 +7,8 @@ import gzip
 import io
 import json
 import lzma
+import os
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -332,6 +334,67 @@ def test_a_file_that_cannot_be_read_whole_is_refused(name: str, content: str | b
     assert said in refused(read, content, name)
 
 
+@pytest.mark.parametrize("ending", COMPRESSED)
+def test_all_streams_of_a_compressed_file_count_or_it_is_refused(ending: str) -> None:
+    compress, name = COMPRESSED[ending], f"data.csv{ending}"
+    streams = [compress(BODY[:100].encode()), compress(BODY[100:].encode())]
+    assert list(read(b"".join(streams), name).texts) == TEXTS
+    assert list(read(b"".join(streams) + bytes(8), name).texts) == TEXTS  # a last block that is filled up
+    for damaged in (streams[0] + b"\1" + streams[1][1:], b"".join(streams) + b"more", b"".join(streams)[:-9], b""):
+        assert f"got '{name}'" in refused(read, damaged, name)
+
+
+def test_a_page_of_parquet_that_is_not_what_its_checksum_says_is_refused() -> None:
+    file = io.BytesIO()
+    table = pyarrow.table({"text": TEXTS, "label": LABELS})
+    parquet.write_table(table, file, compression="none", write_page_checksum=True, write_statistics=False, use_dictionary=False)
+    whole = file.getvalue()
+    assert list(read(whole, "data.parquet").texts) == TEXTS
+    assert "a readable Parquet file" in refused(read, whole.replace(b"row number 7", b"row number 8", 1), "data.parquet")
+
+
+def test_what_is_no_file_is_named(tmp_path: Path) -> None:
+    os.mkfifo("fifo.csv")
+    Path("link.csv").symlink_to("/dev/zero")
+    Path("folder.csv").mkdir()
+    kinds = {
+        "fifo.csv": "it is a FIFO",
+        "link.csv": "it is a device",
+        "folder.csv": "it is a directory",
+        "none.csv": "there is none",
+    }
+    for name, said in (*kinds.items(), ("n" * 300 + ".csv", "File name too long"), ("\ud800.csv", "surrogates not allowed")):
+        assert said in refused(fedtune.TextTask.from_csv, name)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "UTF_8", "utf8", "U8", "cp65001"])
+def test_a_byte_order_mark_is_dropped_whatever_utf_8_is_called(encoding: str) -> None:
+    assert list(read(b"\xef\xbb\xbf" + BODY.encode(), encoding=encoding).texts) == TEXTS
+
+
+def test_half_a_character_is_no_name_of_a_class_or_an_author() -> None:
+    lines = LINES.replace('"pos"', '"\\ud800"')
+    assert "whole characters (half of a UTF-16 pair is none) (row 2 of data.jsonl, line 2," in refused(
+        read, lines, "data.jsonl"
+    )
+    lines = LINES.replace("}", ', "author": "\\udfff"}')
+    assert "author: got 'author'" in refused(read, lines, "data.jsonl", author="author")
+    names = ("a", "\ud800")
+    parts = {"train": [0, 1], "test": [2]}
+    assert "label_names that are texts and not empty, of whole characters" in refused(
+        fedtune.TextTask, "t", ["a", "b", "c"], [0, 1, 0], names, parts
+    )
+
+
+def test_names_in_a_line_are_cut_and_on_one_line() -> None:
+    columns = {"text": TEXTS, "a\r\nb": LABELS, "x" * 5000: LABELS} | {f"column {i}": LABELS for i in range(30)}
+    line = refused(make, "parquet", columns)
+    assert "a column of data.parquet: text, a b, " + "x" * 40 + "…, column 0" in line
+    assert line.endswith(" and 13 more")
+    columns = {"text": TEXTS, "label": LABELS, "part": ["z" * 5000] * 40}
+    assert len(refused(make, "csv", columns, split="part")) < 600
+
+
 @pytest.mark.parametrize("option", [{"delimiter": ";"}, {"quote": None}, {"header": False}])
 def test_an_option_that_says_nothing_about_a_file_is_refused(option: dict[str, Any]) -> None:
     (name,) = option
@@ -596,6 +659,31 @@ def test_words_of_a_local_csv_folder_stay_words() -> None:
     (Path("folder") / "train-1.csv").write_text(BODY.replace("row", "line"))
     task = fedtune.TextTask.from_hub("folder")
     assert (task.texts[5], task.texts[6], len(task.texts)) == ("NA", "007", 80)
+
+
+def test_files_of_a_folder_that_are_left_out_are_named() -> None:
+    Path("folder/sub").mkdir(parents=True)
+    for name in ("train.csv", "test.csv"):
+        (Path("folder") / name).write_text(BODY.replace("row", name))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(fedtune.TextTask.from_hub("folder").texts) == 80
+        for name, text in ((".hidden.csv", BODY), ("dataset_infos.json", "{}"), ("notes.txt", BODY)):
+            (Path("folder") / name).write_text(text)
+        assert len(fedtune.TextTask.from_hub("folder").texts) == 80
+    for name in ("other.csv", "sub/data.jsonl.gz"):
+        (Path("folder") / name).write_text(BODY)
+    with pytest.warns(UserWarning, match=r"not read of folder: other.csv, sub/data.jsonl.gz; other files"):
+        assert len(fedtune.TextTask.from_hub("folder").texts) == 80
+    (Path("folder") / "README.md").write_text("---\nconfigs: [\n---\n")
+    assert "a data set of the hub or a local folder (while parsing" in refused(fedtune.TextTask.from_hub, "folder")
+
+
+def test_the_folder_that_one_is_in_is_a_task_of_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("folder").mkdir()
+    (Path("folder") / "train.csv").write_text(BODY)
+    monkeypatch.chdir("folder")
+    assert fedtune.TextTask.from_hub(".").name == "folder"
 
 
 @pytest.mark.parametrize("options", [{"text": "txt"}, {"test_split": "tset"}, {"author": "label", "document": "book"}])

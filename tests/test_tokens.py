@@ -65,6 +65,18 @@ def test_a_damaged_cache_entry_is_made_anew(tiny_bert: str, monkeypatch: pytest.
     assert torch.equal(tokenise(TEXTS, tokenizer, max_length=12).ids_T, first.ids_T)  # and without a warning
 
 
+def test_the_entry_of_other_texts_is_not_taken_for_one(tiny_bert: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path))
+    tokenizer = load_tokenizer(tiny_bert)
+    first = tokenise(["word1", "word2"], tokenizer, max_length=12)
+    entry = next(tmp_path.glob("tokens-*"))
+    tokenise(["word3", "word4"], tokenizer, max_length=12)
+    (other,) = set(tmp_path.glob("tokens-*")) - {entry}
+    other.replace(entry)
+    with pytest.warns(UserWarning, match=rf"{entry} is damaged .*not what was written"):
+        assert torch.equal(tokenise(["word1", "word2"], tokenizer, max_length=12).ids_T, first.ids_T)
+
+
 def test_no_flipped_bit_of_a_cache_entry_gives_other_tokens(
     tiny_bert: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from fedtune.errors import RenamedWarning, RunError, UsageError, at_least
-from fedtune.files import printable
+from fedtune.files import printable, said
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fedtune.runs.parser import Parser
 
 STOPPED, INTERRUPTED = 2, 130
-_LONGEST = 600  # characters of a line
+_LONGEST, _NAME = 600, 60  # characters of a line, and of a name in a table
 
 
 def stop(code: int, text: str) -> NoReturn:
@@ -174,8 +174,11 @@ def _describe(options: Namespace) -> None:
     with flags("data"):
         data = FederatedDataModule(**options.data.as_dict(), model=options.model.name)
         rows = data.describe()
-    title = f"{data.task.name}, split {data.hparams['split']}, {data.num_clients} clients"
-    lines = [data.left_out] * bool(data.left_out) + [f"{len(data.task.texts)} texts in all; source: {data.task.source}"]
+    title = f"{printable(data.task.name, _NAME)}, split {data.hparams['split']}, {data.num_clients} clients"
+    source = printable(data.task.source, _LONGEST)
+    lines = [printable(data.left_out, _LONGEST)] * bool(data.left_out) + [
+        f"{len(data.task.texts)} texts in all; source: {source}"
+    ]
     table = Table(title=title, caption="\n".join(lines))
     columns = [name for name in rows[0] if name not in ("labels", "authors")]
     for name in columns:
@@ -188,12 +191,12 @@ def _describe(options: Namespace) -> None:
     for row in rows:
         plain = [f"{row[name]:.2f}" if isinstance(row[name], float) else str(row[name]) for name in columns]
         table.add_row(*plain, *(_most_frequent(row[name]) for name in counted))
-    Console(markup=False, emoji=False).print(table)  # a name is what it is
+    Console(markup=False, emoji=False).print(table)  # names are as they are
     try:
         plot_split(rows, options.picture, title)
-    except (OSError, ValueError) as error:
-        raise UsageError("--picture", options.picture, f"a file that can be written as a picture ({error})") from error
-    print(f"picture: {Path(options.picture).resolve()}")
+    except Exception as error:  # whatever it is: each kind of picture has a library of its own
+        raise UsageError("--picture", options.picture, f"a file that can be written as a picture ({said(error)})") from error
+    print(f"picture: {printable(Path(options.picture).resolve())}")
 
 
 def _export(options: Namespace) -> None:
@@ -209,7 +212,7 @@ def _export(options: Namespace) -> None:
 
 def _most_frequent(counts: dict[str, int]) -> str:
     ranked = sorted(counts, key=lambda name: -counts[name])
-    return f"{len(counts)}: " + ", ".join(f"{printable(name, 40)} {counts[name]}" for name in ranked[:2])
+    return f"{len(counts)}: " + ", ".join(f"{printable(name, _NAME)} {counts[name]}" for name in ranked[:2])
 
 
 class _Command(NamedTuple):

@@ -6,7 +6,7 @@ import difflib
 import numbers
 from collections.abc import Iterable
 
-_LONGEST = 200  # characters of a value in a message
+_LONGEST, _NAME, _ALLOWED = 200, 40, 1000  # characters in a message: of a value, of a name, of what is allowed
 
 
 class UsageError(ValueError):
@@ -19,8 +19,8 @@ class UsageError(ValueError):
     """
 
     def __init__(self, argument: str, came: object, allowed: str) -> None:
-        self.argument, self.came, self.allowed = argument, came, allowed
-        super().__init__(f"{argument}: got {shown(came)}; allowed: {allowed}")
+        self.argument, self.came, self.allowed = argument, came, _line(allowed, _ALLOWED)
+        super().__init__(f"{argument}: got {shown(came)}; allowed: {self.allowed}")
 
 
 def shown(value: object) -> str:
@@ -29,8 +29,13 @@ def shown(value: object) -> str:
     >>> len(shown(list(range(10**6))))
     201
     """
-    text = " ".join(repr(value).split())
-    return text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
+    return _line(repr(value), _LONGEST)
+
+
+def _line(text: str, most: int) -> str:
+    """A text on one line, and cut."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[:most] + "…"
 
 
 class RunError(RuntimeError):
@@ -41,16 +46,17 @@ class RenamedWarning(FutureWarning):
     """A name that still works for a while, and its new one."""
 
 
-def one_of(argument: str, came: object, names: Iterable[str], also: str = "") -> UsageError:
-    """The error for a name that is in no registry; the nearest names come first.
+def one_of(argument: str, came: object, names: Iterable[str], also: str = "", most: int | None = None) -> UsageError:
+    """The error for a name that is in no registry; the nearest names come first, and at most so many are listed.
 
     >>> print(one_of("split", "idd", ["iid", "by_author"]))
     split: got 'idd'; allowed: iid (nearest), by_author
     """
     known = list(names)
     near = difflib.get_close_matches(str(came), known, n=2, cutoff=0.5)
-    listed = [f"{name} (nearest)" for name in near] + [name for name in known if name not in near]
-    return UsageError(argument, came, ", ".join(listed) + also)
+    listed = [f"{_line(name, _NAME)} (nearest)" for name in near] + [_line(name, _NAME) for name in known if name not in near]
+    more = f" and {len(listed) - most} more" if most is not None and len(listed) > most else ""
+    return UsageError(argument, came, ", ".join(listed[:most]) + more + also)
 
 
 def at_least(argument: str, came: int | float, least: int | float) -> None:

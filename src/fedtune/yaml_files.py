@@ -19,7 +19,7 @@ from fedtune.errors import UsageError, shown
 
 LARGEST, DEEPEST, MOST = 1_000_000, 50, 100_000  # bytes, levels, values
 WHOLE = 2**63  # whole numbers are below it
-_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 # six digits before e: a hash like 12345678901234e5 is text; PyYAML itself wants a point, and a sign behind the e
 _FLOAT = re.compile(
     r"""^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]{1,3})?
@@ -150,7 +150,7 @@ def _measure(text: str) -> None:
             values, levels = values + 1, levels + 1
             known |= {anchor: (values, levels)} if anchor else {}
         elif isinstance(event, yaml.ScalarEvent):
-            if _CONTROL.search(event.value):
+            if CONTROL.search(event.value):
                 raise YamlError(f"a control character in {shown(event.value)}, line {line}")
             values, levels = 1, 0
             known |= {event.anchor: (1, 0)} if event.anchor else {}

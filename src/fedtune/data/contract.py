@@ -101,8 +101,8 @@ def names_of(task: str, field: str, names: Any) -> tuple[str, ...]:
     found = tuple(names)
     seen: set[str] = set()
     for name in found:
-        if not isinstance(name, str) or not name.strip():
-            raise UsageError("task", task, f"{field} that are texts and not empty (one is {shown(name)})")
+        if fault_of_text(name):
+            raise UsageError("task", task, f"{field} that are texts and not empty, of whole characters (one is {shown(name)})")
         if name in seen:
             raise UsageError("task", task, f"{field} that differ ({shown(name)} is there twice)")
         seen.add(name)

@@ -108,8 +108,7 @@ def check_columns(source: object, wanted: Columns, present: Sequence[str], hint:
     """Raise `UsageError` for a column that is not there, with the nearest names first, or that is there twice."""
     for role, name in wanted.items():
         if name not in present:
-            known = one_of(role, name, present).allowed.split(", ")
-            listed = ", ".join(known[:_MANY]) + (f" and {len(known) - _MANY} more" if len(known) > _MANY else "")
+            listed = one_of(role, name, present, most=_MANY).allowed
             raise UsageError(role, name, f"a column of {source}: {listed or 'it has none'}{hint}")
         if list(present).count(str(name)) > 1:
             raise UsageError(role, name, f"a column whose name is there once; {source} has it twice: {shown(list(present))}")

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fedtune.data.formats import Columns, Format, Table, check_columns, check_names
-from fedtune.data.opening import source_of
+from fedtune.data.opening import named_like_data, source_of
 from fedtune.data.parts import SplitChoice, with_hints
 from fedtune.data.reading import peek, read
 from fedtune.data.values import check_schema
 from fedtune.errors import UsageError
+from fedtune.files import printable, said
 
 _NO_FORM = {"name", "version", "description", "data_dir", "data_files", "sep", "delimiter", "features"}  # of a CSV file
+_NOTES = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")  # about data, not data
+_MANY = 10  # names of files in a message
 _PLAIN = (".csv", ".tsv", ".txt", ".gz", ".bz2", ".xz")  # `datasets` opens others, for example archives
 
 
@@ -41,6 +45,8 @@ def read_hub(path: str, config: str | None, wanted: Columns, choice: SplitChoice
     check_names(wanted)
     choice.check()
     builder = _builder(path, config)
+    if builder is not None and config is None:
+        _say_what_is_left_out(Path(path), builder)
     files = _local_csv(builder) if builder is not None else None
     if files is not None:
         found = choice.of(list(files), path)
@@ -84,9 +90,9 @@ def load(path: str, config: str | None = None) -> Any:
     try:
         with _quiet():
             return datasets.load_dataset(path, config)
-    except (OSError, ValueError, EOFError, datasets.exceptions.DatasetsError) as error:
-        said = _first_line(error.__cause__ or error)
-        raise UsageError("task", path, f"a data set of the hub or a local folder ({said})") from error
+    except Exception as error:  # whatever it is: of a reader of YAML, of archives, of one of many file systems
+        why = said(error.__cause__ or error)
+        raise UsageError("task", path, f"a data set of the hub or a local folder ({why})") from error
 
 
 @contextlib.contextmanager
@@ -129,6 +135,23 @@ def _builder(path: str, config: str | None) -> Any:
         return None
 
 
+def _say_what_is_left_out(folder: Path, builder: Any) -> None:
+    """Warn of files of a local folder that `datasets` leaves out for others, unless the folder's card says which it has."""
+    if not folder.is_dir() or (folder / "README.md").exists():
+        return
+    used = {Path(str(file)).resolve() for found in (builder.config.data_files or {}).values() for file in found}
+    others = []
+    for file in sorted(folder.rglob("*")):
+        own = file.relative_to(folder)
+        hidden = any(part.startswith((".", "__")) for part in own.parts) or file.name in _NOTES
+        if named_like_data(file) and not hidden and file.is_file() and file.resolve() not in used:
+            others.append(str(own))
+    if others:
+        more = f" and {len(others) - _MANY} more" if len(others) > _MANY else ""
+        names = printable(", ".join(others[:_MANY]), 500)
+        warnings.warn(f"not read of {folder}: {names}{more}; other files there are its parts, by name or kind", stacklevel=2)
+
+
 def _local_csv(builder: Any) -> dict[str, list[str]] | None:
     """Split -> files, where all are CSV files of this machine, with nothing said of their form but the delimiter."""
     if builder.name != "csv":
@@ -157,7 +180,3 @@ def _joined(tables: list[Table]) -> Table:
     columns = {role: [value for table in tables for value in table.columns[role]] for role in tables[0].columns}
     places = [(table, row) for table in tables for row in range(len(table))]
     return Table(columns, tables[0].named, lambda row: places[row][0].place(places[row][1]))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import contextlib
 import gzip
 import io
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fedtune.errors import UsageError
+from fedtune.files import regular, said
 
 KINDS = {"csv": "CSV", "jsonl": "JSON lines", "parquet": "Parquet"}
 _ENDINGS = {
@@ -26,7 +28,6 @@ _ENDINGS = {
     ".json": "jsonl",
     ".parquet": "parquet",
 }
-_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _FAULTS = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError, RuntimeError)
 _UNREAD = re.compile("[\udc80-\udcff]")  # how a byte that is not in the encoding is kept until its line is known
 
@@ -66,24 +67,44 @@ def source_of(argument: str, path: Any, kind: str | None = None) -> Source:
     if not isinstance(path, (str, Path)) or not str(path).strip() or "\0" in str(path):
         raise UsageError(argument, path, "the name of a file")
     file = Path(path)
+    fault = _no_file(file)
     endings = [ending.lower() for ending in file.suffixes]
     tabs = False
     if endings and endings[-1] == ".zip":
         known = kind or (len(endings) > 1 and _ENDINGS.get(endings[-2]))
-        inside = _inside(argument, file, bool(known)) if file.is_file() else ""
+        inside = "" if fault else _inside(argument, file, bool(known))
         tabs = inside == ".tsv"
         endings = endings[:-1] if known else [inside]
-    elif endings and endings[-1] in _OPENERS:
+    elif endings and endings[-1] in _UNPACKED:
         endings.pop()
     found = _ENDINGS.get(endings[-1]) if endings else None
     if kind is None and found is None:
-        allowed = f"a file whose name ends in {', '.join(_ENDINGS)}, and after it perhaps {', '.join(_OPENERS)} or .zip; "
+        allowed = f"a file whose name ends in {', '.join(_ENDINGS)}, and after it perhaps {', '.join(_UNPACKED)} or .zip; "
         raise UsageError(argument, str(file), f"{allowed}or name the format ({', '.join(KINDS)})")
     source = Source(argument, file, kind or found or "", tabs or (bool(endings) and endings[-1] == ".tsv"))
-    if not file.is_file():
-        fault = "it is a folder" if file.is_dir() else "there is none"
+    if fault:
         raise source.error(f"a readable {KINDS[source.kind]} file ({fault})")
     return source
+
+
+def _no_file(path: Path) -> str:
+    """Why nothing can be read at a path; empty where a file is."""
+    try:
+        path.stat()
+        regular(path)
+    except FileNotFoundError:
+        return "there is none"
+    except (OSError, ValueError) as error:
+        return (error.strerror if isinstance(error, OSError) else "") or said(error)
+    return ""
+
+
+def named_like_data(path: Path) -> bool:
+    """Whether the ending of a file says that it is one of those that are read."""
+    endings = [ending.lower() for ending in path.suffixes]
+    if endings and endings[-1] in (*_UNPACKED, ".zip"):
+        endings.pop()
+    return bool(endings) and endings[-1] in _ENDINGS
 
 
 @contextlib.contextmanager
@@ -99,7 +120,8 @@ def opened(source: Source) -> Iterator[IO[bytes]]:
             archive = stack.enter_context(zipfile.ZipFile(source.path))
             yield stack.enter_context(archive.open(_member(source.argument, source.path)))
         else:
-            yield stack.enter_context(_OPENERS.get(ending, open)(source.path, "rb"))
+            file = stack.enter_context(open(source.path, "rb"))
+            yield stack.enter_context(_UNPACKED[ending](file)) if ending in _UNPACKED else file
 
 
 @contextlib.contextmanager
@@ -108,8 +130,55 @@ def readable(source: Source) -> Iterator[None]:
     try:
         yield
     except _FAULTS as error:
-        fault = " ".join(str(error).split()) or type(error).__name__
-        raise source.error(f"a readable {KINDS[source.kind]} file, whole and not damaged ({fault})") from error
+        raise source.error(f"a readable {KINDS[source.kind]} file, whole and not damaged ({said(error)})") from error
+
+
+class _Streams(io.RawIOBase):
+    """What a compressed file holds: all its streams, one after the other, and zeros behind them.
+
+    The readers of the standard library take what is no stream, behind the first one, for the end of the file.
+
+    Args:
+        file: the bytes.
+        new: makes what decompresses a stream.
+
+    Raises:
+        OSError, EOFError, lzma.LZMAError: while it is read: a stream is damaged, or ends too early.
+    """
+
+    def __init__(self, file: IO[bytes], new: Callable[[], Any]) -> None:
+        self._file, self._new = file, new
+        self._stream = new()
+
+    def readable(self) -> bool:
+        """It can be read."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer, or a part of it; the number of its bytes that are new, 0 at the end."""
+        found = b""
+        while not found:
+            if self._stream.eof:
+                given = self._stream.unused_data.lstrip(b"\0")
+                while not given and (piece := self._file.read(io.DEFAULT_BUFFER_SIZE)):
+                    given = piece.lstrip(b"\0")
+                if not given:
+                    return 0
+                self._stream = self._new()
+            else:
+                given = self._file.read(io.DEFAULT_BUFFER_SIZE) if self._stream.needs_input else b""
+                if self._stream.needs_input and not given:
+                    raise EOFError("it ends before its end was marked")
+            found = self._stream.decompress(given, len(buffer))
+        buffer[: len(found)] = found
+        return len(found)
+
+
+_UNPACKED: dict[str, Callable[[IO[bytes]], Any]] = {
+    ".gz": lambda file: gzip.GzipFile(fileobj=file),
+    ".bz2": lambda file: io.BufferedReader(_Streams(file, bz2.BZ2Decompressor)),
+    ".xz": lambda file: io.BufferedReader(_Streams(file, lzma.LZMADecompressor)),
+}
 
 
 class Lines:
@@ -128,7 +197,7 @@ class Lines:
     """
 
     def __init__(self, source: Source, file: IO[bytes], encoding: str) -> None:
-        named = "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
+        named = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
         self._file = io.TextIOWrapper(file, encoding=named, errors="surrogateescape", newline="")
         self._lines = _without_end(self._file)
         self._source, self._encoding = source, encoding.upper()
@@ -188,7 +257,7 @@ def _member(argument: str, path: Path) -> str:
             names = [entry.filename for entry in archive.infolist() if not entry.is_dir()]
         names = [name for name in names if not _of_finder(name)]
     except _FAULTS as error:
-        raise UsageError(argument, str(path), f"a zip archive that can be read ({error})") from error
+        raise UsageError(argument, str(path), f"a zip archive that can be read ({said(error)})") from error
     if len(names) != 1:
         raise UsageError(argument, str(path), f"a zip archive of one file (in this there are {len(names)})")
     return names[0]

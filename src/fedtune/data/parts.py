@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fedtune.data.contract import TASK_PARTS, IntArray
 from fedtune.data.formats import Table
-from fedtune.errors import UsageError, one_of
+from fedtune.errors import UsageError, one_of, shown
 from fedtune.randomness import stream
 
 SYNONYMS = {
@@ -127,7 +127,7 @@ def _folded(name: str) -> str:
 def _no_part(table: Table, row: int) -> UsageError:
     allowed = f"a column of the values {', '.join(TASK_PARTS)}, of names that mean the same "
     allowed += f"({', '.join(name for names in SYNONYMS.values() for name in names[1:])}), or of names that an option "
-    allowed += f"chooses, for example test_split ({table.place(row)} has {table.columns['split'][row]!r})"
+    allowed += f"chooses, for example test_split ({table.place(row)} has {shown(table.columns['split'][row])})"
     return UsageError("split", table.named["split"], allowed)
 
 

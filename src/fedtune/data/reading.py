@@ -15,6 +15,7 @@ from fedtune.data.opening import Lines, Source, opened
 from fedtune.data.rows import Rows, check_header, check_swallowed
 from fedtune.data.values import check_schema
 from fedtune.errors import UsageError
+from fedtune.files import said
 
 _NEEDED = ("text", "label", "second_text", "split")  # a row without an author or a document is possible
 
@@ -134,7 +135,8 @@ def _array(source: Source, number: int) -> UsageError:
 def _parquet(source: Source, file: Any, wanted: Columns) -> Any:
     """The file, opened, its columns and their types checked."""
     with _arrow(source) as parquet:
-        found = parquet.ParquetFile(file if source.path.suffix.lower() == ".parquet" else io.BytesIO(file.read()))
+        content = file if source.path.suffix.lower() == ".parquet" else io.BytesIO(file.read())
+        found = parquet.ParquetFile(content, page_checksum_verification=True)
         schema = found.schema_arrow
     check_columns(source.path, wanted, schema.names)
     check_schema(schema, wanted, str(source.path))
@@ -159,4 +161,4 @@ def _arrow(source: Source) -> Iterator[Any]:
     try:
         yield parquet
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise source.error(f"a readable Parquet file ({' '.join(str(error).split())})") from error
+        raise source.error(f"a readable Parquet file ({said(error)})") from error

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedtune.data.formats import Columns, Format, check_columns, check_names
 from fedtune.data.opening import Lines, Source
-from fedtune.errors import UsageError
+from fedtune.errors import UsageError, shown
 
 
 class Rows:
@@ -132,11 +132,13 @@ def check_header(source: Source, rows: Rows, columns: dict[str, list[Any]], star
         if again is not None and texts[again].strip() == rows.names[rows.places["text"]]:
             raise source.error(f"a file with one header (line {starts[again]} repeats it)")
         if again is not None and named and not rows.by_name:
-            raise UsageError("header", True, f"false, as {source.path} has none (the first line has the label {named!r})")
+            raise UsageError("header", True, f"false, as {source.path} has none (the first line has the label {shown(named)})")
         return
     word = len(texts[0].split()) == 1 and labels[0].strip() and not _is_number(labels[0])
     if word and len(labels) > 2 and labels[0] not in labels[1:]:
-        raise UsageError("header", False, f"true, as {source.path} has one (its first line: {texts[0]!r}, {labels[0]!r})")
+        raise UsageError(
+            "header", False, f"true, as {source.path} has one (its first line: {shown(texts[0])}, {shown(labels[0])})"
+        )
 
 
 def _is_number(text: str) -> bool:
@@ -160,4 +162,4 @@ def check_swallowed(source: Source, suspects: list[tuple[int, list[str]]], label
     if found:
         start, would_be = found[0]
         allowed = f"quotes that are closed in their row (a quote that opens in line {start} swallows {len(would_be)} "
-        raise source.error(f"{allowed}lines that are rows themselves, with the label {would_be[0]!r})")
+        raise source.error(f"{allowed}lines that are rows themselves, with the label {shown(would_be[0])})")

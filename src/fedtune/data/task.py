@@ -158,6 +158,8 @@ class TextTask:
         """
         wanted = {"text": text, "label": label} | _given(author=author, document=document, second_text=second_text)
         choice = SplitChoice(train_split, validation_split, test_split)
+        if path in (".", "./"):  # a folder without a name, which `datasets` does not take
+            path = str(Path(path).resolve())
         return _task_of_tables(Path(str(path)).name, read_hub(path, config, wanted, choice), source=str(path))
 
 

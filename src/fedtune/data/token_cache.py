@@ -1,7 +1,7 @@
 """Tokenised texts kept on the disk between runs: an entry is named after all that decides the tokens, and checked when read.
 
 An entry is a safetensors file with "ids" (T,) int32, "offsets" (N + 1,) int64 and, for pairs of texts, "types" (T,) int8; its
-metadata hold the sha256 of names, types, shapes and bytes. Legend: N texts, T tokens in all.
+metadata hold the sha256 of its own name and of names, types, shapes and bytes. Legend: N texts, T tokens in all.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from fedtune.errors import shown
-from fedtune.files import regular, replaced, said
-from fedtune.tensors import Tensors, sha256
+from fedtune.files import replaced, said
+from fedtune.tensors import Tensors, read_file, sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,7 +52,7 @@ def entry_of(
     texts: Sequence[str], seconds: Sequence[str] | None, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Path | None:
     """The file for these texts, cut by this tokenizer at so many tokens; None, with a warning, where nothing can name it."""
-    digest = hashlib.sha256(f"2 {max_length} {seconds is not None} ".encode())
+    digest = hashlib.sha256(f"3 {max_length} {seconds is not None} ".encode())
     try:
         folder = cache_folder()
         for fact in _settings(tokenizer):
@@ -148,14 +148,12 @@ def read(path: Path, texts: int, pairs: bool, vocabulary: int) -> Tensors | None
         pairs: whether it must have "types".
         vocabulary: ids must be below.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     try:
-        regular(path)
-        with safe_open(path, framework="pt") as file:
-            noted = (file.metadata() or {}).get("sha256")
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
-        why = "its content is not what was written" if noted != sha256(found) else _fault(found, texts, pairs, vocabulary)
+        found, metadata = read_file(path)
+        right = metadata.get("sha256") == _notes(path, found)
+        why = _fault(found, texts, pairs, vocabulary) if right else "its content is not what was written"
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
@@ -190,6 +188,11 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replaced(path) as temporary:
-            save_file(dict(tensors), temporary, metadata={"sha256": sha256(tensors)})
+            save_file(dict(tensors), temporary, metadata={"sha256": _notes(path, tensors)})
     except (OSError, SafetensorError) as error:
         warnings.warn(f"tokens were not cached, the next start tokenises again: {error}", stacklevel=3)
+
+
+def _notes(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """What an entry says of its content and its name, so that one in the place of another is noticed."""
+    return f"{path.stem} {sha256(tensors)}"

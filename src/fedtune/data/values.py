@@ -87,6 +87,8 @@ def labels_of(table: Table) -> list[Any]:
             fault = _REGRESSION
         elif not isinstance(value, (str, int, float)):
             fault = _wanted_of("label")
+        elif isinstance(value, str):
+            fault = fault_of_text(value)
         elif known is not None and value not in range(len(known)):
             fault = f"a label 0 .. {len(known) - 1} for each text (a text without a label is -1)"
         if fault:
@@ -149,6 +151,7 @@ def ids_of(table: Table, role: str) -> list[Any]:
         elif (
             not isinstance(value, (str, int, float))
             or (isinstance(value, float) and not value.is_integer())
+            or (isinstance(value, str) and fault_of_text(value))
             or (names is not None and value not in range(len(names)))
         ):
             place = table.place(row).rstrip(",")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _LABELS = {"loss_nats": "loss in nats", "train_loss_nats": "training loss in nats"}
 _NAMES = 60  # labels or authors that have a colour of their own in a picture; the rest are one
 _TALLEST, _ROWS = 60, 500  # inches, and bars, in a picture of clients
-_LONGEST, _LINES = 120, 4  # characters of a line of text in a picture, and lines
+_LONGEST, _LINES, _NAME = 120, 4, 40  # characters of a line of text in a picture, lines, and characters of a name in a legend
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 
 
@@ -183,7 +183,7 @@ def _stack(axes: Axes, clients: Sequence[Mapping[str, float]], step: int, legend
     if len(clients) <= 100:
         axes.hlines(edges, 0, max(start), color="white", linewidth=2)
     if legend and len(names) <= 20:  # a longer legend would hide the bars
-        axes.legend(drawn, names, fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
+        axes.legend(drawn, [printable(name, _NAME) for name in names], fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def new_figure(

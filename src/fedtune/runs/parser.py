@@ -158,8 +158,8 @@ class Parser(ArgumentParser):
         """End for a flag that is given twice with different values, and for words that are no text."""
         for word in words:
             flag = cut(word.partition("=")[0])
-            if len(word) > yaml_files.LARGEST or re.search("[\x00\ud800-\udfff]", word):
-                self.error(str(UsageError(flag, word, "text in UTF-8, at most 1 MB")))
+            if len(word) > yaml_files.LARGEST or yaml_files.CONTROL.search(word):
+                self.error(str(UsageError(flag, word, "text in UTF-8 without control characters, at most 1 MB")))
             if re.fullmatch(r"(--[\w.]+=)?[-+]?[0-9_]{80,}", word):
                 self.error(str(UsageError(flag, word, "whole numbers below 2**63")))
         before: dict[str, str | None] = {}
