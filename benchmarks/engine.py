@@ -76,13 +76,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def task() -> fedtune.FederatedDataModule:
+def task(texts: int = TEXTS, clients: int = 1) -> fedtune.FederatedDataModule:
     """Real sentences where they are at hand, else the embedded passages, which are of similar length."""
+    size = {"num_clients": clients, "limit": texts}
     try:
-        data = fedtune.FederatedDataModule("spooky_author", num_clients=1, limit=TEXTS, task_options={"validation": 0.1})
+        data = fedtune.FederatedDataModule("spooky_author", **size, task_options={"validation": 0.1})
         data.setup()
     except fedtune.UsageError:
-        data = fedtune.FederatedDataModule("authors", num_clients=1, limit=TEXTS)
+        data = fedtune.FederatedDataModule("authors", **size)
     return data
 
 

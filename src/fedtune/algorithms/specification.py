@@ -35,7 +35,7 @@ def algorithm_of(given: Any) -> Algorithm:
     if not isinstance(given, Mapping):
         raise UsageError("algorithm", given, f"a name ({', '.join(ALGORITHMS)}), or a dictionary with parts and their values")
     name = given.get("name", "fedavg")
-    if name not in ALGORITHMS:
+    if not isinstance(name, str) or name not in ALGORITHMS:
         raise one_of("algorithm", name, ALGORITHMS)
     takes = inspect.signature(ALGORITHMS[name]).parameters
     parts = {role: given[role] for role in (*ROLES, "personal") if role not in takes and given.get(role) is not None}
@@ -91,6 +91,6 @@ def _part(role: str, given: Any, before: Any) -> Any:
     if "name" not in values and before is not None:
         mine = {field.name: getattr(before, field.name) for field in dataclasses.fields(before)}
         return made(type(before), mine | others, f"algorithm.{role}")
-    if values.get("name") not in fitting:
+    if not isinstance(values.get("name"), str) or values["name"] not in fitting:
         raise one_of(f"algorithm.{role}", values.get("name"), fitting)
     return made(ALGORITHM_PARTS[values["name"]], others, f"algorithm.{role}")

@@ -26,7 +26,7 @@ from fedtune.runs.parser import ConfigFile, Parser, check_plain
 from fedtune.runs.renamed import in_configuration
 from fedtune.runs.wandb import LOGGERS
 from fedtune.runtimes.faulty import faults_of, plain_faults
-from fedtune.storage.config import KEPT, fingerprint, without
+from fedtune.storage.config import KEPT, fingerprint, settled, without
 
 SECTIONS = ("data", "model", "loop")
 _FLAGS = {"data.model": "model.name", "model.model": "model.name", "loop.run_dir": "run_dir", "loop.logger": "logger"}
@@ -121,7 +121,7 @@ def resolved(options: Namespace) -> dict[str, dict[str, Any]]:
 
 def name_of(arguments: Mapping[str, Mapping[str, Any]]) -> str:
     """The name of a run in a directory of runs: eight hexadecimal digits of its complete configuration."""
-    return fingerprint(without(arguments, KEPT))
+    return fingerprint(settled(without(arguments, KEPT)))
 
 
 @contextlib.contextmanager
@@ -167,7 +167,7 @@ def check(arguments: Mapping[str, Mapping[str, Any]]) -> None:
         known = inspect.signature(TASKS[data["task"]]).parameters
         for option in data["task_options"] or {}:
             if option not in known:
-                raise one_of("task_options", option, known)
+                raise one_of("task_options", option, [*known] or ["nothing"])
     with flags("loop"):
         check_data(loop, made)
     with flags("model"):

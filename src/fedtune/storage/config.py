@@ -26,6 +26,9 @@ _DEEPEST = 50  # levels of a configuration
 
 # what runs of earlier versions have not written
 _LATER = {"model.from", "data.from", "data.num_clients"}
+# what runs of earlier versions did not have, and the value at which it does nothing: there it is left out
+_NEUTRAL: dict[str, Any] = {"loop.faults": [], "loop.options.on_client_error": "stop"}
+_NOT_OF_BASELINES = ("loop.algorithm.", "loop.faults", "loop.options.on_client_error")
 
 
 def describe(module: Any, data: Any, loop: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,7 +46,13 @@ def describe(module: Any, data: Any, loop: Mapping[str, Any]) -> dict[str, Any]:
     names = getattr(data, "label_names", None)
     if names is not None:
         content["label_names"] = plain(names)  # for who exports the run
-    return {"model": model, "data": text, "loop": plain(loop), "content": content}
+    return settled({"model": model, "data": text, "loop": plain(loop), "content": content})
+
+
+def settled(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what does nothing."""
+    values = dotted(config)
+    return without(config, {key for key, value in _NEUTRAL.items() if values.get(key) == value})
 
 
 def identified(config: Mapping[str, Any]) -> None:
@@ -67,7 +76,7 @@ def _within(value: Any) -> Iterator[Any]:
 def baseline_config(config: Mapping[str, Any], about: Mapping[str, Any], split_matters: bool) -> dict[str, Any]:
     """What the numbers of a baseline depend on: the configuration without the algorithm, how long the run is and where it is
     kept, without the split where texts are pooled, and with what the baseline is `about`."""
-    left_out = {key for key in dotted(config) if key in _FREE or key.startswith("loop.algorithm.")}
+    left_out = {key for key in dotted(config) if key in _FREE or key.startswith(_NOT_OF_BASELINES)}
     left_out |= set() if split_matters else {f"data.{name}" for name in ("num_clients", "split", "skew", "alpha")}
     return without(config, left_out) | {"baseline": dict(about)}
 
@@ -81,7 +90,7 @@ def without(config: Mapping[str, Any], keys: Collection[str], prefix: str = "") 
     return {
         key: without(value, keys, f"{prefix}{key}.") if isinstance(value, Mapping) else value
         for key, value in config.items()
-        if prefix + key not in keys
+        if f"{prefix}{key}" not in keys
     }
 
 
