@@ -46,6 +46,10 @@ class ClientMemory(abc.ABC):
             newest = max((number for number in self._rounds(client) if number < round), default=0)
         return self._read(client, newest) if newest else {}
 
+    def after(self, client: int, round: int) -> Groups:
+        """What a client remembers once a round is done, complete or not yet; as `load`."""
+        return self._read(client, round) if self._has(client, round) else self.load(client, round)
+
     def expect(self, newest: Mapping[int, int] | None) -> None:
         """Be told of which round each client has kept something last; None where nobody knows, as in an older run.
 

@@ -57,7 +57,7 @@ def own_accuracy(
     """
     here, found = travelling(evaluator.training.module), list(shared)
     for client in range(evaluator.data.num_clients):
-        own = memory.load(client, round + 1).get("personal")
+        own = memory.after(client, round).get("personal")
         if own is not None:
             assign_({name: here[name] for name in own}, own)
             value = _accuracy_of(evaluator, client)
