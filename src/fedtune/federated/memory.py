@@ -90,7 +90,7 @@ class MemoryInRam(ClientMemory):
         return list(self._kept.get(client, {}))
 
     def _read(self, client: int, round: int) -> Groups:
-        return self._kept[client][round]
+        return mapped(self._kept[client][round], lambda _, tensor: tensor.clone())
 
     def _write(self, client: int, round: int, groups: Groups) -> None:
         self._kept.setdefault(client, {})[round] = groups
