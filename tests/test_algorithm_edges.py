@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,6 +29,7 @@ from fedtune.algorithms.scaffold import scaffold
 from fedtune.algorithms.torch_optim import OPTIMIZERS, diloco, fedopt
 from fedtune.federated.client import Client, ClientUpdate
 from fedtune.federated.memory import MemoryOnDisk
+from fedtune.federated.messages import Context
 from fedtune.federated.parts import Algorithm
 from fedtune.storage import checkpoint
 from fedtune.tensors import Groups
@@ -404,14 +404,11 @@ def reference(name: str, settings: dict[str, Any], starts: list[Any], updates: l
 def test_every_optimizer_of_torch_at_the_server_goes_on_where_it_was(
     name: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    from fedtune.federated.messages import Context
-
-    try:
-        step = fedopt(name, 0.01, tuple(settings.items())).server[0]
-    except fedtune.UsageError as error:
-        assert name == "Muon"
-        assert "\n" not in str(error)
+    if name == "Muon":  # takes matrices only
+        with pytest.raises(fedtune.UsageError, match="Muon"):
+            fedopt(name, 0.01)
         return
+    step = fedopt(name, 0.01, tuple(settings.items())).server[0]
     generator = torch.Generator().manual_seed(0)
     weights = {"w": torch.randn(4, 3, generator=generator), "b": torch.randn(3, generator=generator)}
     updates = [{key: torch.randn(one.shape, generator=generator) for key, one in weights.items()} for _ in range(5)]
@@ -431,7 +428,6 @@ def test_every_optimizer_of_torch_at_the_server_goes_on_where_it_was(
     assert bool(whole.memory["TorchOptimizer"]) == bool(again.memory["TorchOptimizer"])
     for group, tensors in whole.memory["TorchOptimizer"].items():
         assert_equal(tensors, again.memory["TorchOptimizer"][group])
-    assert inspect.isclass(OPTIMIZERS[name])
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "Muon"])

@@ -207,7 +207,7 @@ def scaffolds(option: int, rate: Callable[[int], float] = lambda step: RATE) -> 
                 each = iter(etas)
                 new = world.at(x, t, k)[0]
                 world.seed(t, k)
-                y = world.local(x, k, lambda y, g, k=k, each=each: y - next(each) * (g - c_of[k] + c))
+                y = world.local(x, k, lambda y, g, k=k, c=c, each=each: y - next(each) * (g - c_of[k] + c))
                 new = new if option == 1 else c_of[k] - c + (x - y) / sum(etas)
                 ends, changes = [*ends, y], [*changes, new - c_of[k]]
                 c_of[k] = new
