@@ -298,6 +298,24 @@ def test_scaffolds_control_variate_is_the_mean_of_the_clients_in_a_run(option: i
     assert not bool(control["unused.weight"].any())
 
 
+@pytest.mark.parametrize("lost", [[(2, 1)], [(1, 0), (2, 3), (3, 1)]])
+def test_memories_of_server_and_clients_agree_where_replies_are_lost(lost: list[tuple[int, int]], tmp_path: Path) -> None:
+    """c is the mean of all c_k, and h that of all g_k, whoever was away or lost."""
+    for name, algorithm, factor in (("Control", scaffold(), 1.0), ("Drift", feddyn(0.3), -1 / 0.3)):
+        folder, group = tmp_path / name, {"Control": "control", "Drift": "linear"}[name]
+        state = play(algorithm, folder, 4, lost)[-1].state
+        clients = [MemoryOnDisk(folder / "clients", 4).load(client, 9).get(group, {}) for client in range(4)]
+        for tensor_name, tensor in state.memory[name][name.lower()].items():
+            kept = [one.get(tensor_name, torch.zeros_like(tensor)) for one in clients]
+            torch.testing.assert_close(tensor, factor * sum(kept) / 4, rtol=1e-4, atol=1e-6)
+
+
+def test_q_fedavg_refuses_negative_losses() -> None:
+    with pytest.raises(fedtune.UsageError, match=r"q: got 2\.0; allowed: 0, where a loss is negative"):
+        fit(qfedavg(2.0), Changed(sgd, -1.0))
+    fit(qfedavg(0.0), Changed(sgd, -0.01))
+
+
 # ---------------------------------------------------------------- types, and what draws
 
 
@@ -379,10 +397,10 @@ def test_a_state_of_the_server_is_kept_in_fp32_at_least(tmp_path: Path) -> None:
 
 SETTINGS: dict[str, Sequence[dict[str, Any]]] = {
     "SGD": [{}, {"momentum": 0.9, "nesterov": True}, {"momentum": 0.9, "weight_decay": 0.1, "maximize": False}],
-    "Adam": [{}, {"amsgrad": True}, {"weight_decay": 0.1}],
+    "Adam": [{}, {"amsgrad": True}, {"weight_decay": 0.1}, {"fused": True}, {"foreach": True}],
     "AdamW": [{}, {"amsgrad": True}],
     "RMSprop": [{}, {"centered": True, "momentum": 0.5}],
-    "Adagrad": [{}, {"lr_decay": 0.1, "initial_accumulator_value": 0.1}],
+    "Adagrad": [{"fused": True}, {"lr_decay": 0.1, "initial_accumulator_value": 0.1}],
     "NAdam": [{}, {"decoupled_weight_decay": True, "weight_decay": 0.1}],
     "ASGD": [{}, {"t0": 1.0}],
 }

@@ -81,5 +81,5 @@ class Scaled(ServerStep):
 
 def qfedavg(q: float = 1.0) -> Algorithm:
     """q-FedAvg."""
-    mean = Mean("uniform", update_limit=64.0, other_limit=2.0**30)
+    mean = Mean("uniform", update_limit=2.0**10, other_limit=2.0**30)
     return replace(fedavg("uniform"), client=Fair(q), aggregator=mean, server=(Scaled(),))
