@@ -25,6 +25,17 @@ from fedtune.algorithms.fednova import fednova
 from fedtune.algorithms.fedper import fedper, fedrep
 from fedtune.algorithms.fedprox import fedprox
 from fedtune.algorithms.qfedavg import qfedavg
+from fedtune.algorithms.robust import (
+    CentredClipping,
+    ClippedMean,
+    GeometricMedian,
+    Krum,
+    Median,
+    MultiKrum,
+    NearestMean,
+    Rows,
+    TrimmedMean,
+)
 from fedtune.algorithms.scaffold import scaffold
 from fedtune.algorithms.torch_optim import diloco, fedopt
 from fedtune.federated.memory import MemoryOnDisk
@@ -346,6 +357,44 @@ def judge_norms(world: World) -> Found:
     return x, {k: torch.cat(parts) for k, parts in own.items()}
 
 
+def krum_scores(x: list[Tensor], f: int) -> list[float]:
+    """Of each x_i, the sum of the squared distances to its n - f - 2 nearest others."""
+    n = len(x)
+    return [sum(sorted(float((x[i] - x[j]) @ (x[i] - x[j])) for j in range(n) if j != i)[: n - f - 2]) for i in range(n)]
+
+
+def by_krum(x: list[Tensor], f: int, chosen: int) -> Tensor:
+    scores = krum_scores(x, f)
+    return sum(x[i] for i in sorted(range(len(x)), key=scores.__getitem__)[:chosen]) / chosen
+
+
+def trimmed(x: list[Tensor], f: int) -> Tensor:
+    return torch.stack([sum(sorted(values)[f : len(x) - f]) / (len(x) - 2 * f) for values in zip(*x, strict=True)])
+
+
+def middle(x: list[Tensor], f: int) -> Tensor:
+    return trimmed(x, (len(x) - 1) // 2)
+
+
+def mixed(x: list[Tensor], f: int) -> list[Tensor]:
+    """The mean of its n - f nearest, itself among them, in the place of each."""
+    return [sum(sorted(x, key=lambda other, one=one: float((one - other).norm()))[: len(x) - f]) / (len(x) - f) for one in x]
+
+
+def geometric(x: list[Tensor], f: int) -> Tensor:
+    z = sum(x) / len(x)
+    for _ in range(3000):
+        weights = [1 / max(1e-6, float((one - z).norm())) for one in x]
+        z = sum(w * one for w, one in zip(weights, x, strict=True)) / sum(weights)
+    return z
+
+
+def centred(x: list[Tensor], f: int, v: Tensor, tau: float = 0.8, steps: int = 3) -> Tensor:
+    for _ in range(steps):
+        v = v + sum((one - v) * min(1.0, tau / float((one - v).norm())) for one in x) / len(x)
+    return v
+
+
 # ---------------------------------------------------------------- what is judged
 
 
@@ -473,3 +522,58 @@ def test_an_algorithm_computes_what_a_second_implementation_does(name: str, tmp_
     assert server < 1e-6
     assert clients < 1e-6
     assert moved > 0.01
+
+
+class Side:
+    """Rows as a `Spool` has them, in two blocks."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.clients, self._rows = list(range(len(rows))), rows
+
+    def blocks(self) -> Any:
+        return ((place, self._rows[:, place]) for place in (slice(0, 2), slice(2, self._rows.shape[1])))
+
+
+RULES: dict[str, tuple[Callable[..., Any], Callable[[list[Tensor], int], Tensor]]] = {
+    "median": (lambda f, mix: Median(f, mix), middle),
+    "trimmed mean": (lambda f, mix: TrimmedMean(f, mix), trimmed),
+    "geometric median": (lambda f, mix: GeometricMedian(f, mix, max_steps=3000, tolerance=1e-16), geometric),
+    "krum": (lambda f, mix: Krum(f, mix), lambda x, f: by_krum(x, f, 1)),
+    "multi-krum": (lambda f, mix: MultiKrum(f, mix), lambda x, f: by_krum(x, f, len(x) - f)),
+    "multi-krum of 3": (lambda f, mix: MultiKrum(f, mix, 3), lambda x, f: by_krum(x, f, 3)),
+    "centred clipping": (
+        lambda f, mix: CentredClipping(f, mix, 0.8, 3),
+        lambda x, f: centred(x, f, torch.full_like(x[0], 0.1)),
+    ),
+    "nearest mean": (lambda f, mix: NearestMean(f, mix), lambda x, f: sum(x) / len(x)),
+}
+
+
+@pytest.mark.parametrize("mix", [False, True])
+@pytest.mark.parametrize(("n", "f"), [(7, 1), (8, 2), (9, 3)])
+@pytest.mark.parametrize("name", RULES)
+def test_a_robust_rule_computes_what_a_second_implementation_does(name: str, n: int, f: int, mix: bool) -> None:
+    make, judge = RULES[name]
+    rows = torch.randn(n, 5, generator=torch.Generator().manual_seed(10 * n + f), dtype=torch.float64)
+    rows[:f] *= 5
+    given = Rows(Side(rows))  # type: ignore[arg-type]
+    if mix:
+        given.mix(f)
+    found = make(f, mix).combine(given, torch.full((5,), 0.1, dtype=torch.float64))
+    x = list(rows)
+    torch.testing.assert_close(found, judge(mixed(x, f) if mix else x, f), rtol=0, atol=1e-7 if "geometric" in name else 1e-12)
+
+
+def test_clipped_means_are_cut_to_their_length(tmp_path: Path) -> None:
+    def judge(world: World) -> Tensor:
+        x = world.start
+        for t, cohort, p in world.rounds():
+            updates = {}
+            for k in cohort:
+                world.seed(t, k)
+                updates[k] = world.local(x, k, sgd) - x
+            x = x + sum(p[k] * clipped(updates[k], 0.6) for k in cohort)
+        return x
+
+    cohorts, weights, _, _ = ours(lambda: replace(fedavg(), aggregator=ClippedMean(0.6)), tmp_path / "run")
+    assert float((flat(weights) - judge(World(cohorts))).abs().max()) < 1e-6
