@@ -554,14 +554,19 @@ RULES: dict[str, tuple[Callable[..., Any], Callable[[list[Tensor], int], Tensor]
 @pytest.mark.parametrize("name", RULES)
 def test_a_robust_rule_computes_what_a_second_implementation_does(name: str, n: int, f: int, mix: bool) -> None:
     make, judge = RULES[name]
-    rows = torch.randn(n, 5, generator=torch.Generator().manual_seed(10 * n + f), dtype=torch.float64)
-    rows[:f] *= 5
-    given = Rows(Side(rows))  # type: ignore[arg-type]
-    if mix:
-        given.mix(f)
-    found = make(f, mix).combine(given, torch.full((5,), 0.1, dtype=torch.float64))
-    x = list(rows)
-    torch.testing.assert_close(found, judge(mixed(x, f) if mix else x, f), rtol=0, atol=1e-7 if "geometric" in name else 1e-12)
+    slow = name == "geometric median"
+    for seed in range(2 if slow else 20):
+        rows = torch.randn(n, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        rows[:f] *= 1.5
+        given, x = Rows(Side(rows)), list(rows)  # type: ignore[arg-type]
+        if mix:
+            given.mix(f)
+            x = mixed(x, f)
+        scores = sorted(krum_scores(x, f))
+        if "krum" in name and scores[-1] - scores[0] < 1e-9:
+            continue  # all as good as each other, so that a rounding chooses
+        found = make(f, mix).combine(given, torch.full((5,), 0.1, dtype=torch.float64))
+        torch.testing.assert_close(found, judge(x, f), rtol=0, atol=1e-7 if slow else 1e-12)
 
 
 def test_clipped_means_are_cut_to_their_length(tmp_path: Path) -> None:
