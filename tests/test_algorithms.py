@@ -40,12 +40,14 @@ from fedtune.algorithms.scaffold import scaffold
 from fedtune.algorithms.specification import algorithm_of, specification_of
 from fedtune.algorithms.torch_optim import diloco, fedopt
 from fedtune.federated.client import Client, ClientUpdate
+from fedtune.federated.memory import MemoryOnDisk
 from fedtune.federated.messages import Context
-from fedtune.federated.parts import Algorithm, ServerStep
-from fedtune.tensors import Groups, num_bytes, snapshot, travelling
+from fedtune.federated.parts import Aggregator, Algorithm, ServerStep
+from fedtune.tensors import Groups, joined, num_bytes, snapshot, travelling
 from fedtune.testing import TinyData, TinyModule, check_algorithm, play
 
 Make = Callable[..., Any]
+HEAD = ("network.4.*",)
 UNIFORM = {"name": "fedavg", "weighting": "uniform"}
 CASES: dict[str, tuple[Algorithm, Algorithm | None, Any]] = {
     "fedavg": (fedavg(), fedavg(), "fedavg"),
@@ -85,6 +87,41 @@ CASES: dict[str, tuple[Algorithm, Algorithm | None, Any]] = {
 def test_what_every_algorithm_holds(name: str, tmp_path: Path) -> None:
     algorithm, neutral, like = CASES[name]
     check_algorithm(algorithm, tmp_path, neutral, like)
+
+
+MADE = {name: (make(HEAD) if name in ("fedper", "fedrep") else make()) for name, make in ALGORITHMS.items()}
+RULES = {name: part for name, part in fedtune.ALGORITHM_PARTS.items() if issubclass(part, Aggregator)}
+SEVERAL_GROUPS, UNIFORM_ONLY = ("scaffold", "fednova", "qfedavg"), ("scaffold", "feddyn", "qfedavg")
+REFUSED = {(name, rule) for name in SEVERAL_GROUPS for rule in RULES if rule != "Mean"} | {
+    (name, rule)
+    for name in UNIFORM_ONLY
+    for rule in ("Mean", "ClippedMean")  # by default weighted by examples
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_an_algorithm_with_another_aggregator_is_refused_or_holds_it_too(rule: str, tmp_path: Path) -> None:
+    aggregator = RULES[rule]()
+    if hasattr(aggregator, "num_malicious"):
+        aggregator = replace(aggregator, num_malicious=0)
+    for name, algorithm in MADE.items():
+        if (name, rule) in REFUSED:
+            with pytest.raises(
+                fedtune.UsageError, match=rf"algorithm\.aggregator.*allowed: for {type(algorithm.client).__name__}"
+            ):
+                replace(algorithm, aggregator=aggregator)
+            continue
+        algorithm, folder = replace(algorithm, aggregator=aggregator), tmp_path / name
+        whole = play(algorithm, folder / "whole", 2)[-1].state
+        play(algorithm, folder / "other", 1, reverse=True)
+        other = play(algorithm, folder / "other", 2, reverse=True)[-1].state
+        assert_equal(whole.weights, other.weights)
+        for step, groups in whole.memory.items():
+            for group, tensors in groups.items():
+                assert_equal(tensors, other.memory[step][group])
+        for client in range(TinyData.num_clients):
+            one, two = (MemoryOnDisk(folder / kind / "clients", 4).load(client, 9) for kind in ("whole", "other"))
+            assert_equal(joined(one), joined(two))
 
 
 def test_every_registered_algorithm_is_checked_above() -> None:

@@ -33,7 +33,7 @@ class Beside(ClientUpdate):
 
     strength: float = 0.1
     epochs: int = 0
-    personal: ClassVar[bool] = True
+    personal: ClassVar[str | None] = "model"
 
     def __post_init__(self) -> None:
         if not self.strength >= 0:

@@ -16,7 +16,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from fedtune.algorithms.fedavg import fedavg
+from fedtune.algorithms.fedavg import Mean, fedavg
 from fedtune.errors import UsageError
 from fedtune.federated.client import Client, ClientUpdate
 from fedtune.federated.messages import Context
@@ -80,15 +80,14 @@ class Normalised(ClientUpdate):
             for name, gradient, weight in zip(names, gradients, weights, strict=True):
                 if self.mu and paths[name].length:
                     gradient.add_(weight, alpha=self.mu).sub_(client.server[name], alpha=self.mu)
-                paths[name].step(settings[name]["lr"] / unit, **{key: settings[name][key] for key in _SETTINGS})
+                paths[name].step(settings[name]["lr"], **{key: settings[name][key] for key in _SETTINGS})
 
         client.train(correct=correct)
-        update = client.update()
+        update, lengths = client.update(), {name: path.length / unit for name, path in paths.items()}
         for name, tensor in update.items():
-            if paths[name].length:
-                tensor.div_(paths[name].length)
-        lengths = {name: torch.tensor(path.length, dtype=torch.float64) for name, path in paths.items()}
-        return {"update": update, "lengths": lengths}
+            if lengths[name]:
+                tensor.div_(lengths[name])
+        return {"update": update, "lengths": {name: torch.tensor(one, dtype=torch.float64) for name, one in lengths.items()}}
 
 
 @final
@@ -107,4 +106,5 @@ class Rescaled(ServerStep):
 
 def fednova(mu: float = 0.0, weighting: str = "examples") -> Algorithm:
     """FedNova, with a proximal term if mu is not 0."""
-    return replace(fedavg(weighting), client=Normalised(mu), server=(Rescaled(),))
+    mean = Mean(weighting, other_limit=2.0**20)  # as many steps
+    return replace(fedavg(weighting), client=Normalised(mu), aggregator=mean, server=(Rescaled(),))

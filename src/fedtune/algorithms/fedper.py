@@ -29,7 +29,7 @@ class InTurn(ClientUpdate):
     """
 
     own_epochs: int = 1
-    personal: ClassVar[bool] = True
+    personal: ClassVar[str | None] = "part"
 
     def __post_init__(self) -> None:
         at_least("own_epochs", self.own_epochs, 1)

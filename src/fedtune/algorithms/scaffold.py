@@ -74,9 +74,11 @@ class Controlled(ClientUpdate):
             old, by = mine.get(name), offset[name]
             if self.option == 1:
                 new = at_server[name]
-            else:
-                new = tensor / -rates[name] if rates[name] else torch.zeros_like(tensor)
+            elif rates[name]:
+                new = tensor / -rates[name]
                 new = new if by is None else new.sub_(by)
+            else:  # no step says anything of its gradient
+                new = torch.zeros_like(tensor) if old is None else old
             client.memory["control"][name] = new
             change[name] = new if old is None else new - old
         return {"update": update, "control": change}

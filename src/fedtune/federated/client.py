@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -100,8 +100,8 @@ class Client:
 
         Args:
             epochs: local epochs, by default those of the run.
-            correct: called after each backward pass and before gradients are clipped, with the names of the tensors, their
-                gradients (to be changed in place) and the weights.
+            correct: called after each backward pass and before gradients are clipped, with the names of the tensors that
+                travel, their gradients (to be changed in place) and the weights.
             only: which tensors are trained, by their names; by default all that the run trains.
 
         Returns:
@@ -110,6 +110,7 @@ class Client:
         worker, request = self._worker, self.request
         with training_only(worker.training.module, only):
             loader, epochs = worker.data.client_dataloader(request.client), epochs or worker.local_epochs
+            correct = _of_some(correct, self.server) if correct and self.own else correct
             report = train_epochs(worker.training, self._next, loader, epochs, self._where, request.client, correct)
         self._optimisation = None
         self.reports.append(report)
@@ -148,6 +149,7 @@ class Client:
     def _pass(self, gradients: bool) -> tuple[float, Tensors]:
         training, module = self._worker.training, self._worker.training.module
         before = snapshot(buffers(module))
+        training.trainer.at(self.request.position)
         with self.apart("pass"):
             found = one_pass(training, self._worker.data.client_dataloader(self.request.client), self._where, gradients)
         assign_(buffers(module), before)
@@ -195,16 +197,25 @@ class Client:
         return {name: self._pieces for name, group in groups.items() if self._pieces is not None and self._pieces.are(group)}
 
 
+def _of_some(correct: Correction, names: Container[str]) -> Correction:
+    """The correction, of tensors with these names."""
+
+    def of_some(*given: list[Any]) -> None:
+        correct(*map(list, zip(*(one for one in zip(*given, strict=True) if one[0] in names), strict=True)))
+
+    return of_some
+
+
 class ClientUpdate(abc.ABC):
     """What a client does in a round: the part of an algorithm that runs at the client. A frozen dataclass of plain values.
 
-    `makes` names the groups that it sends. `weighting` is "uniform" where all clients must weigh the same. `personal` says
-    whether it keeps a model of the client's own (`Client.keep`).
+    `makes` names the groups that it sends. `weighting` is "uniform" where all clients must weigh the same. `personal` is
+    "model" where it keeps one of the client's own (`Client.keep`), "part" where it works with that which stays with the client.
     """
 
     makes: ClassVar[tuple[str, ...]] = ("update",)
     weighting: ClassVar[str | None] = None
-    personal: ClassVar[bool] = False
+    personal: ClassVar[str | None] = None
 
     @abc.abstractmethod
     def __call__(self, client: Client) -> Groups:

@@ -151,7 +151,7 @@ class MemoryInRam(ClientMemory):
         """Nothing: it is whole, or not there."""
 
     def _read(self, client: int, round: int) -> Groups:
-        return self._kept[client][round]
+        return mapped(self._kept[client][round], lambda _, tensor: tensor.clone())
 
     def _write(self, client: int, round: int, groups: Groups) -> None:
         self._kept.setdefault(client, {})[round] = groups

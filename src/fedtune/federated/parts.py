@@ -142,6 +142,10 @@ class Algorithm:
         wanted, weighting = self.client.weighting, self.aggregator.weighting
         if wanted is not None and weighting != wanted:
             raise UsageError("algorithm.aggregator.weighting", weighting, f"for {client}, {wanted}")
+        keeps = self.client.personal
+        if (keeps == "model" and self.personal) or (keeps == "part" and not self.personal):
+            allowed = "nothing, as its clients keep a whole model" if self.personal else "what stays with each client"
+            raise UsageError("algorithm.personal", list(self.personal), f"for {client}, {allowed}")
         handled = {"update", *(group for step in self.server for group in step.needs)}
         if left := set(sent) - handled:
             steps = ", ".join(names) or "no step"

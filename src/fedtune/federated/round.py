@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from fedtune.errors import RunError
@@ -255,7 +256,7 @@ def _beyond(group: str, pieces: Pieces, limit: float) -> str | None:
 
 
 def _stepped(groups: Groups, state: ServerState, algorithm: Algorithm, context: Context) -> tuple[Groups, dict[str, Groups]]:
-    """The aggregate after all server steps, and what they remember, in the types of the weights."""
+    """The aggregate after all server steps, and what they remember, in the types of the weights, fp32 at least."""
     aggregator = algorithm.aggregator
     memory = {type(aggregator).__name__: {group: groups[group] for group in aggregator.keeps}} if aggregator.keeps else {}
     groups = {group: tensors for group, tensors in groups.items() if group not in aggregator.keeps}
@@ -265,7 +266,9 @@ def _stepped(groups: Groups, state: ServerState, algorithm: Algorithm, context: 
         memory[name] = kept
 
     def as_weights(name: str, tensor: Tensor) -> Tensor:
-        return tensor.to(state.weights[name].dtype) if name in state.weights else tensor
+        if name not in state.weights:
+            return tensor
+        return tensor.to(torch.promote_types(state.weights[name].dtype, torch.float32))
 
     return groups, {name: mapped(kept, as_weights) for name, kept in memory.items()}
 

@@ -178,7 +178,7 @@ class FederatedLoop:
         watch_the_end(training.trainer, directory, run)
         kept = resting(module), getattr(module, "from_files", ())
         directory.begin(ServerState(0, snapshot(travelling(module))), bool(self.baselines), *kept)  # no name keeps the copy
-        personal = bool(self._algorithm.personal) or self._algorithm.client.personal
+        personal = bool(self._algorithm.personal or self._algorithm.client.personal)
         final = self._federated(Rounds(evaluator, progress, directory, self.check_val_every_n_rounds, personal), run)
         training.trainer.at(final.position)
         self._position = final.position
