@@ -17,6 +17,7 @@ from torch import Tensor
 from fedtune.algorithms.fedavg import fedavg
 from fedtune.errors import UsageError
 from fedtune.federated.client import Client, ClientUpdate
+from fedtune.federated.corrections import pull_
 from fedtune.federated.parts import Algorithm
 from fedtune.tensors import Groups
 
@@ -45,8 +46,7 @@ class Beside(ClientUpdate):
         """Train both; send the update of the shared one."""
 
         def correct(names: list[str], gradients: list[Tensor], weights: list[Tensor]) -> None:
-            for name, gradient, weight in zip(names, gradients, weights, strict=True):
-                gradient.add_(weight, alpha=self.strength).sub_(client.server[name], alpha=self.strength)
+            pull_(gradients, weights, [client.server[name] for name in names], self.strength)
 
         client.resume()
         with client.apart("personal"):

@@ -21,6 +21,7 @@ from torch import Tensor
 from fedtune.algorithms.fedavg import fedavg
 from fedtune.errors import UsageError
 from fedtune.federated.client import Client, ClientUpdate
+from fedtune.federated.corrections import Offsets, pull_
 from fedtune.federated.messages import Context
 from fedtune.federated.parts import Algorithm, ServerStep
 from fedtune.tensors import Groups
@@ -45,12 +46,11 @@ class Dynamic(ClientUpdate):
     def __call__(self, client: Client) -> Groups:
         """Train; send the update."""
         linear = client.memory.get("linear", {})
+        offsets = Offsets({name: -tensor for name, tensor in linear.items()})
 
         def correct(names: list[str], gradients: list[Tensor], weights: list[Tensor]) -> None:
-            for name, gradient, weight in zip(names, gradients, weights, strict=True):
-                gradient.add_(weight, alpha=self.alpha).sub_(client.server[name], alpha=self.alpha)
-                if linear:
-                    gradient.sub_(linear[name])
+            pull_(gradients, weights, [client.server[name] for name in names], self.alpha)
+            offsets.add_to_(names, gradients)
 
         client.train(correct=correct if self.alpha else None)
         update = client.update()

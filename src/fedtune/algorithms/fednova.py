@@ -19,6 +19,7 @@ from torch import Tensor
 from fedtune.algorithms.fedavg import Mean, fedavg
 from fedtune.errors import UsageError
 from fedtune.federated.client import Client, ClientUpdate
+from fedtune.federated.corrections import pull_
 from fedtune.federated.messages import Context
 from fedtune.federated.optimisation import sgd_groups
 from fedtune.federated.parts import Algorithm, ServerStep
@@ -77,9 +78,9 @@ class Normalised(ClientUpdate):
 
         def correct(names: list[str], gradients: list[Tensor], weights: list[Tensor]) -> None:
             settings = client.settings
-            for name, gradient, weight in zip(names, gradients, weights, strict=True):
-                if self.mu and paths[name].length:
-                    gradient.add_(weight, alpha=self.mu).sub_(client.server[name], alpha=self.mu)
+            if self.mu:
+                pull_(gradients, weights, [client.server[name] for name in names], self.mu)
+            for name in names:
                 paths[name].step(settings[name]["lr"], **{key: settings[name][key] for key in _SETTINGS})
 
         client.train(correct=correct)

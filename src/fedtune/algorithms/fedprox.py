@@ -16,6 +16,7 @@ from torch import Tensor
 from fedtune.algorithms.fedavg import fedavg
 from fedtune.errors import UsageError
 from fedtune.federated.client import Client, ClientUpdate
+from fedtune.federated.corrections import pull_
 from fedtune.federated.parts import Algorithm
 from fedtune.tensors import Groups
 
@@ -42,8 +43,7 @@ class Proximal(ClientUpdate):
         def correct(names: list[str], gradients: list[Tensor], weights: list[Tensor]) -> None:
             nonlocal moved
             if moved:  # before the first step the client is where the server is
-                for name, gradient, weight in zip(names, gradients, weights, strict=True):
-                    gradient.add_(weight, alpha=self.mu).sub_(client.server[name], alpha=self.mu)
+                pull_(gradients, weights, [client.server[name] for name in names], self.mu)
             moved = True
 
         client.train(correct=correct if self.mu else None)

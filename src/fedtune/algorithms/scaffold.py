@@ -24,6 +24,7 @@ from torch import Tensor
 from fedtune.algorithms.fedavg import fedavg
 from fedtune.errors import UsageError
 from fedtune.federated.client import Client, ClientUpdate
+from fedtune.federated.corrections import Offsets
 from fedtune.federated.messages import Context
 from fedtune.federated.optimisation import sgd_groups
 from fedtune.federated.parts import Algorithm, ServerStep
@@ -57,15 +58,15 @@ class Controlled(ClientUpdate):
             raise UsageError("gradient_clip_val", "a limit", "for SCAFFOLD, none: c_k is read off steps that are not clipped")
         mine, all_ = client.memory.get("control", {}), client.request.groups.get("control", {})
         offset = {name: _difference(all_.get(name), mine.get(name)) for name in client.server}
+        offsets = Offsets({name: tensor for name, tensor in offset.items() if tensor is not None})
         at_server = client.gradient() if self.option == 1 else {}
         rates: defaultdict[str, float] = defaultdict(float)
 
         def correct(names: list[str], gradients: list[Tensor], weights: list[Tensor]) -> None:
             settings = client.settings
-            for name, gradient in zip(names, gradients, strict=True):
+            for name in names:
                 rates[name] += settings[name]["lr"]
-                if (by := offset[name]) is not None:
-                    gradient.add_(by)
+            offsets.add_to_(names, gradients)
 
         client.train(correct=correct)
         update, change = client.update(), Tensors()

@@ -1,0 +1,43 @@
+"""What algorithms add to gradients, in pieces that the caches hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fedtune.federated.pieces import Pieces, blocks
+
+
+@torch.no_grad()
+def pull_(gradients: Sequence[Tensor], weights: Sequence[Tensor], centres: Sequence[Tensor], strength: float) -> None:
+    """Add strength x (weight - centre) to each gradient: the gradient of strength / 2 x the squared distance."""
+    for gradient, weight, centre in zip(gradients, weights, centres, strict=True):
+        if not (gradient.is_contiguous() and weight.is_contiguous() and centre.is_contiguous()):
+            gradient.add_(weight, alpha=strength).sub_(centre, alpha=strength)
+            continue
+        flat = [tensor.view(-1) for tensor in (gradient, weight, centre)]
+        for place in blocks(gradient):
+            own, here, there = (tensor[place] for tensor in flat)
+            own.add_(here, alpha=strength).sub_(there, alpha=strength)
+
+
+class Offsets:
+    """Tensors that are added to gradients, the same in each step; rows of zeros of tall matrices are left out."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._pieces = {name: Pieces({name: tensor}) for name, tensor in tensors.items()}
+
+    @torch.no_grad()
+    def add_to_(self, names: Sequence[str], gradients: Sequence[Tensor]) -> None:
+        """Add those that there are, by name."""
+        for name, gradient in zip(names, gradients, strict=True):
+            for _, place, values in self._pieces.get(name, ()):
+                if not isinstance(place, slice):
+                    gradient.index_add_(0, place, values)
+                elif gradient.is_contiguous():
+                    gradient.view(-1)[place].add_(values)
+                else:
+                    gradient.add_(self._pieces[name].tensors[name])
+                    break
