@@ -6,7 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from fedtune.errors import UsageError, at_least, one_of
+from fedtune.errors import UsageError, at_least, one_of, shown
+from fedtune.federated.parts import Aggregator
 from fedtune.runs.baselines import BASELINES
 from fedtune.runs.options import RunOptions
 from fedtune.storage.summary import MODES
@@ -69,6 +70,18 @@ def check_data(loop: Any, data: Any) -> None:
         raise UsageError("evaluate_on", loop.evaluate_on, "test, with evaluation by clients")
     if loop.clients_per_round is not None and loop.clients_per_round > data.num_clients:
         raise UsageError("clients_per_round", loop.clients_per_round, f"at most num_clients, {data.num_clients}")
+
+
+def check_cohort(loop: Any, aggregator: Aggregator, num_clients: int) -> None:
+    """Raise `UsageError` for cohorts that are smaller than what the aggregator or `min_clients` needs."""
+    size, least, fewest = loop.clients_per_round or num_clients, aggregator.least, loop.options.min_clients
+    allowed = f"{least} or more, which {shown(aggregator)} needs"
+    if size < least:
+        raise UsageError("num_clients" if loop.clients_per_round is None else "clients_per_round", size, allowed)
+    if fewest is not None and fewest < least:
+        raise UsageError("options.min_clients", fewest, allowed)
+    if fewest is not None and fewest > size:
+        raise UsageError("options.min_clients", fewest, f"at most the number of clients in a round, {size}")
 
 
 def _whole(name: str, value: Any, least: int) -> None:

@@ -23,7 +23,7 @@ from fedtune.federated.round import RoundOptions, run_round
 from fedtune.federated.state import RoundResult, ServerState
 from fedtune.federated.still import Still
 from fedtune.federated.trainer import check_module
-from fedtune.runs.arguments import check_arguments, check_data
+from fedtune.runs.arguments import check_arguments, check_cohort, check_data
 from fedtune.runs.baselines import BASELINES, Baselines
 from fedtune.runs.callbacks import FederatedCallback, MonitorCheck, Run, exceptions_reported
 from fedtune.runs.counterparts import check_callbacks
@@ -139,13 +139,14 @@ class FederatedLoop:
             one record a round, those before a resume included.
 
         Raises:
-            UsageError: the data lack one of these, the cohort is larger than `num_clients`, `run_dir` cannot be used, or the
-                module needs what only a `Trainer` does.
+            UsageError: the data lack one of these, the cohort is larger than `num_clients` or smaller than the algorithm needs,
+                `run_dir` cannot be used, or the module needs what only a `Trainer` does.
             RunError: the run had to stop; every complete round is kept.
         """
         data, progress = given(data, datamodule), Progress(self.options.progress)
         check_module(module, data)
         check_data(self, data)
+        check_cohort(self, self._algorithm.aggregator, data.num_clients)
         run = self._new_run(module, data, progress)
         with (
             locked(self.run_dir),
