@@ -29,7 +29,13 @@ from fedtune.storage.config import KEPT, fingerprint, without
 
 SECTIONS = ("data", "model", "loop")
 _WHOLE = ("iid", "by_label", "by_author", "dirichlet")  # splits that give a single client all texts, in one order
-_FLAGS = {"data.model": "model.name", "model.model": "model.name", "loop.run_dir": "run_dir", "loop.logger": "logger"}
+_FLAGS = {
+    "data.model": "model.name",
+    "model.model": "model.name",
+    "loop.run_dir": "run_dir",
+    "loop.logger": "logger",
+    "loop.num_clients": "data.num_clients",
+}
 
 
 def add_run_arguments(run: Parser) -> None:

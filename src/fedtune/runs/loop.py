@@ -23,7 +23,7 @@ from fedtune.federated.round import RoundOptions, run_round
 from fedtune.federated.state import RoundResult, ServerState
 from fedtune.federated.still import Still
 from fedtune.federated.trainer import check_module
-from fedtune.runs.arguments import check_arguments, check_cohort, check_data
+from fedtune.runs.arguments import check_arguments, check_data
 from fedtune.runs.baselines import BASELINES, Baselines
 from fedtune.runs.callbacks import FederatedCallback, MonitorCheck, Run, exceptions_reported
 from fedtune.runs.counterparts import check_callbacks
@@ -146,7 +146,6 @@ class FederatedLoop:
         data, progress = given(data, datamodule), Progress(self.options.progress)
         check_module(module, data)
         check_data(self, data)
-        check_cohort(self, self._algorithm.aggregator, data.num_clients)
         run = self._new_run(module, data, progress)
         with (
             locked(self.run_dir),
