@@ -119,7 +119,10 @@ def _middle(rows: Rows, dropped: int) -> Tensor:
 @final
 @dataclass(frozen=True)
 class NearestMean(_Robust):
-    """The mean of the updates, after nearest neighbour mixing."""
+    """The mean of the updates, after nearest neighbour mixing: lies count less, but one that is far away still moves it far.
+
+    Against those take another rule, with `mix`.
+    """
 
     mix: bool = True
 

@@ -197,6 +197,8 @@ def fit(arguments: Mapping[str, Mapping[str, Any]], **where: Any) -> FederatedLo
         loop = FederatedLoop(**{**arguments["loop"], "options": options}, **where)
     with flags("data"):
         data = FederatedDataModule(**arguments["data"], model=model["name"])
+    with flags("loop"):
+        check_data(loop, data)
     name = model.pop("name")
     with flags("model"):
         check_classifier(name, model)  # first what is cheap: reading and tokenising texts can take minutes
