@@ -259,7 +259,7 @@ def assert_is_geometric_median(rows: Array, point: Array) -> None:
     assert pull <= at.sum() + 1e-5
 
 
-@pytest.mark.parametrize(("n", "f", "d"), SIZES)
+@pytest.mark.parametrize(("n", "f", "d"), [*SIZES, (41, 20, 3)])
 @pytest.mark.parametrize("attack", ["sign flip", "ALIE", "IPM", "far", None])
 def test_the_geometric_median_is_the_least_sum_of_distances(attack: str | None, n: int, f: int, d: int) -> None:
     rows = cloud(4, n, d) if attack is None else attacked(cloud(4, n - f, d), f, attack)

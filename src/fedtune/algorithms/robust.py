@@ -251,15 +251,14 @@ class CentredClipping(_Robust):
 
     def combine(self, rows: Rows, last: Tensor | None = None) -> Tensor:
         """(d,)."""
-        centre = torch.zeros_like(rows.empty()) if last is None else last
+        centre = rows.empty().zero_() if last is None else last.clone()
         for _ in range(self.steps):
-            squares, moved = torch.zeros(len(rows), dtype=torch.float64), rows.empty()
+            squares = torch.zeros(len(rows), dtype=torch.float64)
             for place, values in rows.blocks():
                 squares += torch.linalg.vector_norm(values - centre[place], dim=1).square_()
-            factors = (self.tau / squares.sqrt_().clamp_(min=self.tau)) / len(rows)
+            factors = self.tau / squares.sqrt_().clamp_(min=self.tau) / len(rows)
             for place, values in rows.blocks():
-                torch.mv((values - centre[place]).T, factors, out=moved[place])
-            centre = centre + moved
+                centre[place] += factors @ (values - centre[place])
         return centre
 
 
