@@ -149,7 +149,7 @@ class GeometricMedian(_Robust):
     tolerance: float = 1e-12
 
     def __post_init__(self) -> None:
-        at_least("num_malicious", self.num_malicious, 0)
+        super().__post_init__()
         at_least("max_steps", self.max_steps, 1)
         for name in ("nu", "tolerance"):
             if not getattr(self, name) > 0:
@@ -216,7 +216,7 @@ class MultiKrum(_ByScore):
     chosen: int = 0
 
     def __post_init__(self) -> None:
-        at_least("num_malicious", self.num_malicious, 0)
+        super().__post_init__()
         at_least("chosen", self.chosen, 0)
 
     @property
@@ -244,7 +244,7 @@ class CentredClipping(_Robust):
     keeps: ClassVar[tuple[str, ...]] = ("last",)
 
     def __post_init__(self) -> None:
-        at_least("num_malicious", self.num_malicious, 0)
+        super().__post_init__()
         at_least("steps", self.steps, 1)
         if not self.tau > 0:
             raise UsageError("tau", self.tau, "a number above 0")
