@@ -18,12 +18,14 @@ help: ## print this list
 
 install: $(STAMP) ## make .venv with the exact versions of constraints.txt
 
-# torch comes first and pinned: an open range would fetch another build
+# torch comes first and pinned: an open range would fetch another build; byzfl, a judge of tests, without its torchvision, which
+# fits one build of torch alone
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fedtune needs Python 3.11 or newer, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps byzfl
 	@touch $(STAMP)
 
 demo: $(STAMP) ## federated against centralised and local training, on embedded real text, in a few minutes

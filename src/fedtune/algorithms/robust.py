@@ -8,8 +8,9 @@
     ClippedMean            Sun et al. 2019, "Can You Really Backdoor Federated Learning?" (norm thresholding)
 
 Legend: n updates x_i of d elements, f of them of clients that may lie. Distances come from the inner products of all pairs of
-updates, in fp64, less their mean; so what needs distances needs one pass over the updates and one to make the result.
-Buffers (of batch norms) are averaged as ever, which a liar can use.
+updates, in fp64; so what needs distances needs one pass over the updates and one to make the result. Rows are in the order of
+client numbers, so that of equal ones the lowest number comes first. Buffers (of batch norms) are averaged as ever, which a liar
+can use.
 """
 
 from __future__ import annotations
@@ -20,57 +21,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fedtune.errors import UsageError, at_least, one_of
 from fedtune.federated.messages import Context, Reply
 from fedtune.federated.parts import Aggregator, Runtime
+from fedtune.federated.rows import Rows
 from fedtune.federated.spool import Spool
 from fedtune.federated.state import ServerState
 from fedtune.federated.sums import ExactSum
 from fedtune.tensors import Groups
-
-
-class Rows:
-    """(n, d) updates, of which `blocks` gives columns; after `mix`, means of some of them."""
-
-    def __init__(self, spool: Spool) -> None:
-        self._spool = spool
-        self._gram: Tensor | None = None
-        self._mixing: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self._spool.clients)
-
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Columns, and their (n, columns) fp64 values."""
-        for place, values in self._spool.blocks():
-            yield place, values if self._mixing is None else self._mixing @ values
-
-    def gram(self) -> Tensor:
-        """(n, n) inner products of the updates less their mean."""
-        if self._gram is None:
-            self._gram = torch.zeros(len(self), len(self), dtype=torch.float64)
-            for _, values in self._spool.blocks():
-                values = values - values.mean(0)
-                self._gram += values @ values.T
-        return self._gram if self._mixing is None else self._mixing @ self._gram @ self._mixing.T
-
-    def squared_distances(self) -> Tensor:
-        """(n, n)."""
-        gram = self.gram()
-        squares = gram.diagonal()
-        return (squares[:, None] + squares[None] - 2 * gram).clamp_(min=0)
-
-    def mix(self, f: int) -> None:
-        """Put the mean of its n - f nearest (itself among them) in the place of each."""
-        nearest = self.squared_distances().argsort(dim=1, stable=True)[:, : len(self) - f]
-        self._mixing = torch.zeros(len(self), len(self), dtype=torch.float64).scatter_(1, nearest, 1 / nearest.shape[1])
-
-    def weighted(self, weights: Tensor) -> Tensor:
-        """(d,) the sum of the updates, weighted by (n,)."""
-        return torch.cat([weights @ values for _, values in self.blocks()])
 
 
 @dataclass(frozen=True)
@@ -99,7 +61,7 @@ class _Robust(Aggregator):
         with Spool(runtime, len(context.cohort)) as spool:
             for reply in replies:
                 spool.add(reply.client, reply.groups["update"])
-            spool.close()
+            spool.complete()
             rows = Rows(spool)
             if self.mix:
                 rows.mix(self.num_malicious)
@@ -147,17 +109,20 @@ class TrimmedMean(_Robust):
 
 def _middle(rows: Rows, dropped: int) -> Tensor:
     """(d,) the mean of each element without so many values on either side."""
-    found = []
-    for _, values in rows.blocks():
-        ordered = values.T.contiguous().sort(1).values
-        found.append(ordered[:, dropped : len(rows) - dropped].mean(1))
-    return torch.cat(found)
+    found = rows.empty()
+    for place, values in rows.blocks():
+        kept = np.sort(values.numpy(), axis=0)[dropped : len(rows) - dropped]  # ten times as fast as torch's
+        torch.mean(torch.from_numpy(kept), 0, dtype=torch.float64, out=found[place])
+    return found
 
 
 @final
 @dataclass(frozen=True)
 class NearestMean(_Robust):
-    """The mean of the updates, after nearest neighbour mixing."""
+    """The mean of the updates, after nearest neighbour mixing: lies count less, but one that is far away still moves it far.
+
+    Against those take another rule, with `mix`.
+    """
 
     mix: bool = True
 
@@ -171,10 +136,12 @@ class NearestMean(_Robust):
 class GeometricMedian(_Robust):
     """The point with the least sum of distances to the updates: z <- sum x_i / max(nu, |x_i - z|), over the sum of 1 / max(.).
 
+    It starts at the mean of the half of the updates that is nearest to the one with the least sum of distances.
+
     Args:
         nu: smoothing: distances below it count as it.
-        max_steps: at most so many steps from the mean.
-        tolerance: no more steps once the sum of distances changes by less than this part of it.
+        max_steps: at most so many steps.
+        tolerance: no more steps once no weight of an update changes by more than this part of it.
     """
 
     nu: float = 1e-6
@@ -182,7 +149,7 @@ class GeometricMedian(_Robust):
     tolerance: float = 1e-12
 
     def __post_init__(self) -> None:
-        at_least("num_malicious", self.num_malicious, 0)
+        super().__post_init__()
         at_least("max_steps", self.max_steps, 1)
         for name in ("nu", "tolerance"):
             if not getattr(self, name) > 0:
@@ -190,15 +157,14 @@ class GeometricMedian(_Robust):
 
     def combine(self, rows: Rows, last: Tensor | None = None) -> Tensor:
         """(d,)."""
-        gram, before = rows.gram(), math.inf
-        weights = torch.full((len(rows),), 1 / len(rows), dtype=torch.float64)
+        distances, gram, half = rows.squared_distances().sqrt_(), rows.gram(), len(rows) // 2 + 1
+        nearest = distances[distances.sum(1).argmin()].argsort(stable=True)[:half]
+        weights = torch.zeros(len(rows), dtype=torch.float64).index_fill_(0, nearest, 1 / half)
         for _ in range(self.max_steps):
-            distances = _distances(gram, weights)
-            weights = 1 / distances.clamp(min=self.nu)
+            before, weights = weights, 1 / _distances(gram, weights).clamp(min=self.nu)
             weights /= weights.sum()
-            if before - distances.sum() <= self.tolerance * distances.sum():
+            if bool(((weights - before).abs() <= self.tolerance * weights).all()):
                 break
-            before = float(distances.sum())
         return rows.weighted(weights)
 
 
@@ -244,19 +210,23 @@ class MultiKrum(_ByScore):
     """The mean of the updates with the least scores.
 
     Args:
-        chosen: how many, at most n - f; 0: n - f.
+        chosen: m, how many, at most n - f; 0: n - f.
     """
 
     chosen: int = 0
 
     def __post_init__(self) -> None:
-        at_least("num_malicious", self.num_malicious, 0)
+        super().__post_init__()
         at_least("chosen", self.chosen, 0)
+
+    @property
+    def least(self) -> int:  # type: ignore[override]
+        """2 f + 3, and m + f."""
+        return max(2 * self.num_malicious + 3, self.chosen + self.num_malicious)
 
     def combine(self, rows: Rows, last: Tensor | None = None) -> Tensor:
         """(d,)."""
-        most = len(rows) - self.num_malicious
-        return self.mean_of(rows, self.best(rows, min(self.chosen or most, most)))
+        return self.mean_of(rows, self.best(rows, self.chosen or len(rows) - self.num_malicious))
 
 
 @final
@@ -274,22 +244,22 @@ class CentredClipping(_Robust):
     keeps: ClassVar[tuple[str, ...]] = ("last",)
 
     def __post_init__(self) -> None:
-        at_least("num_malicious", self.num_malicious, 0)
+        super().__post_init__()
         at_least("steps", self.steps, 1)
         if not self.tau > 0:
             raise UsageError("tau", self.tau, "a number above 0")
 
     def combine(self, rows: Rows, last: Tensor | None = None) -> Tensor:
         """(d,)."""
-        centre = last
+        centre = rows.empty().zero_() if last is None else last.clone()
         for _ in range(self.steps):
             squares = torch.zeros(len(rows), dtype=torch.float64)
             for place, values in rows.blocks():
-                squares += (values if centre is None else values - centre[place]).square().sum(1)
-            factors = (self.tau / squares.sqrt().clamp(min=1e-300)).clamp(max=1) / len(rows)
-            moved = [factors @ (values if centre is None else values - centre[place]) for place, values in rows.blocks()]
-            centre = torch.cat(moved) if centre is None else centre + torch.cat(moved)
-        return torch.as_tensor(centre)
+                squares += torch.linalg.vector_norm(values - centre[place], dim=1).square_()
+            factors = self.tau / squares.sqrt_().clamp_(min=self.tau) / len(rows)
+            for place, values in rows.blocks():
+                centre[place] += factors @ (values - centre[place])
+        return centre
 
 
 @final
@@ -314,7 +284,7 @@ class ClippedMean(Aggregator):
 
     def __call__(self, replies: Iterator[Reply], state: ServerState, context: Context, runtime: Runtime) -> Groups:
         """Cut and add up."""
-        within = 2.0 ** math.ceil(math.log2(self.most))
+        within = 2.0 ** (math.ceil(math.log2(self.most)) + 1)  # lengths are rounded
         sums = ExactSum(lambda _: within, context.max_weight if self.weighting == "examples" else context.num_clients)
         for reply in replies:
             length = reply.pieces["update"].length

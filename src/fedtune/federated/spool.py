@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 
 import numpy as np
@@ -15,7 +15,7 @@ from fedtune.errors import RunError
 from fedtune.federated.parts import Runtime
 from fedtune.tensors import Tensors
 
-_BLOCK = 2**22  # elements of a block of all clients
+_BLOCK = 2**20  # elements of a block of all clients: the caches hold it
 
 
 class Spool:
@@ -23,17 +23,20 @@ class Spool:
 
     Legend: n clients of all workers, d elements of an update.
 
+    The file is in the folder for temporary files (TMPDIR).
+
     Args:
         runtime: whose workers have the other rows.
         most: the most rows, to know in time whether the disk has room.
 
-    The file is in the folder for temporary files (TMPDIR).
+    Attributes:
+        clients: (n,) the numbers of the clients, ascending, once all rows are there; rows are in this order.
     """
 
     def __init__(self, runtime: Runtime, most: int) -> None:
         self._runtime, self._most = runtime, most
         self._file = tempfile.TemporaryFile(prefix="fedtune-")  # noqa: SIM115 - closed by __exit__
-        self._mine: list[int] = []
+        self._rows: dict[int, int] = {}  # of this worker's clients, in the file
         self._like: dict[str, tuple[torch.Size, torch.device]] = {}
         self._type: np.dtype[np.floating] = np.dtype(np.float32)
         self.clients: list[int] = []
@@ -65,31 +68,43 @@ class Spool:
                     f"the updates of {self._most:,} clients take {needed / 1e9:,.1f} GB side by side; "
                     f"{tempfile.gettempdir()} has {free / 1e9:,.1f} GB left (TMPDIR names another folder)"
                 )
-        for name in self._like:
-            values = update[name].detach().cpu().contiguous().view(-1).numpy()
-            self._file.write(values.astype(self._type, copy=False).data)
-        self._mine.append(client)
+        exact = torch.float64 if self._type == np.float64 else torch.float32
+        try:
+            for name in self._like:
+                self._file.write(update[name].detach().to("cpu", exact).contiguous().view(-1).numpy().data)
+        except OSError as error:
+            raise RunError(f"the update of client {client} cannot be kept in {tempfile.gettempdir()}: {error}") from error
+        self._rows[client] = len(self._rows)
 
-    def close(self) -> None:
+    def complete(self) -> None:
         """All rows are there."""
         self._file.flush()
-        self.clients = sorted(self._runtime.gather(self._mine))
+        self.clients = sorted(self._runtime.gather(list(self._rows)))
         known = [one for one in self._runtime.gather([self._like]) if one]
         self._like = known[0] if known else {}
 
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Columns and their (n, columns) fp64 values, row by row in the order of `clients`."""
-        columns = max(1, _BLOCK // max(1, len(self.clients)))
+    def blocks(self, rows: Sequence[int] | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """Columns, and the (n, columns) values there, fp32 or fp64 as they came; of some rows, or of all of them."""
+        clients = self.clients if rows is None else [self.clients[row] for row in rows]
+        mine = [client for client in clients if client in self._rows]
+        columns = max(1, _BLOCK // max(1, len(clients)))
         for start in range(0, self.width, columns):
             place = slice(start, min(start + columns, self.width))
-            mine = [(client, self._part(row, place)) for row, client in enumerate(self._mine)]
-            everyone = dict(self._runtime.gather(mine))
-            yield place, torch.from_numpy(np.stack([everyone[client] for client in self.clients]).astype(np.float64))
+            parts = self._runtime.gather([(mine, self._read(mine, place))])
+            if len(parts) > 1:
+                row_of = {client: row for part, values in parts for client, row in zip(part, values, strict=True)}
+                yield place, torch.from_numpy(np.stack([row_of[client] for client in clients]))
+            else:
+                yield place, torch.from_numpy(parts[0][1])
 
-    def _part(self, row: int, place: slice) -> np.ndarray[tuple[int], np.dtype[np.floating]]:
-        size = self._type.itemsize
-        self._file.seek((row * self.width + place.start) * size)
-        return np.frombuffer(self._file.read((place.stop - place.start) * size), dtype=self._type)
+    def _read(self, clients: list[int], place: slice) -> np.ndarray[tuple[int, int], np.dtype[np.floating]]:
+        """(clients, columns) of this worker's rows."""
+        values = np.empty((len(clients), place.stop - place.start), dtype=self._type)
+        for client, row in zip(clients, values, strict=True):
+            self._file.seek((self._rows[client] * self.width + place.start) * self._type.itemsize)
+            if self._file.readinto(row.data) != row.nbytes:
+                raise RunError(f"the updates in {tempfile.gettempdir()} cannot be read back")
+        return values
 
     def flat(self, update: Tensors) -> Tensor:
         """(d,) fp64 values of an update, as rows have them."""

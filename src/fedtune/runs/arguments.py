@@ -6,7 +6,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from fedtune.errors import UsageError, at_least, one_of
+from fedtune.algorithms.specification import algorithm_of
+from fedtune.errors import UsageError, at_least, one_of, shown
+from fedtune.federated.parts import Aggregator
 from fedtune.runs.baselines import BASELINES
 from fedtune.runs.options import RunOptions
 from fedtune.runtimes.faulty import check_clients, faults_of
@@ -59,7 +61,7 @@ def check_arguments(loop: Any) -> None:
 
 
 def check_data(loop: Any, data: Any) -> None:
-    """Raise `UsageError` for data that lack what a run needs."""
+    """Raise `UsageError` for data that lack what a run needs, in number of clients, too."""
     needed = ["client_dataloader", "num_clients", "val_dataloader"]
     needed += ["client_test_dataloader"] if loop.options.evaluation == "clients" else []
     needed += ["train_dataloader"] if "centralised" in loop.baselines else []
@@ -71,6 +73,19 @@ def check_data(loop: Any, data: Any) -> None:
     if loop.clients_per_round is not None and loop.clients_per_round > data.num_clients:
         raise UsageError("clients_per_round", loop.clients_per_round, f"at most num_clients, {data.num_clients}")
     check_clients(faults_of(loop.faults), data.num_clients)
+
+    _check_cohort(loop, algorithm_of(loop.algorithm).aggregator, data.num_clients)
+
+
+def _check_cohort(loop: Any, aggregator: Aggregator, num_clients: int) -> None:
+    size, least, fewest = loop.clients_per_round or num_clients, aggregator.least, loop.options.min_clients
+    allowed = f"{least} or more, which {shown(aggregator)} needs"
+    if size < least:
+        raise UsageError("num_clients" if loop.clients_per_round is None else "clients_per_round", size, allowed)
+    if fewest is not None and fewest < least:
+        raise UsageError("options.min_clients", fewest, allowed)
+    if fewest is not None and fewest > size:
+        raise UsageError("options.min_clients", fewest, f"at most the number of clients in a round, {size}")
 
 
 def _whole(name: str, value: Any, least: int) -> None:

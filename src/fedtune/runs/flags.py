@@ -29,7 +29,13 @@ from fedtune.runtimes.faulty import faults_of, plain_faults
 from fedtune.storage.config import KEPT, fingerprint, settled, without
 
 SECTIONS = ("data", "model", "loop")
-_FLAGS = {"data.model": "model.name", "model.model": "model.name", "loop.run_dir": "run_dir", "loop.logger": "logger"}
+_FLAGS = {
+    "data.model": "model.name",
+    "model.model": "model.name",
+    "loop.run_dir": "run_dir",
+    "loop.logger": "logger",
+    "loop.num_clients": "data.num_clients",
+}
 
 
 def add_run_arguments(run: Parser) -> None:
@@ -194,6 +200,8 @@ def fit(arguments: Mapping[str, Mapping[str, Any]], **where: Any) -> FederatedLo
         loop = FederatedLoop(**{**arguments["loop"], "options": options}, **where)
     with flags("data"):
         data = FederatedDataModule(**arguments["data"], model=model["name"])
+    with flags("loop"):
+        check_data(loop, data)
     name = model.pop("name")
     with flags("model"):
         check_classifier(name, model)  # first what is cheap: reading and tokenising texts can take minutes

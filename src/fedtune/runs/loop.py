@@ -142,8 +142,8 @@ class FederatedLoop:
             one record a round, those before a resume included.
 
         Raises:
-            UsageError: the data lack one of these, the cohort is larger than `num_clients`, `run_dir` cannot be used, or the
-                module needs what only a `Trainer` does.
+            UsageError: the data lack one of these, the cohort is larger than `num_clients` or smaller than the algorithm needs,
+                `run_dir` cannot be used, or the module needs what only a `Trainer` does.
             RunError: the run had to stop; every complete round is kept.
         """
         data, progress = given(data, datamodule), Progress(self.options.progress)
