@@ -33,13 +33,15 @@ from fedtune.algorithms.robust import (
     Median,
     MultiKrum,
     NearestMean,
-    Rows,
     TrimmedMean,
 )
 from fedtune.algorithms.scaffold import scaffold
 from fedtune.algorithms.torch_optim import diloco, fedopt
 from fedtune.federated.memory import MemoryOnDisk
+from fedtune.federated.rows import Rows
+from fedtune.federated.spool import Spool
 from fedtune.randomness import stream
+from fedtune.runtimes.serial import Serial
 from fedtune.storage import checkpoint
 from fedtune.tensors import Tensors
 
@@ -524,16 +526,6 @@ def test_an_algorithm_computes_what_a_second_implementation_does(name: str, tmp_
     assert moved > 0.01
 
 
-class Side:
-    """Rows as a `Spool` has them, in two blocks."""
-
-    def __init__(self, rows: Tensor) -> None:
-        self.clients, self._rows = list(range(len(rows))), rows
-
-    def blocks(self) -> Any:
-        return ((place, self._rows[:, place]) for place in (slice(0, 2), slice(2, self._rows.shape[1])))
-
-
 RULES: dict[str, tuple[Callable[..., Any], Callable[[list[Tensor], int], Tensor]]] = {
     "median": (lambda f, mix: Median(f, mix), middle),
     "trimmed mean": (lambda f, mix: TrimmedMean(f, mix), trimmed),
@@ -558,14 +550,18 @@ def test_a_robust_rule_computes_what_a_second_implementation_does(name: str, n: 
     for seed in range(2 if slow else 20):
         rows = torch.randn(n, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         rows[:f] *= 1.5
-        given, x = Rows(Side(rows)), list(rows)  # type: ignore[arg-type]
-        if mix:
-            given.mix(f)
-            x = mixed(x, f)
+        x = mixed(list(rows), f) if mix else list(rows)
         scores = sorted(krum_scores(x, f))
         if "krum" in name and scores[-1] - scores[0] < 1e-9:
             continue  # all as good as each other, so that a rounding chooses
-        found = make(f, mix).combine(given, torch.full((5,), 0.1, dtype=torch.float64))
+        with Spool(Serial(None), n) as spool:  # type: ignore[arg-type]  # it only gathers
+            for client, row in enumerate(rows):
+                spool.add(client, {"w": row})
+            spool.complete()
+            given = Rows(spool)
+            if mix:
+                given.mix(f)
+            found = make(f, mix).combine(given, torch.full((5,), 0.1, dtype=torch.float64))
         torch.testing.assert_close(found, judge(x, f), rtol=0, atol=1e-7 if slow else 1e-12)
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,14 @@ from fedtune.federated.memory import ClientMemory, MemoryInRam, MemoryOnDisk
 @pytest.fixture(params=["disk", "ram"])
 def memory(request: pytest.FixtureRequest, tmp_path: Path) -> ClientMemory:
     return MemoryOnDisk(tmp_path / "clients", 5) if request.param == "disk" else MemoryInRam()
+
+
+@pytest.fixture(autouse=True)
+def _at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is saved is on the disk when `save` returns, in all tests but those that say that they wait."""
+    if "waits" not in request.node.name:
+        save = MemoryOnDisk.save
+        monkeypatch.setattr(MemoryOnDisk, "save", lambda self, *what: (save(self, *what), self.settle())[0])
 
 
 def groups(value: float) -> dict[str, Any]:
@@ -243,9 +252,11 @@ from fedtune.federated.memory import MemoryOnDisk
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 memory = MemoryOnDisk(Path(sys.argv[1]), 1)
 memory.save(0, 1, {"control": {"w": torch.ones(10)}})
+memory.settle()
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
     memory.save(0, 1, {"control": {"w": torch.zeros(100_000)}})
+    memory.settle()
 except Exception as error:
     print(type(error).__name__, error)
 """
@@ -256,3 +267,40 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_half_written(tmp_path: Path
     assert run.stdout.startswith("RunError round 1, client 0: its memory could not be written to")
     assert [entry.name for entry in (tmp_path / "000000").iterdir()] == ["0001.safetensors"]
     assert MemoryOnDisk(tmp_path, 1).load(0, 2)["control"]["w"].sum() == 10
+
+
+def test_whatever_looks_at_a_memory_waits_for_what_is_on_its_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MemoryOnDisk._store
+
+    def slowly(self: MemoryOnDisk, *what: Any) -> None:
+        time.sleep(0.2)
+        store(self, *what)
+
+    monkeypatch.setattr(MemoryOnDisk, "_store", slowly)
+    memory = MemoryOnDisk(tmp_path, 2)
+    looks: list[Any] = [
+        lambda number: memory.load(0, number + 1),
+        lambda number: memory.after(0, number),
+        lambda number: memory.discard(number + 1, [0]),
+        lambda number: memory.prune(0, [0]),
+        lambda number: memory.rewind(number),
+        lambda number: memory.completed(number, [0]),
+        lambda number: memory.expect({0: number}),
+        lambda number: memory.save(1, number, groups(1.0)),
+    ]
+    for number, look in enumerate(looks, start=1):
+        began = time.perf_counter()
+        memory.save(0, number, groups(float(number)))
+        assert time.perf_counter() - began < 0.15
+        look(number)
+        assert (tmp_path / "000000" / f"{number:04d}.safetensors").exists()
+    memory.settle()
+
+
+def test_what_could_not_be_written_is_said_by_whatever_waits_for_it(tmp_path: Path) -> None:
+    (tmp_path / "clients").write_text("no folder")
+    memory = MemoryOnDisk(tmp_path / "clients", 2)
+    memory.save(0, 1, groups(1.0))
+    with pytest.raises(RunError, match="round 1, client 0: its memory could not be written"):
+        memory.discard(1, [])
+    memory.settle()  # it was said once

@@ -5,9 +5,11 @@ Trainable parameters and floating-point buffers travel; frozen parameters and co
 
 from __future__ import annotations
 
+import concurrent.futures
 import hashlib
 import itertools
 import math
+import zlib
 from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 
@@ -149,11 +151,26 @@ def sha256(tensors: Mapping[str, Tensor]) -> str:
     return _hashed({name: tensors[name] for name in sorted(tensors)})
 
 
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Eight hexadecimal digits of names, shapes, types and bytes, whatever the order: enough for damage, at half the cost."""
+    names = sorted(tensors)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        sums = pool.map(lambda name: zlib.crc32(_bytes(tensors[name])), names)
+        said = [
+            f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype} {one}" for name, one in zip(names, sums, strict=True)
+        ]
+    return f"{zlib.crc32(' '.join(said).encode()):08x}"
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
 def _hashed(tensors: Mapping[str, Tensor]) -> str:
     found = hashlib.sha256()
     for name, tensor in tensors.items():
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        found.update(_bytes(tensor))
     return found.hexdigest()
 
 

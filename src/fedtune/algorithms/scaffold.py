@@ -28,6 +28,7 @@ from fedtune.federated.corrections import Offsets
 from fedtune.federated.messages import Context
 from fedtune.federated.optimisation import sgd_groups
 from fedtune.federated.parts import Algorithm, ServerStep
+from fedtune.federated.pieces import blocks
 from fedtune.tensors import Groups, Tensors
 
 OPTIONS = (1, 2)
@@ -75,13 +76,12 @@ class Controlled(ClientUpdate):
             old, by = mine.get(name), offset[name]
             if self.option == 1:
                 new = at_server[name]
+                change[name] = new if old is None else new - old
             elif rates[name]:
-                new = tensor / -rates[name]
-                new = new if by is None else new.sub_(by)
+                new, change[name] = _read_off(tensor, rates[name], by, old)
             else:  # no step says anything of its gradient
-                new = torch.zeros_like(tensor) if old is None else old
+                new, change[name] = torch.zeros_like(tensor) if old is None else old, torch.zeros_like(tensor)
             client.memory["control"][name] = new
-            change[name] = new if old is None else new - old
         return {"update": update, "control": change}
 
 
@@ -114,6 +114,22 @@ class Control(ServerStep):
 def scaffold(option: int = 2, learning_rate: float = 1.0) -> Algorithm:
     """SCAFFOLD, with option 1 or 2 of the paper."""
     return replace(fedavg("uniform"), client=Controlled(option), server=(Control(learning_rate),))
+
+
+def _read_off(update: Tensor, rates: float, offset: Tensor | None, old: Tensor | None) -> tuple[Tensor, Tensor]:
+    """c_k - c + (x - y) / (sum of rates), with y - x the update and c - c_k the offset; and how much that is more than c_k."""
+    new = torch.empty_like(update, memory_format=torch.contiguous_format)
+    change = new if old is None else torch.empty_like(new)
+    flat = {"update": update, "offset": offset, "old": old, "new": new, "change": change}
+    parts = {name: None if tensor is None else tensor.reshape(-1) for name, tensor in flat.items()}
+    for place in blocks(new):
+        here = {name: tensor[place] for name, tensor in parts.items() if tensor is not None}
+        torch.div(here["update"], -rates, out=here["new"])
+        if offset is not None:
+            here["new"].sub_(here["offset"])
+        if old is not None:
+            torch.sub(here["new"], here["old"], out=here["change"])
+    return new, change
 
 
 def _difference(one: Tensor | None, other: Tensor | None) -> Tensor | None:

@@ -3,7 +3,7 @@
     clients/000012/0007.safetensors     what client 12 remembers since round 7
 
 A client reads its newest file below its round. So a round that is done again, since its checkpoint was lost, reads what it read
-the first time and ends with the same bits. A file says whose it is, and has the sha256 of its tensors, which is checked when
+the first time and ends with the same bits. A file says whose it is, and has a checksum of its tensors, which is checked when
 it is read; and a checkpoint says which files there are, so that no client begins afresh because its file is lost.
 """
 
@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import final
 
@@ -22,7 +23,7 @@ from safetensors.torch import save_file
 
 from fedtune.errors import RunError
 from fedtune.files import clear, entries, is_folder, replaced, said
-from fedtune.tensors import Groups, joined, mapped, num_bytes, parted, read_file, sha256
+from fedtune.tensors import Groups, Tensors, checksum, joined, mapped, num_bytes, parted, read_file
 
 _CLIENT = re.compile("[0-9]{6}|[1-9][0-9]{6,}", re.ASCII)
 _FILE = re.compile(r"([0-9]{4}|[1-9][0-9]{4,})\.safetensors", re.ASCII)
@@ -48,6 +49,7 @@ class ClientMemory(abc.ABC):
 
     def after(self, client: int, round: int) -> Groups:
         """What a client remembers once a round is done, complete or not yet; as `load`."""
+        self.settle()
         return self._read(client, round) if self._has(client, round) else self.load(client, round)
 
     def expect(self, newest: Mapping[int, int] | None) -> None:
@@ -56,6 +58,7 @@ class ClientMemory(abc.ABC):
         Raises:
             RunError: some of it is not there.
         """
+        self.settle()
         missing = sorted(client for client, round in (newest or {}).items() if round not in self._rounds(client))
         if newest and missing:
             where = self._where(missing[0], newest[missing[0]])
@@ -68,12 +71,15 @@ class ClientMemory(abc.ABC):
         Returns:
             for `expect`: the last round of which each client has kept something.
         """
+        self.settle()
         if self._newest is not None:
             self._newest |= {client: round for client in clients if self._has(client, round)}
         return self._newest
 
     def save(self, client: int, round: int, groups: Groups) -> None:
         """Keep what a client remembers after a round, as a copy; without groups nothing is kept.
+
+        It may still be on its way to the disk when this returns: `settle` waits for that, as does whatever looks at it.
 
         Raises:
             RunError: the disk has no room for all clients, or cannot be written.
@@ -82,20 +88,30 @@ class ClientMemory(abc.ABC):
             self._write(client, round, mapped(groups, lambda _, tensor: tensor.detach().cpu().clone()))
 
     def discard(self, round: int, clients: Iterable[int]) -> None:
-        """Forget what clients have kept of a round, as their replies do not count."""
+        """Forget what clients have kept of a round, as their replies do not count.
+
+        Raises:
+            RunError: something could not be kept, of any client.
+        """
+        self.settle()
         for client in clients:
             self._remove(client, [number for number in self._rounds(client) if number == round])
 
     def prune(self, round: int, clients: Iterable[int]) -> None:
         """Forget what no round after `round` can read any more, of some clients."""
+        self.settle()
         for client in clients:
             self._remove(client, sorted(number for number in self._rounds(client) if number <= round)[:-1])
 
     def rewind(self, round: int) -> None:
         """Forget all that is newer than a round, and what is half-written: the run goes on from there."""
+        self.settle()
         for client in self._clients():
             self._tidy(client)
             self._remove(client, [number for number in self._rounds(client) if number > round])
+
+    def settle(self) -> None:  # noqa: B027 - most need not
+        """Wait until all that was saved is kept."""
 
     @abc.abstractmethod
     def _clients(self) -> list[int]:
@@ -173,11 +189,24 @@ class MemoryOnDisk(ClientMemory):
     def __init__(self, folder: Path, num_clients: int) -> None:
         super().__init__()
         self._folder, self._num_clients, self._has_room = folder, num_clients, False
+        self._writer = ThreadPoolExecutor(1, "client memory")
+        self._writing: dict[int, Future[None]] = {}  # client -> what it remembers, on its way to the disk
+
+    def settle(self) -> None:
+        """Wait until all that was saved is on the disk.
+
+        Raises:
+            RunError: some of it could not be written.
+        """
+        for client in list(self._writing):
+            self._writing.pop(client).result()
 
     def _clients(self) -> list[int]:
         return [int(name) for name in entries(self._folder) if _CLIENT.fullmatch(name)]
 
     def _rounds(self, client: int) -> list[int]:
+        if client in self._writing:
+            self.settle()
         names = entries(self._file(client, 0).parent)
         if not names:
             is_folder(self._folder)  # else that says what is wrong
@@ -196,20 +225,24 @@ class MemoryOnDisk(ClientMemory):
         file = self._file(client, round)
         try:
             found, noted = read_file(file)
-            if noted != _notes(client, round, sha256(found)):
+            if noted != _notes(client, round, found):
                 raise ValueError("its content is not what was written")
             return parted(found)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise RunError(f"{file} cannot be read: {said(error)}; {_CURE}") from error
 
     def _write(self, client: int, round: int, groups: Groups) -> None:
+        self.settle()  # so that at most one is on its way
+        self._writing[client] = self._writer.submit(self._store, client, round, groups)
+
+    def _store(self, client: int, round: int, groups: Groups) -> None:
         file = self._file(client, round)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             self._check_room(sum(map(num_bytes, groups.values())))
             tensors = joined(groups)
             with replaced(file) as temporary:
-                save_file(tensors, temporary, metadata=_notes(client, round, sha256(tensors)))
+                save_file(tensors, temporary, metadata=_notes(client, round, tensors))
         except (OSError, SafetensorError) as error:
             raise RunError(f"round {round}, client {client}: its memory could not be written to {file} ({error})") from error
 
@@ -236,6 +269,6 @@ class MemoryOnDisk(ClientMemory):
         self._has_room = True
 
 
-def _notes(client: int, round: int, digest: str) -> dict[str, str]:
+def _notes(client: int, round: int, tensors: Tensors) -> dict[str, str]:
     """What a file says of itself; one entry, as safetensors writes several in any order."""
-    return {"content": f"client {client}, round {round}, sha256 {digest}"}
+    return {"content": f"client {client}, round {round}, crc32 {checksum(tensors)}"}
