@@ -15,12 +15,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import final
 
+import torch
 from torch import Tensor
 
 from fedtune.algorithms.fedavg import fedavg
 from fedtune.errors import UsageError
 from fedtune.federated.messages import Context
 from fedtune.federated.parts import Algorithm, ServerStep
+from fedtune.federated.pieces import together
 from fedtune.tensors import Groups, Tensors
 
 
@@ -53,11 +55,16 @@ class _Adaptive(ServerStep):
         second: Tensors = {}
         step: Tensors = {}
         for name, update in groups["update"].items():
-            m = memory["first"][name].double() * self.beta1 if memory else 0.0
-            v = memory["second"][name].double() if memory else update.new_full(update.shape, self.tau**2)
-            first[name] = m + (1 - self.beta1) * update
-            second[name] = self._second(v, update.square())
-            step[name] = first[name] * self.learning_rate / second[name].sqrt().add_(self.tau)
+            kind = torch.promote_types(context.weights.get(name, update).dtype, torch.float32)
+            kept = [memory[group][name] if memory else update for group in ("first", "second")]
+            step[name] = torch.empty_like(update, memory_format=torch.contiguous_format)
+            first[name], second[name] = (torch.empty_like(step[name], dtype=kind) for _ in kept)
+            for d, m, v, into_m, into_v, into in together(update, *kept, first[name], second[name], step[name]):
+                m = d * (1 - self.beta1) if not memory else m.double().mul_(self.beta1).add_(d, alpha=1 - self.beta1)
+                v = self._second(v.double() if memory else torch.full_like(d, self.tau**2), d.square())
+                torch.div(m, v.sqrt().add_(self.tau), out=into).mul_(self.learning_rate)
+                into_m.copy_(m)
+                into_v.copy_(v)
         return groups | {"update": step}, {"first": first, "second": second}
 
     def _second(self, v: Tensor, square: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from fedtune.federated.corrections import Offsets
 from fedtune.federated.messages import Context
 from fedtune.federated.optimisation import sgd_groups
 from fedtune.federated.parts import Algorithm, ServerStep
-from fedtune.federated.pieces import blocks
+from fedtune.federated.pieces import together
 from fedtune.tensors import Groups, Tensors
 
 OPTIONS = (1, 2)
@@ -105,9 +105,10 @@ class Control(ServerStep):
     def __call__(self, groups: Groups, memory: Groups, context: Context) -> tuple[Groups, Groups]:
         """One step."""
         share, before = len(context.answered) / context.num_clients, memory.get("control", {})
-        change = {name: tensor * share for name, tensor in groups["control"].items()}
-        control = {name: tensor + before[name] if before else tensor for name, tensor in change.items()}
-        step = {name: self.learning_rate * tensor for name, tensor in groups["update"].items()}
+        control = {name: _sum(before.get(name), tensor, share) for name, tensor in groups["control"].items()}
+        step = groups["update"]
+        if self.learning_rate != 1:
+            step = {name: self.learning_rate * tensor for name, tensor in step.items()}
         return {"update": step}, {"control": control}
 
 
@@ -116,19 +117,26 @@ def scaffold(option: int = 2, learning_rate: float = 1.0) -> Algorithm:
     return replace(fedavg("uniform"), client=Controlled(option), server=(Control(learning_rate),))
 
 
+def _sum(one: Tensor | None, other: Tensor, factor: float) -> Tensor:
+    """one + factor x other, in the type of one."""
+    found = torch.empty_like(other if one is None else one, memory_format=torch.contiguous_format)
+    for into, here, there in together(found, other if one is None else one, other):
+        torch.mul(there, factor, out=into) if one is None else into.copy_(here + there * factor)
+    return found
+
+
 def _read_off(update: Tensor, rates: float, offset: Tensor | None, old: Tensor | None) -> tuple[Tensor, Tensor]:
     """c_k - c + (x - y) / (sum of rates), with y - x the update and c - c_k the offset; and how much that is more than c_k."""
     new = torch.empty_like(update, memory_format=torch.contiguous_format)
     change = new if old is None else torch.empty_like(new)
-    flat = {"update": update, "offset": offset, "old": old, "new": new, "change": change}
-    parts = {name: None if tensor is None else tensor.reshape(-1) for name, tensor in flat.items()}
-    for place in blocks(new):
-        here = {name: tensor[place] for name, tensor in parts.items() if tensor is not None}
-        torch.div(here["update"], -rates, out=here["new"])
+    for moved, by, before, now, more in together(
+        update, new if offset is None else offset, new if old is None else old, new, change
+    ):
+        torch.div(moved, -rates, out=now)
         if offset is not None:
-            here["new"].sub_(here["offset"])
+            now.sub_(by)
         if old is not None:
-            torch.sub(here["new"], here["old"], out=here["change"])
+            torch.sub(now, before, out=more)
     return new, change
 
 

@@ -7,20 +7,18 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedtune.federated.pieces import Pieces, blocks
+from fedtune.federated.pieces import Pieces, together
 
 
 @torch.no_grad()
 def pull_(gradients: Sequence[Tensor], weights: Sequence[Tensor], centres: Sequence[Tensor], strength: float) -> None:
     """Add strength x (weight - centre) to each gradient: the gradient of strength / 2 x the squared distance."""
     for gradient, weight, centre in zip(gradients, weights, centres, strict=True):
-        if not (gradient.is_contiguous() and weight.is_contiguous() and centre.is_contiguous()):
+        if gradient.is_contiguous():
+            for own, here, there in together(gradient, weight, centre):
+                own.add_(here, alpha=strength).sub_(there, alpha=strength)
+        else:
             gradient.add_(weight, alpha=strength).sub_(centre, alpha=strength)
-            continue
-        flat = [tensor.view(-1) for tensor in (gradient, weight, centre)]
-        for place in blocks(gradient):
-            own, here, there = (tensor[place] for tensor in flat)
-            own.add_(here, alpha=strength).sub_(there, alpha=strength)
 
 
 class Offsets:

@@ -102,6 +102,13 @@ def blocks(tensor: Tensor, width: int = 1) -> list[slice]:
     return [slice(start, start + size) for start in range(0, tensor.numel(), size)]
 
 
+def together(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Slices of flattened tensors of one shape, which the caches hold. Only contiguous ones may be written to."""
+    flat = [tensor.reshape(-1) for tensor in tensors]
+    for place in blocks(tensors[0]):
+        yield tuple(tensor[place] for tensor in flat)
+
+
 def row_pieces(rows: Tensor, tensor: Tensor) -> list[Tensor]:
     """(n,) row numbers in pieces that the caches hold."""
     return list(rows.split(max(1, _BLOCK // tensor.shape[1]))) if len(rows) else []
