@@ -55,7 +55,7 @@ test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest
 
 fuzz: $(STAMP) ## odd files and flags by the thousand: FEDTUNE_FUZZ=10000
-	FEDTUNE_FUZZ=$${FEDTUNE_FUZZ:-10000} $(BIN)/python -m pytest tests/fuzz
+	ls tests/fuzz/test_*.py | FEDTUNE_FUZZ=$${FEDTUNE_FUZZ:-10000} OMP_NUM_THREADS=1 xargs -n 1 -P $$(nproc) $(BIN)/python -m pytest
 
 check: $(STAMP) ## check format, style, types and the direction of imports
 	$(BIN)/ruff format --check .

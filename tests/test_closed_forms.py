@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
-import pytorch_lightning as pl
 import torch
-from lightning_fabric import Fabric
-from torch import Tensor, nn
+from torch import nn
 
 from fedtune.algorithms.adaptive import fedadagrad, fedadam, fedyogi
 from fedtune.algorithms.ditto import ditto
-from fedtune.algorithms.fedavg import Mean, fedavg
+from fedtune.algorithms.fedavg import fedavg
 from fedtune.algorithms.feddyn import feddyn
 from fedtune.algorithms.fednova import Path as PathOf
 from fedtune.algorithms.fednova import fednova
@@ -22,71 +18,12 @@ from fedtune.algorithms.fedprox import fedprox
 from fedtune.algorithms.qfedavg import qfedavg
 from fedtune.algorithms.scaffold import scaffold
 from fedtune.algorithms.torch_optim import fedopt
-from fedtune.federated.client import Worker
-from fedtune.federated.evaluation import attached
-from fedtune.federated.memory import ClientMemory, MemoryInRam
 from fedtune.federated.messages import Context
 from fedtune.federated.parts import Algorithm
-from fedtune.federated.round import run_round
-from fedtune.federated.state import ServerState
-from fedtune.federated.training import Training
-from fedtune.runtimes.serial import Serial
-from fedtune.tensors import snapshot, travelling
+from fedtune.testing import QUADRATICS, quadratics
 
-A, B, START, OPTIMUM = (1.0, 3.0), (0.0, 10.0), 5.0, 7.5
-
-
-class Quadratic(pl.LightningModule):
-    """One weight; a batch is (a, b)."""
-
-    def __init__(self, rate: float, momentum: float = 0.0) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.tensor([START], dtype=torch.float64))
-        self.rate, self.momentum = rate, momentum
-
-    def training_step(self, batch: Tensor) -> Tensor:
-        a, b = batch[0]
-        return (a / 2 * (self.w - b) ** 2).sum()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), self.rate, self.momentum)
-
-
-class Steps:
-    """Client i makes so many steps, each on its own (a, b)."""
-
-    def __init__(self, counts: Sequence[int], a: Sequence[float], b: Sequence[float]) -> None:
-        self.num_clients, self._counts, self._a, self._b = len(counts), counts, a, b
-
-    def client_dataloader(self, client: int) -> list[Tensor]:
-        return [torch.tensor([[self._a[client], self._b[client]]], dtype=torch.float64)] * self._counts[client]
-
-
-def at_the_end(
-    algorithm: Algorithm,
-    counts: Sequence[int],
-    rounds: int,
-    rate: float = 0.05,
-    momentum: float = 0.0,
-    cohorts: Sequence[tuple[int, ...]] = (),
-    a: Sequence[float] = A,
-    b: Sequence[float] = B,
-) -> tuple[float, ServerState, ClientMemory]:
-    """The weight after so many rounds, with all clients, or with the cohorts in turn."""
-    module, memory = Quadratic(rate, momentum), MemoryInRam()
-    aggregator = algorithm.aggregator
-    if isinstance(aggregator, Mean):
-        algorithm = replace(algorithm, aggregator=replace(aggregator, update_limit=64.0))
-    training = Training(Fabric(accelerator="cpu", devices=1), module, 0)
-    with attached(training):
-        runtime = Serial(Worker(training, Steps(counts, a, b), algorithm.client, memory))
-        state = ServerState(0, snapshot(travelling(module)))
-        for number in range(1, rounds + 1):
-            cohort = cohorts[(number - 1) % len(cohorts)] if cohorts else tuple(range(len(counts)))
-            state = run_round(state, algorithm, Context(0, number, len(counts), cohort, sum(counts)), runtime).state
-    return state.weights["w"].item(), state, memory
-
-
+START, OPTIMUM = 5.0, 7.5
+FOUR = ((1.0, 0.0), (3.0, 10.0), (2.0, 4.0), (0.5, -3.0))
 UNIFORM = "uniform"
 FIXED_POINTS: dict[str, tuple[Any, tuple[int, int], int, float]] = {
     "fedavg, 10 steps": (fedavg(UNIFORM), (10, 10), 200, 6.668325804777),
@@ -103,7 +40,7 @@ FIXED_POINTS: dict[str, tuple[Any, tuple[int, int], int, float]] = {
 @pytest.mark.parametrize("name", FIXED_POINTS)
 def test_the_fixed_point_is_the_known_one(name: str) -> None:
     algorithm, counts, rounds, expected = FIXED_POINTS[name]
-    assert at_the_end(algorithm, counts, rounds)[0] == pytest.approx(expected, abs=1e-9)
+    assert quadratics(algorithm, counts, rounds)[0] == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -118,28 +55,18 @@ def test_the_fixed_point_is_the_known_one(name: str) -> None:
 def test_the_fixed_point_with_exact_local_minima(
     algorithm: Algorithm, rate: float, steps: int, rounds: int, expected: float
 ) -> None:
-    assert at_the_end(algorithm, (steps, steps), rounds, rate)[0] == pytest.approx(expected, abs=1e-9)
+    assert quadratics(algorithm, (steps, steps), rounds, rate)[0] == pytest.approx(expected, abs=1e-9)
 
 
 def test_fednova_nears_the_optimum_with_the_rate() -> None:
     # a step of a round is 11 x 5e-5 of the way, on average, so it begins near the end
     for algorithm, w in ((fednova(0.0, UNIFORM), 7.49737), (fedavg(UNIFORM), 9.67698)):
-        assert one_round_from(algorithm, w) == pytest.approx(w, abs=2e-8)  # five digits are known
-
-
-def one_round_from(algorithm: Algorithm, w: float) -> float:
-    module = Quadratic(5e-5)
-    module.w.data.fill_(w)
-    training = Training(Fabric(accelerator="cpu", devices=1), module, 0)
-    with attached(training):
-        runtime = Serial(Worker(training, Steps((2, 20), A, B), algorithm.client, MemoryInRam()))
-        state = ServerState(0, snapshot(travelling(module)))
-        return run_round(state, algorithm, Context(0, 1, 2, (0, 1), 22), runtime).state.weights["w"].item()
+        assert quadratics(algorithm, (2, 20), 1, 5e-5, start=w)[0] == pytest.approx(w, abs=2e-8)  # five digits are known
 
 
 def test_scaffolds_control_variates_are_the_gradients_at_the_optimum() -> None:
     for option in (1, 2):
-        _, state, memory = at_the_end(scaffold(option), (2, 20), 400)
+        _, state, memory = quadratics(scaffold(option), (2, 20), 400)
         mine = [memory.load(client, 999)["control"]["w"].item() for client in (0, 1)]
         assert mine == pytest.approx([7.5, -7.5], abs=1e-9)
         assert state.memory["Control"]["control"]["w"].item() == pytest.approx(0, abs=1e-9)
@@ -148,16 +75,16 @@ def test_scaffolds_control_variates_are_the_gradients_at_the_optimum() -> None:
 def test_scaffolds_control_variate_is_the_mean_of_all_clients_with_partial_cohorts() -> None:
     cohorts = [(0, 1), (2,), (1, 3), (0, 2, 3)]
     for rounds in (1, 2, 3, 5, 8):
-        _, state, memory = at_the_end(scaffold(), (2, 5, 3, 4), rounds, cohorts=cohorts, a=(1, 3, 2, 0.5), b=(0, 10, 4, -3))
+        _, state, memory = quadratics(scaffold(), (2, 5, 3, 4), rounds, cohorts=cohorts, functions=FOUR)
         kept = [memory.load(client, 999).get("control", {"w": torch.zeros(1)})["w"].item() for client in range(4)]
         assert state.memory["Control"]["control"]["w"].item() == pytest.approx(sum(kept) / 4, abs=1e-12)
-    assert at_the_end(scaffold(), (2, 5, 3, 4), 500, cohorts=cohorts, a=(1, 3, 2, 0.5), b=(0, 10, 4, -3))[0] == pytest.approx(
+    assert quadratics(scaffold(), (2, 5, 3, 4), 500, cohorts=cohorts, functions=FOUR)[0] == pytest.approx(
         (30 + 8 - 1.5) / 6.5, abs=1e-9
     )
 
 
 def test_feddyn_ends_where_the_gradients_sum_to_nothing() -> None:
-    _, state, memory = at_the_end(feddyn(1.0), (10, 10), 300)
+    _, state, memory = quadratics(feddyn(1.0), (10, 10), 300)
     linear = [memory.load(client, 999)["linear"]["w"].item() for client in (0, 1)]
     assert linear == pytest.approx([7.5, -7.5], abs=1e-9)
     assert state.memory["Drift"]["drift"]["w"].item() == pytest.approx(0, abs=1e-9)  # h
@@ -206,13 +133,13 @@ def test_fednovas_normaliser_is_how_far_an_optimizer_goes_with_gradients_of_one(
 
 
 def test_fednova_with_momentum_and_equal_steps_is_fedavg() -> None:
-    one, other = (at_the_end(algorithm, (5, 5), 7, momentum=0.9)[0] for algorithm in (fednova(0.0, UNIFORM), fedavg(UNIFORM)))
+    one, other = (quadratics(algorithm, (5, 5), 7, momentum=0.9)[0] for algorithm in (fednova(0.0, UNIFORM), fedavg(UNIFORM)))
     assert one == pytest.approx(other, abs=1e-9)
 
 
 def test_q_fedavg_is_its_formula() -> None:
     q, rate, updates, losses = 2.0, 0.05, [], []
-    for a, b in zip(A, B, strict=True):
+    for a, b in QUADRATICS:
         w = START
         losses.append(a / 2 * (w - b) ** 2)
         for _ in range(4):
@@ -220,21 +147,15 @@ def test_q_fedavg_is_its_formula() -> None:
         updates.append(w - START)
     top = sum(loss**q * update / rate for loss, update in zip(losses, updates, strict=True))
     bottom = sum(q * f ** (q - 1) * (u / rate) ** 2 + f**q / rate for f, u in zip(losses, updates, strict=True))
-    algorithm = qfedavg(q)
-    wide = replace(algorithm, aggregator=Mean(UNIFORM, 2.0**20, 2.0**30))
-    module = Quadratic(rate)
-    training = Training(Fabric(accelerator="cpu", devices=1), module, 0)
-    with attached(training):
-        runtime = Serial(Worker(training, Steps((4, 4), A, B), wide.client, MemoryInRam()))
-        state = run_round(ServerState(0, snapshot(travelling(module))), wide, Context(0, 1, 2, (0, 1), 8), runtime).state
-    assert state.weights["w"].item() == pytest.approx(START + top / bottom, abs=1e-9)
+    found = quadratics(qfedavg(q), (4, 4), 1, rate, update_limit=2.0**20)[0]
+    assert found == pytest.approx(START + top / bottom, abs=1e-9)
 
 
 def test_dittos_own_models_are_between_the_shared_and_the_local_optimum() -> None:
     strength = 1.0
-    shared, _, memory = at_the_end(ditto(strength, 0, UNIFORM), (10, 10), 400)
+    shared, _, memory = quadratics(ditto(strength, 0, UNIFORM), (10, 10), 400)
     assert shared == pytest.approx(6.668325804777, abs=1e-9)
-    for client, (a, b) in enumerate(zip(A, B, strict=True)):
+    for client, (a, b) in enumerate(QUADRATICS):
         own = memory.load(client, 999)["personal"]["w"].item()
         assert own == pytest.approx((a * b + strength * shared) / (a + strength), abs=1e-9)
 
@@ -244,9 +165,9 @@ def test_any_optimizer_of_torch_at_the_server_is_that_optimizer() -> None:
     optimizer = torch.optim.AdamW([weight], lr=0.1, betas=(0.8, 0.95), weight_decay=0.1)
     for _ in range(5):
         w = weight.item()
-        ends = [b + (w - b) * (1 - 0.05 * a) ** 3 for a, b in zip(A, B, strict=True)]
+        ends = [b + (w - b) * (1 - 0.05 * a) ** 3 for a, b in QUADRATICS]
         weight.grad = torch.tensor([w - sum(ends) / 2], dtype=torch.float64)
         optimizer.step()
     settings = {"betas": [0.8, 0.95], "weight_decay": 0.1}
-    found = at_the_end(fedopt("AdamW", 0.1, settings, UNIFORM), (3, 3), 5)[0]  # type: ignore[arg-type]
+    found = quadratics(fedopt("AdamW", 0.1, settings, UNIFORM), (3, 3), 5)[0]  # type: ignore[arg-type]
     assert found == pytest.approx(weight.item(), abs=1e-9)

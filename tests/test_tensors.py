@@ -75,8 +75,10 @@ def test_ctrl_c_waits_until_a_file_is_read_and_is_not_taken_for_damage(tmp_path:
             closed.append(True)
 
     monkeypatch.setattr("fedtune.tensors.safe_open", Interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
     with pytest.raises(KeyboardInterrupt):
         read_file(tmp_path / "x.safetensors")
     assert closed == [True]
     with pytest.raises(KeyboardInterrupt):  # and the handler is the one from before
         signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)

@@ -16,10 +16,11 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from fedtune.algorithms.fedavg import Mean
 from fedtune.algorithms.specification import algorithm_of, specification_of
 from fedtune.federated.client import Worker
 from fedtune.federated.evaluation import attached
-from fedtune.federated.memory import MemoryOnDisk
+from fedtune.federated.memory import ClientMemory, MemoryInRam, MemoryOnDisk
 from fedtune.federated.messages import Context, Failure, Reply, Request
 from fedtune.federated.parts import Algorithm, Runtime
 from fedtune.federated.personal import personal_names
@@ -126,6 +127,77 @@ def play(
             state = results[-1].state
             checkpoint.save(folder / "checkpoints", state, keep=2)
     return results
+
+
+QUADRATICS = ((1.0, 0.0), (3.0, 10.0))  # (a, b) of a client's f(w) = a / 2 (w - b)^2; together they are least at 7.5
+
+
+@final
+class Quadratic(pl.LightningModule):
+    """One weight, in fp64, trained by SGD; a batch is (1, 2): a and b."""
+
+    def __init__(self, start: float = 5.0, rate: float = 0.05, momentum: float = 0.0) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([start], dtype=torch.float64))
+        self._rate, self._momentum = rate, momentum
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        """a / 2 (w - b)^2."""
+        a, b = batch[0]
+        return (a / 2 * (self.w - b) ** 2).sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """SGD."""
+        return torch.optim.SGD(self.parameters(), self._rate, self._momentum)
+
+
+@final
+class QuadraticData:
+    """Clients that make so many steps in a round, each on its own function."""
+
+    def __init__(self, steps: Sequence[int], functions: Sequence[tuple[float, float]]) -> None:
+        self.num_clients, self._steps, self._functions = len(steps), steps, functions
+
+    def client_dataloader(self, client: int) -> list[Tensor]:
+        """The same batch, again and again."""
+        return [torch.tensor([self._functions[client]], dtype=torch.float64)] * self._steps[client]
+
+
+def quadratics(
+    algorithm: Algorithm,
+    steps: Sequence[int],
+    rounds: int,
+    rate: float = 0.05,
+    momentum: float = 0.0,
+    cohorts: Sequence[tuple[int, ...]] = (),
+    functions: Sequence[tuple[float, float]] = QUADRATICS,
+    start: float = 5.0,
+    update_limit: float = 64.0,
+) -> tuple[float, ServerState, ClientMemory]:
+    """What an algorithm comes to on quadratics, whose right answers are known (docs/algorithms.md).
+
+    Args:
+        steps: of each client in a round.
+        rate, momentum: of the clients' SGD.
+        cohorts: of the rounds, in turn; by default all clients.
+        functions: (a, b) of each client.
+        start: the first weight.
+        update_limit: as in `Mean`; the finer its grid, the nearer the answers.
+
+    Returns:
+        the weight in the end, the server's state, and what clients remember.
+    """
+    module, memory = Quadratic(start, rate, momentum), MemoryInRam()
+    if isinstance(algorithm.aggregator, Mean):  # a step of 5 and more is no accident here
+        algorithm = replace(algorithm, aggregator=replace(algorithm.aggregator, update_limit=update_limit))
+    training = Training(Fabric(accelerator="cpu", devices=1), module, 0)
+    with attached(training):
+        runtime = Serial(Worker(training, QuadraticData(steps, functions), algorithm.client, memory))
+        state = ServerState(0, snapshot(travelling(module)))
+        for number in range(1, rounds + 1):
+            cohort = cohorts[(number - 1) % len(cohorts)] if cohorts else tuple(range(len(steps)))
+            state = run_round(state, algorithm, Context(0, number, len(steps), cohort, sum(steps)), runtime).state
+    return state.weights["w"].item(), state, memory
 
 
 def check_algorithm(algorithm: Algorithm, folder: Path, neutral: Algorithm | None = None, like: Any = "fedavg") -> None:

@@ -269,7 +269,7 @@ class Worker:
         except UsageError:
             raise
         except RunError as error:
-            raise ClientError(f"round {request.round}, client {number}", str(error)) from error
+            raise ClientError(f"round {request.round}, client {number}", str(error)) from error.__cause__ or error
         except Exception as error:
             raise ClientError(f"round {request.round}, client {number}", f"{type(error).__name__}: {error}") from error
         if not client.reports:
