@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import make_loop
 
 import fedtune
 from fedtune.errors import UsageError
@@ -339,3 +340,13 @@ def test_a_folder_that_is_not_there_is_named_in_one_line(runs: Path, tmp_path: P
     if name not in ("none", "~nobody-has-this"):
         with pytest.raises(UsageError, match="--out: got"):
             report(runs, tmp_path / name)
+
+
+def test_runs_with_and_without_faults_are_not_averaged(make_data: Any, make_module: Any, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        for name, faults in (("honest", []), ("lying", [{"name": "SignFlip", "clients": [0]}])):
+            folder = str(tmp_path / f"{name}-{seed}")
+            make_loop(seed=seed, faults=faults, run_dir=folder).fit(make_module(), make_data())
+    table = fedtune.compare(fedtune.read_runs(tmp_path))
+    assert list(table.seeds) == [2, 2]
+    assert sorted(table["loop.faults"]) == ["[]", '[{"name": "SignFlip", "rate": 0.0, "clients": [0]}]']

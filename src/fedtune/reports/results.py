@@ -12,7 +12,7 @@ from fedtune.errors import UsageError
 from fedtune.files import present, read_object
 from fedtune.reports.baselines import Baselines
 from fedtune.reports.folders import check, directories, left_out
-from fedtune.storage.config import KEPT, dotted, fingerprint, read_config
+from fedtune.storage.config import KEPT, NEUTRAL, dotted, fingerprint, read_config
 from fedtune.storage.records import RESERVED, RoundRecord, read_rounds
 from fedtune.storage.summary import SHARES, spread
 
@@ -62,7 +62,7 @@ def read_runs(folder: str | Path, damaged: dict[str, str] | None = None) -> Data
     found = dict(_runs(Path(folder), damaged))
     if not found:
         raise UsageError("runs_dir", str(folder), "a directory with runs in it (rounds.jsonl and config.yaml)")
-    configs = {name: config for name, (config, *_) in found.items()}
+    configs = {name: NEUTRAL | config for name, (config, *_) in found.items()}
     other = [*_differing(configs), *_changed_contents(configs)]
     rows = []
     for name, (config, rounds, complete) in found.items():
@@ -72,7 +72,7 @@ def read_runs(folder: str | Path, damaged: dict[str, str] | None = None) -> Data
             | {"complete": complete}
             | {"monitor": str(config.get("loop.monitor", "accuracy")), "mode": config.get("loop.mode", "max")}
         )
-        of_run |= {key: _plain(_content_of(config) if key == CONTENT else config.get(key)) for key in other}
+        of_run |= {key: _plain(_content_of(config) if key == CONTENT else configs[name].get(key)) for key in other}
         rows += [of_run | {"score": one.metrics.get(of_run["monitor"])} | _numbers(one) for one in rounds]
     table = DataFrame(rows).sort_values(["run", "round"], ignore_index=True)
     for name in ("accuracy", "loss_nats", "score"):  # a module of another kind may log neither
