@@ -170,3 +170,18 @@ def test_without_a_run_directory_nothing_is_written(
     monkeypatch.chdir(tmp_path)
     make_loop(baselines=["centralised", "local"]).fit(make_module(), make_data())
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["fifo", "link", "file"])
+def test_an_old_checkpoint_that_is_no_folder_is_dropped_at_once(kind: str, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "kept").touch()
+    old = tmp_path / "checkpoints" / "round-0001"
+    old.parent.mkdir()
+    {"fifo": os.mkfifo, "link": lambda path: path.symlink_to(elsewhere), "file": Path.touch}[kind](old)
+    checkpoint.drop(old.parent, 5, keep=1)
+    (old.parent / "round-0002").mkdir()
+    checkpoint.drop(old.parent, 5, keep=1)
+    assert [path.name for path in old.parent.iterdir()] == ["round-0002"]
+    assert (elsewhere / "kept").exists()

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -145,6 +146,18 @@ def replaced(file: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
         raise
     synchronise(file.parent)
+
+
+def removed(path: Path) -> None:
+    """Remove whatever has this name: a folder with all that is in it, a file, a link (not what it leads to), a FIFO.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)  # which would open a FIFO, and wait
+    else:
+        path.unlink(missing_ok=True)
 
 
 def clear(folder: Path) -> None:

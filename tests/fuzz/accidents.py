@@ -300,7 +300,7 @@ def accident(rng: random.Random, folder: Path, victim: Path) -> str:
     path = rng.choice(files)
     if not path.is_file() or path.resolve() != path.absolute() or rng.random() < 0.2:
         way = rng.choice(tuple(WAYS) if path.is_file() else NEW)
-        if path.is_symlink() or path.is_fifo():
+        if path.is_symlink() or path.is_fifo() or path.is_socket():
             path.unlink()
         elif path.is_dir():
             shutil.rmtree(path)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedtune.federated.pieces import Pieces, together
+from fedtune.federated.pieces import Pieces, is_tall, together
 
 
 @torch.no_grad()
@@ -25,17 +25,18 @@ class Offsets:
     """Tensors that are added to gradients, the same in each step; rows of zeros of tall matrices are left out."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._pieces = {name: Pieces({name: tensor}) for name, tensor in tensors.items()}
+        self._tensors = tensors
+        self._tall = {name: Pieces({name: tensor}) for name, tensor in tensors.items() if is_tall(tensor)}
 
     @torch.no_grad()
     def add_to_(self, names: Sequence[str], gradients: Sequence[Tensor]) -> None:
         """Add those that there are, by name."""
         for name, gradient in zip(names, gradients, strict=True):
-            for _, place, values in self._pieces.get(name, ()):
-                if not isinstance(place, slice):
-                    gradient.index_add_(0, place, values)
-                elif gradient.is_contiguous():
-                    gradient.view(-1)[place].add_(values)
-                else:
-                    gradient.add_(self._pieces[name].tensors[name])
+            if name not in self._tall:
+                gradient.add_(self._tensors.get(name, 0))
+                continue
+            for _, place, values in self._tall[name]:
+                if isinstance(place, slice):
+                    gradient.add_(self._tensors[name])  # most of its rows
                     break
+                gradient.index_add_(0, place, values)

@@ -114,13 +114,14 @@ def row_pieces(rows: Tensor, tensor: Tensor) -> list[Tensor]:
     return list(rows.split(max(1, _BLOCK // tensor.shape[1]))) if len(rows) else []
 
 
-def _is_tall(tensor: Tensor) -> bool:
+def is_tall(tensor: Tensor) -> bool:
+    """Whether a tensor is searched for rows of zeros."""
     return tensor.ndim == 2 and tensor.numel() >= _TALL
 
 
 def _lengths(tensor: Tensor, minus: Tensor | None) -> list[Tensor]:
     """For each block its values, or the lengths of its rows in a tall matrix; `minus` is first subtracted in place."""
-    flat, tall, found = tensor.detach().reshape(-1), _is_tall(tensor), []
+    flat, tall, found = tensor.detach().reshape(-1), is_tall(tensor), []
     for place in blocks(tensor, tensor.shape[1] if tall else 1):
         values = flat[place]
         if minus is not None:
@@ -133,7 +134,7 @@ def _lengths(tensor: Tensor, minus: Tensor | None) -> list[Tensor]:
 
 def _places(tensor: Tensor, lengths: list[Tensor]) -> list[Place]:
     """Where the pieces of a tensor are."""
-    if _is_tall(tensor):
+    if is_tall(tensor):
         rows = torch.cat(lengths).nonzero().view(-1)
         if 2 * len(rows) < len(tensor):
             return list(row_pieces(rows, tensor))

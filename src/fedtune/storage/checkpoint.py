@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,7 +28,7 @@ from safetensors.torch import save_file
 from fedtune.errors import RunError
 from fedtune.federated.messages import Position
 from fedtune.federated.state import ServerState
-from fedtune.files import content, entries, opened, present, replaced, said, synchronise, write_text
+from fedtune.files import content, entries, opened, present, removed, replaced, said, synchronise, write_text
 from fedtune.storage import checks
 from fedtune.tensors import Tensors, joined, parted, read_file
 
@@ -62,21 +61,25 @@ def saving(folder: Path, state: ServerState, keep: int, clients: Mapping[int, in
             new = not present(folder)
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob(_TEMPORARY):  # of a process that was killed while writing
-                shutil.rmtree(leftover, ignore_errors=True)
+                _gone(leftover)
             temporary.mkdir()
             _write(temporary, state, clients)
             for changed in [folder, folder.parent] if new else [folder]:
                 synchronise(changed)
         yield
         with _reported(folder, state.round):
-            if os.path.lexists(path):
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            removed(path)
             os.replace(temporary, path)
             synchronise(folder)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _gone(temporary)
         raise
     drop(folder, state.round, keep)
+
+
+def _gone(path: Path) -> None:
+    with contextlib.suppress(OSError):  # it is in nobody's way
+        removed(path)
 
 
 @contextlib.contextmanager
@@ -94,7 +97,7 @@ def drop(folder: Path, round: int, keep: int) -> None:
     numbered = _numbered(folder)
     known = [path for path in numbered if _round(path) <= round]
     for old in known[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        _gone(old)
 
 
 def begun(folder: Path) -> bool:
