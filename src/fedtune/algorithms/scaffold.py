@@ -55,8 +55,8 @@ class Controlled(ClientUpdate):
     def __call__(self, client: Client) -> Groups:
         """Train; send the update and the change of the control variate."""
         sgd_groups(client.optimizer, "SCAFFOLD", momentum=False)
-        if client.clips:
-            raise UsageError("gradient_clip_val", "a limit", "for SCAFFOLD, none: c_k is read off steps that are not clipped")
+        if clip := client.gradient_clip_val:
+            raise UsageError("gradient_clip_val", clip, "for SCAFFOLD, none: c_k is read off steps that are not clipped")
         mine, all_ = client.memory.get("control", {}), client.request.groups.get("control", {})
         offset = {name: _difference(all_.get(name), mine.get(name)) for name in client.server}
         offsets = Offsets({name: tensor for name, tensor in offset.items() if tensor is not None})

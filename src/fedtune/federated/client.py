@@ -91,9 +91,9 @@ class Client:
         return self._next.group_of()
 
     @property
-    def clips(self) -> bool:
-        """Whether gradients are clipped."""
-        return bool(self._worker.training.gradient_clip_val)
+    def gradient_clip_val(self) -> float | None:
+        """To what gradients are clipped; None or 0: to nothing."""
+        return self._worker.training.gradient_clip_val
 
     def train(self, epochs: int | None = None, correct: Correction | None = None, only: Filter | None = None) -> ClientReport:
         """Train the module, as it stands, on the client's data with a fresh optimizer.
