@@ -1,4 +1,4 @@
-"""What algorithms add to gradients, in pieces that the caches hold."""
+"""What algorithms add to gradients."""
 
 from __future__ import annotations
 
@@ -7,18 +7,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedtune.federated.pieces import Pieces, is_tall, together
+from fedtune.federated.pieces import Pieces, is_tall
 
 
 @torch.no_grad()
 def pull_(gradients: Sequence[Tensor], weights: Sequence[Tensor], centres: Sequence[Tensor], strength: float) -> None:
     """Add strength x (weight - centre) to each gradient: the gradient of strength / 2 x the squared distance."""
-    for gradient, weight, centre in zip(gradients, weights, centres, strict=True):
-        if gradient.is_contiguous():
-            for own, here, there in together(gradient, weight, centre):
-                own.add_(here, alpha=strength).sub_(there, alpha=strength)
-        else:
-            gradient.add_(weight, alpha=strength).sub_(centre, alpha=strength)
+    torch._foreach_add_(list(gradients), list(weights), alpha=strength)
+    torch._foreach_sub_(list(gradients), list(centres), alpha=strength)
 
 
 class Offsets:
