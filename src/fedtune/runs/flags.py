@@ -49,8 +49,8 @@ def add_run_arguments(run: Parser) -> None:
         "--model.lora",
         type=dict[str, Any] | None,
         default=None,
-        help="low-rank adapters: a dictionary of rank, alpha, targets, rslora, dropout, adapter (a directory to begin with); {} for "
-        "all defaults. They are flags, too: --model.lora.rank 8 --model.lora.alpha 16 --model.lora.targets '[query, value]'",
+        help="low-rank adapters: a dictionary of rank, alpha, targets, rslora, dropout, adapter (a directory to begin with); "
+        "{} for all defaults. They are flags, too: --model.lora.rank 8 --model.lora.targets '[query, value]'",
     )
     run.add_class_arguments(FederatedLoop, "loop", skip={"run_dir", "logger", "callbacks", "algorithm"})
     run.add_argument(
