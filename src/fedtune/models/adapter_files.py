@@ -9,18 +9,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
 
 from fedtune.errors import RunError, UsageError, shown
 from fedtune.files import content, present, read_object, said
-from fedtune.models.adapters import ADAPTER, Lora, adapted, completed, lora_of
+from fedtune.models.adapters import ADAPTER, Lora, adapted, add_adapters, completed, lora_of
 from fedtune.models.pretrained import content_of
+from fedtune.randomness import seeded
 from fedtune.tensors import Tensors, assign_, read_file
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -106,6 +108,24 @@ def _content_of(lora: Lora) -> dict[str, str]:
         raise _strange(str(lora.adapter), said(error)) from error
 
 
+def begin(
+    network: nn.Module, lora: Lora, model_type: str, seed: int, trained: Sequence[str] = (), still: Iterable[nn.Module] = ()
+) -> None:
+    """Give a network adapters, in place, drawn from a seed or begun with those of a directory.
+
+    Args:
+        lora: complete, as from `opened`.
+        trained, still: as `head` and `still` in `add_adapters`.
+
+    Raises:
+        UsageError: as `add_adapters` and `load_`.
+    """
+    with seeded(seed, "lora"):
+        add_adapters(network, lora, model_type, trained, still)
+    if lora.adapter is not None:
+        load_(network, lora, trained)
+
+
 def load_(network: nn.Module, lora: Lora, trained: Sequence[str]) -> None:
     """Give the adapters of a network, and its head where the files have one, the weights of the adapter that is begun with.
 
@@ -145,6 +165,38 @@ def tensors_of(network: nn.Module, trained: Sequence[str]) -> Tensors:
         state = network.get_submodule(part).state_dict(prefix=f"{PREFIX}{part}.", keep_vars=True)
         found |= {name: tensor.detach() for name, tensor in state.items()}
     return found
+
+
+def save(network: nn.Module, folder: Path, lora: Lora, base: str, task_type: str, trained: Sequence[str]) -> None:
+    """Write the adapters of a network, and the parts that are trained whole, into a folder, as peft does.
+
+    Args:
+        base: what its weights belong to: the folder or hub id of a model.
+        task_type: as peft calls it, "SEQ_CLS" or "CAUSAL_LM".
+
+    Raises:
+        OSError, SafetensorError: it cannot be written.
+    """
+    from peft import LoraConfig
+
+    names = [name for name, _ in adapted(network)]
+    targets = lora.targets or ()
+    meant = {name for name, _ in network.named_modules() if any(f".{name}".endswith(f".{one}") for one in targets)}
+    config = LoraConfig(
+        base_model_name_or_path=base,
+        task_type=task_type,
+        inference_mode=True,
+        r=lora.rank,
+        lora_alpha=int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
+        lora_dropout=lora.dropout,
+        use_rslora=lora.rslora,
+        target_modules=list(targets) if meant == set(names) else names,  # else peft would adapt others, too
+        fan_in_fan_out=any(layer.fan_in_fan_out for _, layer in adapted(network)),
+        modules_to_save=list(trained) or None,
+    )
+    config.save_pretrained(folder)
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors_of(network, trained).items()}
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
 
 
 def _tensors_of(adapter: str) -> Tensors:

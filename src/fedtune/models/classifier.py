@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from fedtune.errors import UsageError
 from fedtune.models import adapter_files, weights
-from fedtune.models.adapters import Lora, add_adapters, is_adapter, lora_of, plain_name
+from fedtune.models.adapters import Lora, is_adapter, lora_of, plain_name
 from fedtune.models.agreement import check_data
 from fedtune.models.options import check_options, set_labels
 from fedtune.models.packed import PackedBatch
@@ -70,6 +70,7 @@ class TextClassifier(pl.LightningModule, abc.ABC):
     Logged in validation and test: `loss_nats` (mean cross-entropy, a uniform guess has ln C), `accuracy`, `macro_f1`.
     """
 
+    task_type: ClassVar[str] = "SEQ_CLS"  # as peft calls it
     model_type: ClassVar[str]
     model_class: ClassVar[type[PreTrainedModel]]
     head: ClassVar[tuple[str, ...]] = ("classifier",)  # the parts of the network that make up its head
@@ -104,7 +105,8 @@ class TextClassifier(pl.LightningModule, abc.ABC):
             self.network = self._build()
         self._freeze()
         if adapters is not None:
-            self._adapt(adapters)
+            frozen = self.layers()[:freeze_layers]
+            adapter_files.begin(self.network, adapters, self.model_type, seed, self.trained_whole, frozen)
         if gradient_checkpointing:
             self._save_memory()
         self.accuracy = MulticlassAccuracy(num_labels, average="micro")
@@ -269,13 +271,6 @@ class TextClassifier(pl.LightningModule, abc.ABC):
             self.embeddings().requires_grad_(False)
         for layer in layers[:count]:
             layer.requires_grad_(False)
-
-    def _adapt(self, lora: Lora) -> None:
-        trained, frozen = self.trained_whole, self.layers()[: self.hparams["freeze_layers"]]
-        with seeded(self.hparams["seed"], "lora"):
-            add_adapters(self.network, lora, self.model_type, trained, frozen)
-        if lora.adapter is not None:
-            adapter_files.load_(self.network, lora, trained)
 
     def _save_memory(self) -> None:
         if not self.network.supports_gradient_checkpointing:
