@@ -1,4 +1,4 @@
-"""A run's model as a Transformers folder, or its adapters as a folder of peft: weights, tokenizer, and a card with its numbers."""
+"""A run's model as a Transformers folder, or its adapters as a folder of peft: weights, tokenizer, a card with its numbers."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def export(
 
     Raises:
         UsageError: no directory of such a run, weights that are no longer there, a folder that is not empty or cannot be
-            written, a model whose files have changed since; a run whose adapters say nothing without its own base, or that has none
-            to merge.
+            written, a model whose files have changed since; a run whose adapters say nothing without its own base, or that has
+            none to merge.
         RunError: the run's files are damaged.
     """
     run, folder = (Path(os.path.expanduser(one)) for one in (run, folder))
@@ -75,9 +75,7 @@ def export(
     tokenizer = _tokenizer_of(config, module.network)
     text = card(run, config, names, number, which, base)
     try:
-        _write(
-            folder.resolve(), functools.partial(_save_whole if base is None else _save_adapters, module, base), tokenizer, text
-        )
+        _write(folder.resolve(), functools.partial(_save, module, base), tokenizer, text)
     except (OSError, SafetensorError) as error:
         raise UsageError("folder", str(folder), f"a directory that can be written ({error})") from error
     return folder
@@ -98,16 +96,16 @@ def _write(folder: Path, save: Callable[[Path], None], tokenizer: PreTrainedToke
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _save_whole(module: Any, _: None, folder: Path) -> None:
+def _save(module: Any, base: str | None, folder: Path) -> None:
+    """Write the adapters that belong to a base, or the whole network."""
+    if base is not None:
+        lora = Lora(**module.hparams["lora"])
+        adapter_files.save(module.network, folder, lora, base, module.task_type, module.trained_whole)
+        return
     merge_(module.network)
     with quiet():
         module.network.save_pretrained(folder)
     _complete_config(folder / "config.json")
-
-
-def _save_adapters(module: Any, base: str, folder: Path) -> None:
-    lora = Lora(**module.hparams["lora"])
-    adapter_files.save(module.network, folder, lora, base, module.task_type, module.trained_whole)
 
 
 def _base_of(module: Any, weights: Tensors) -> str:
