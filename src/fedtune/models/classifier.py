@@ -275,7 +275,8 @@ class TextClassifier(pl.LightningModule, abc.ABC):
     def _save_memory(self) -> None:
         if not self.network.supports_gradient_checkpointing:
             raise UsageError("gradient_checkpointing", True, f"False, as {type(self.network).__name__} cannot do so")
-        self.network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable = getattr(self.network, "activation_checkpointing_enable", None) or self.network.gradient_checkpointing_enable
+        enable({"use_reentrant": False})  # the first is its name from Transformers 5.23 on
 
 
 def _special(network: nn.Module) -> bool:
