@@ -765,6 +765,14 @@ def test_an_adapter_of_peft_begins_a_run(saved_by_peft: tuple[Path, Any], folder
     assert_equal(weights_of(headless), weights_of(same))
 
 
+def test_a_folder_of_adapters_is_no_model(saved_by_peft: tuple[Path, Any], folders: dict[str, str], tmp_path: Path) -> None:
+    shutil.copytree(folders["bert"], tmp_path / "both")
+    shutil.copy(saved_by_peft[0] / FILES[0], tmp_path / "both")
+    for path in (saved_by_peft[0], tmp_path / "both"):
+        with pytest.raises(fedtune.UsageError, match=r"as adapters have: a run begins with one by model.lora.adapter"):
+            fedtune.build_classifier(str(path), 3)
+
+
 def config_with(**values: Any) -> Callable[[Path], None]:
     def change(path: Path) -> None:
         file = path / FILES[0]
@@ -807,7 +815,7 @@ HEAD = "base_model.model.classifier.bias"
         (lambda path: (path / FILES[0]).write_text("["), "adapter_config.json cannot be read"),
         (lambda path: (path / FILES[0]).write_text("[]"), "has no JSON object"),
         (lambda path: (path / FILES[1]).write_bytes(b"x" * 50), "adapter_model.safetensors: "),
-        (lambda path: (path / FILES[1]).unlink(), "there is no adapter_model.safetensors"),
+        (lambda path: (path / FILES[1]).unlink(), "adapter_model.safetensors: it is not there"),
         (weights_with(lambda weights: weights.pop(KEY)), f"lacks {KEY}"),
         (weights_with(lambda weights: weights.pop(HEAD)), f"lacks {HEAD}"),
         (weights_with(lambda weights: weights[KEY].fill_(math.nan)), "has other values than finite numbers"),
