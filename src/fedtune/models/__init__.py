@@ -5,20 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from fedtune.errors import UsageError
+from fedtune.models.adapter_files import opened
+from fedtune.models.adapters import lora_of, target_layers
 from fedtune.models.albert import AlbertClassifier
 from fedtune.models.bert import BertClassifier
 from fedtune.models.classifier import TextClassifier
 from fedtune.models.distilbert import DistilBertClassifier
+from fedtune.models.modernbert import ModernBertClassifier
 from fedtune.models.options import check_options
 from fedtune.models.pretrained import load_config
-from fedtune.models.sizes import check_config
+from fedtune.models.roberta import RobertaClassifier
+from fedtune.models.sizes import check_config, check_room
 from fedtune.models.weights import check_files
 
 FAMILIES: dict[str, type[TextClassifier]] = {
     "bert": BertClassifier,
     "distilbert": DistilBertClassifier,
     "albert": AlbertClassifier,
+    "roberta": RobertaClassifier,
+    "modernbert": ModernBertClassifier,
 }
 
 
@@ -40,7 +48,7 @@ def family_of(name: str) -> type[TextClassifier]:
 
 
 def check_classifier(name: str, options: Mapping[str, Any]) -> None:
-    """Check all that can be checked before texts are read: the family, the files of the weights, the options.
+    """Check all that can be checked before texts are read: the family, the files of the weights, the options, the adapters.
 
     Args:
         options: of `TextClassifier`, without the name and what follows from the task.
@@ -48,8 +56,13 @@ def check_classifier(name: str, options: Mapping[str, Any]) -> None:
     Raises:
         UsageError: as `build_classifier`.
     """
-    family_of(name)
-    check_config(name, load_config(name))
+    family, config = family_of(name), load_config(name)
+    check_config(name, config)
     check_options({"num_labels": 2, **options})
     if options["init"] == "pretrained":
         check_files(name)
+    lora = opened(lora_of(options.get("lora")), config.model_type)
+    if lora is not None:
+        check_room(name, family.model_class, config)
+        with torch.device("meta"):
+            target_layers(family.model_class(config), lora.targets or (), family.head)

@@ -27,7 +27,12 @@ _DEEPEST = 50  # levels of a configuration
 # what runs of earlier versions have not written
 _LATER = {"model.from", "data.from", "data.num_clients"}
 # what runs of earlier versions did not have, and the value at which it does nothing: there it is left out
-NEUTRAL: dict[str, Any] = {"loop.faults": [], "loop.options.on_client_error": "stop"}
+NEUTRAL: dict[str, Any] = {
+    "loop.faults": [],
+    "loop.options.on_client_error": "stop",
+    "model.lora": None,
+    "model.gradient_checkpointing": False,
+}
 _NOT_OF_BASELINES = ("loop.algorithm.", "loop.faults", "loop.options.on_client_error")
 
 
@@ -52,7 +57,7 @@ def describe(module: Any, data: Any, loop: Mapping[str, Any]) -> dict[str, Any]:
 def settled(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration without what does nothing."""
     values = dotted(config)
-    return without(config, {key for key, value in NEUTRAL.items() if values.get(key) == value})
+    return without(config, {key for key, value in NEUTRAL.items() if key in values and values[key] == value})
 
 
 def identified(config: Mapping[str, Any]) -> None:
