@@ -14,6 +14,7 @@ from fedtune.version import __version__ as __version__
 if TYPE_CHECKING:
     from fedtune.algorithms import ALGORITHM_PARTS, ALGORITHMS
     from fedtune.data.classification import FederatedDataModule
+    from fedtune.data.instructions import InstructionTask
     from fedtune.data.registry import TASKS
     from fedtune.data.splits import SPLITS
     from fedtune.data.task import TextTask
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from fedtune.models import FAMILIES, build_classifier
     from fedtune.models.albert import AlbertClassifier
     from fedtune.models.bert import BertClassifier
+    from fedtune.models.causal_lm import CausalLM
     from fedtune.models.classifier import TextClassifier
     from fedtune.models.distilbert import DistilBertClassifier
     from fedtune.models.pretrained import MODELS
@@ -44,9 +46,11 @@ _HOME = {
     "Algorithm": "federated.parts",
     "AlbertClassifier": "models.albert",
     "BertClassifier": "models.bert",
+    "CausalLM": "models.causal_lm",
     "DistilBertClassifier": "models.distilbert",
     "BestWeights": "runs.monitors",
     "EarlyStopping": "runs.monitors",
+    "InstructionTask": "data.instructions",
     "LearningRateMonitor": "runs.monitors",
     "FAMILIES": "models",
     "FAULTS": "runtimes.faults",
@@ -83,11 +87,13 @@ __all__ = [
     "Algorithm",
     "BertClassifier",
     "BestWeights",
+    "CausalLM",
     "DistilBertClassifier",
     "EarlyStopping",
     "FederatedCallback",
     "FederatedDataModule",
     "FederatedLoop",
+    "InstructionTask",
     "LearningRateMonitor",
     "RoundRecord",
     "RunError",

@@ -62,6 +62,7 @@ class TextClassifier(pl.LightningModule, abc.ABC):
     Logged in validation and test: `loss_nats` (mean cross-entropy, a uniform guess has ln C), `accuracy`, `macro_f1`.
     """
 
+    kind: ClassVar[str] = "texts"  # of data
     model_type: ClassVar[str]
     model_class: ClassVar[type[PreTrainedModel]]
     head: ClassVar[tuple[str, ...]] = ("classifier",)  # the parts of the network that make up its head

@@ -1,0 +1,28 @@
+"""The optimizer of a module, by its options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+
+def optimizers_of(module: pl.LightningModule) -> Any:
+    """The optimizer over what is trained, with the warm-up as a schedule over steps; biases and norms are never decayed.
+
+    Args:
+        module: with the hyperparameters "optimizer" ("adamw" or "sgd"), "learning_rate", "weight_decay", "warmup_steps".
+    """
+    options: Any = module.hparams
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": options["weight_decay"]},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    kind = torch.optim.AdamW if options["optimizer"] == "adamw" else torch.optim.SGD
+    optimizer = kind(groups, lr=options["learning_rate"], fused=True)
+    if not options["warmup_steps"]:
+        return {"optimizer": optimizer}
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / options["warmup_steps"]))
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
