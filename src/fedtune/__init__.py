@@ -21,12 +21,15 @@ if TYPE_CHECKING:
     from fedtune.errors import RunError, UsageError
     from fedtune.federated.parts import Algorithm
     from fedtune.models import FAMILIES, build_classifier
+    from fedtune.models.adapters import Lora
     from fedtune.models.albert import AlbertClassifier
     from fedtune.models.bert import BertClassifier
     from fedtune.models.causal_lm import CausalLM
     from fedtune.models.classifier import TextClassifier
     from fedtune.models.distilbert import DistilBertClassifier
+    from fedtune.models.modernbert import ModernBertClassifier
     from fedtune.models.pretrained import MODELS
+    from fedtune.models.roberta import RobertaClassifier
     from fedtune.reports.curves import plot_grid
     from fedtune.reports.results import compare, read_runs
     from fedtune.runs.callbacks import FederatedCallback
@@ -48,6 +51,8 @@ _HOME = {
     "BertClassifier": "models.bert",
     "CausalLM": "models.causal_lm",
     "DistilBertClassifier": "models.distilbert",
+    "ModernBertClassifier": "models.modernbert",
+    "RobertaClassifier": "models.roberta",
     "BestWeights": "runs.monitors",
     "EarlyStopping": "runs.monitors",
     "InstructionTask": "data.instructions",
@@ -57,6 +62,7 @@ _HOME = {
     "FederatedCallback": "runs.callbacks",
     "FederatedDataModule": "data.classification",
     "FederatedLoop": "runs.loop",
+    "Lora": "models.adapters",
     "MODELS": "models.pretrained",
     "RoundRecord": "storage.records",
     "RunOptions": "runs.options",
@@ -95,6 +101,9 @@ __all__ = [
     "FederatedLoop",
     "InstructionTask",
     "LearningRateMonitor",
+    "Lora",
+    "ModernBertClassifier",
+    "RobertaClassifier",
     "RoundRecord",
     "RunError",
     "RunOptions",

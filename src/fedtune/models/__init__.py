@@ -11,8 +11,10 @@ from fedtune.models.bert import BertClassifier
 from fedtune.models.causal_lm import CausalLM, causal_class
 from fedtune.models.classifier import TextClassifier
 from fedtune.models.distilbert import DistilBertClassifier
+from fedtune.models.modernbert import ModernBertClassifier
 from fedtune.models.options import check_causal_options, check_options
 from fedtune.models.pretrained import load_config
+from fedtune.models.roberta import RobertaClassifier
 from fedtune.models.sizes import check_config
 from fedtune.models.weights import check_files
 
@@ -20,6 +22,8 @@ FAMILIES: dict[str, type[TextClassifier]] = {
     "bert": BertClassifier,
     "distilbert": DistilBertClassifier,
     "albert": AlbertClassifier,
+    "roberta": RobertaClassifier,
+    "modernbert": ModernBertClassifier,
 }
 
 

@@ -6,23 +6,25 @@ Legend: B conversations of a batch, L their padded length in tokens, H hidden si
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any, ClassVar, final
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fedtune.errors import UsageError
-from fedtune.models import weights
+from fedtune.models import adapter_files, weights
+from fedtune.models.adapters import Lora, adapted, is_adapter, lora_of
 from fedtune.models.agreement import check_data
 from fedtune.models.options import check_causal_options
 from fedtune.models.perplexity import Perplexity
-from fedtune.models.pretrained import cause, content_of, load_config, max_tokens
+from fedtune.models.pretrained import cause, load_config, max_tokens
 from fedtune.models.rows import Rows, check_apart, makes_logits_alone
 from fedtune.models.sizes import check_config, check_room
-from fedtune.models.training import optimizers_of
+from fedtune.models.training import forget_activations, optimizers_of
 from fedtune.randomness import seeded
 
 NO_LABEL = -100
@@ -38,7 +40,11 @@ class CausalLM(pl.LightningModule):
         name: a name of `fedtune.MODELS`, a local folder or a hub id.
         init, optimizer, learning_rate, weight_decay, warmup_steps, seed, vocab_size: as in `TextClassifier`.
         dropout: probability of every dropout that the family has, the model's own by default.
-        gradient_checkpointing: activations are computed again in the backward pass: about a third more time, less memory.
+        lora: low-rank adapters of linear layers, which alone are trained: a `fedtune.models.adapters.Lora`, or a dictionary of
+            its arguments, as {"rank": 8, "alpha": 16}.
+        gradient_checkpointing: activations within the layers are computed again in the backward pass: less memory, more time.
+        half_base: with `lora`, all that is frozen is in bf16, half the memory; then the network computes in bf16, whatever the
+            precision of the run. Adapters stay in fp32.
         packing: several short conversations are computed as one row, of at most so many tokens, without attending to each
             other: the same losses and gradients, to rounding, with less padding. It is how a batch is computed, not
             what is in it.
@@ -58,6 +64,8 @@ class CausalLM(pl.LightningModule):
     """
 
     kind: ClassVar[str] = "instructions"
+    task_type: ClassVar[str] = "CAUSAL_LM"  # as peft calls it
+    trained_whole: ClassVar[tuple[str, ...]] = ()  # beside adapters
     monitor: ClassVar[tuple[str, str]] = ("loss_nats", "min")
 
     def __init__(
@@ -71,21 +79,30 @@ class CausalLM(pl.LightningModule):
         dropout: float | None = None,
         seed: int = 0,
         vocab_size: int | None = None,
+        lora: Lora | Mapping[str, Any] | None = None,
         gradient_checkpointing: bool = False,
+        half_base: bool = False,
         packing: int | None = None,
         exact_match: bool = False,
     ) -> None:
         super().__init__()
+        family = load_config(name).model_type
+        adapters = adapter_files.opened(lora_of(lora), family)
+        lora = None if adapters is None else adapters.plain()  # hyperparameters are plain values
         self.save_hyperparameters()
         check_causal_options(self.hparams)
         with seeded(seed, "model"):
             self.network = self._build()
+        if adapters is not None:
+            adapter_files.begin(self.network, adapters, family, seed)
+        if half_base:
+            halve_(self.network)
         self.perplexity = Perplexity()
         self._selects = makes_logits_alone(self.network)
         if packing is not None:
-            check_apart(self.network, self.network.config.model_type, packing)
+            check_apart(self.network, family, packing)
         if gradient_checkpointing:
-            self._checkpoint_activations()
+            forget_activations(self.network)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -95,14 +112,14 @@ class CausalLM(pl.LightningModule):
     @functools.cached_property
     def content(self) -> dict[str, str]:
         """What names the content of the files that the weights come from, by file; nothing for random weights."""
-        return content_of(self.hparams["name"]) if self.hparams["init"] == "pretrained" else {}
+        return adapter_files.content_of_model(self.hparams)
 
     @property
     def from_files(self) -> frozenset[str]:
         """The tensors of the state that are as those files have them, as long as they are frozen."""
         if self.hparams["init"] != "pretrained":
             return frozenset()
-        return frozenset(f"network.{name}" for name in self.network.state_dict())
+        return frozenset(f"network.{name}" for name in self.network.state_dict() if not is_adapter(name))
 
     def setup(self, stage: str) -> None:
         """In a `Trainer`, check that its data module is for this module."""
@@ -180,12 +197,6 @@ class CausalLM(pl.LightningModule):
         if longest is not None and ids_BL.shape[1] > longest:
             raise UsageError("max_length", ids_BL.shape[1], f"at most {longest}, the maximum of {self.hparams['name']}")
 
-    def _checkpoint_activations(self) -> None:
-        if not self.network.supports_gradient_checkpointing:
-            family = self.network.config.model_type
-            raise UsageError("gradient_checkpointing", True, f"False, as models of the family {family} have none")
-        self.network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
     def _build(self) -> PreTrainedModel:
         options = self.hparams
         config = load_config(options["name"])
@@ -212,7 +223,23 @@ class CausalLM(pl.LightningModule):
 
 
 # what a run need not say, and the value at which it does nothing
-DETAILS: dict[str, Any] = {"gradient_checkpointing": False, "packing": None, "exact_match": False}
+DETAILS: dict[str, Any] = {
+    "lora": None,
+    "gradient_checkpointing": False,
+    "half_base": False,
+    "packing": None,
+    "exact_match": False,
+}
+
+
+def halve_(network: nn.Module) -> None:
+    """Keep what is frozen of a network in bf16, in place; an algorithm that moves some may make that fp32 again."""
+    for parameter in network.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    for _, layer in adapted(network):
+        layer.base_layer.register_forward_pre_hook(lambda layer, given: (given[0].to(layer.weight.dtype), *given[1:]))
+        layer.base_layer.register_forward_hook(lambda layer, given, output: output.bfloat16())
 
 
 def causal_class(name: str, config: PretrainedConfig) -> type[PreTrainedModel]:

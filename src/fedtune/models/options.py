@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from fedtune.errors import UsageError, at_least, one_of
+from fedtune.models.adapters import lora_of
 
 OPTIMIZERS = ("adamw", "sgd")
 INITS = ("pretrained", "random")
@@ -33,6 +34,8 @@ def check_causal_options(options: Mapping[str, Any]) -> None:
         UsageError: a value outside of what is allowed.
     """
     _check_shared(options)
+    if options["half_base"] and options["lora"] is None:
+        raise UsageError("half_base", True, "False, without lora: nothing is frozen")
     packing = options["packing"]
     if packing is not None and (isinstance(packing, bool) or not isinstance(packing, int) or packing < 1):
         raise UsageError("packing", packing, "a whole number of tokens, 1 or more, or none")
@@ -53,6 +56,7 @@ def _check_shared(options: Mapping[str, Any]) -> None:
         raise one_of("init", options["init"], INITS)
     if options["vocab_size"] is not None and options["init"] != "random":
         raise UsageError("vocab_size", options["vocab_size"], "nothing, with pretrained weights")
+    lora_of(options.get("lora"))
 
 
 def set_labels(config: PretrainedConfig, names: Sequence[str]) -> None:

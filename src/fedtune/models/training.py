@@ -1,4 +1,4 @@
-"""The optimizer of a module, by its options."""
+"""How a module is trained, by its options: the optimizer, and activations that are not kept."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+
+from fedtune.errors import UsageError
 
 
 def optimizers_of(module: pl.LightningModule) -> Any:
@@ -26,3 +28,17 @@ def optimizers_of(module: pl.LightningModule) -> Any:
         return {"optimizer": optimizer}
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / options["warmup_steps"]))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def forget_activations(network: Any) -> None:
+    """Compute activations within the layers of a network of Transformers again in the backward pass.
+
+    Raises:
+        UsageError: the network cannot do so.
+    """
+    if not network.supports_gradient_checkpointing:
+        raise UsageError("gradient_checkpointing", True, f"False, as {type(network).__name__} cannot do so")
+    if hasattr(network, "activation_checkpointing_enable"):
+        network.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:  # an older Transformers
+        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
