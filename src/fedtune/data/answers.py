@@ -5,7 +5,6 @@ Legend: N conversations, T tokens in all, S tokens of one.
 
 from __future__ import annotations
 
-import datetime
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +26,8 @@ if TYPE_CHECKING:
 Span = tuple[int, int]  # of an answer in a text: characters, or tokens; the second is the first behind it
 Render = Callable[[Conversation, bool], str]
 _PIECE = 2000  # conversations that are tokenised together
-_TODAY = datetime.datetime(2024, 7, 26)  # for templates that write the date: tokens must not depend on the day of a run
+_DAY = "26 Jul 2024"  # for templates that write the date, which must not depend on the day of a run
+_SAME_DAY = f"{{% macro strftime_now(form) %}}{_DAY}{{% endmacro %}}{{{{ '' }}}}"  # in front of a template that asks for it
 _MARK = "7b1f0c5a9e"  # stands for an answer where a template is asked what it writes around one
 
 
@@ -75,12 +75,13 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 def rendered(tokenizer: PreTrainedTokenizerBase, turns: Conversation, ask: bool = False) -> str:
     """What a conversation is as a text; with `ask`, up to where the next answer begins."""
-    if template_of(tokenizer) is not None:
-        return str(
-            tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=ask, strftime_now=_TODAY.strftime, date_string="26 Jul 2024"
-            )
+    template = template_of(tokenizer)
+    if template is not None:
+        template = _SAME_DAY + template if "strftime_now" in template else template
+        found = tokenizer.apply_chat_template(
+            turns, chat_template=template, tokenize=False, add_generation_prompt=ask, date_string=_DAY
         )
+        return str(found)
     begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     end = {"assistant": tokenizer.eos_token or "\n"}
     return (tokenizer.bos_token if begins else "") + "".join(turn["content"] + end.get(turn["role"], "\n") for turn in turns)
@@ -94,7 +95,7 @@ def spans_of(turns: Conversation, render: Render, specials: Sequence[str]) -> tu
     behind the content of a last answer, too.
 
     Raises:
-        ValueError: an answer is not there once.
+        ValueError: an answer is not there, or not once.
     """
     last = max(place for place, turn in enumerate(turns) if turn["role"] == "assistant")
     turns = turns[: last + 1]
@@ -105,6 +106,8 @@ def spans_of(turns: Conversation, render: Render, specials: Sequence[str]) -> tu
         before, after = render(turns[:place], True), text if place == last else render(turns[: place + 1], False)
         if not (text.startswith(before) and text.startswith(after) and len(before) < len(after)):
             before, after = _around(turns, place, render, text)
+        if turn["content"].strip()[-2:] not in text[len(before) : len(after)]:
+            raise ValueError(f"the answer {shown(turn['content'])} is not found in what it writes")
         end = len(after)
         shorter = after.rstrip()
         if shorter.endswith(tuple(specials)) and len(shorter) > len(before):

@@ -8,7 +8,7 @@ from typing import Any
 from fedtune.errors import UsageError
 from fedtune.models.albert import AlbertClassifier
 from fedtune.models.bert import BertClassifier
-from fedtune.models.causal_lm import CausalLM, causal_class
+from fedtune.models.causal_lm import CausalLM, causal_class, is_causal
 from fedtune.models.classifier import TextClassifier
 from fedtune.models.distilbert import DistilBertClassifier
 from fedtune.models.modernbert import ModernBertClassifier
@@ -49,8 +49,8 @@ def family_of(name: str) -> type[TextClassifier]:
     """The class of the family that the model's configuration names. Raises `UsageError` as `build_classifier`."""
     family = load_config(name).model_type
     if family not in FAMILIES:
-        allowed = f"a model of one of the families {', '.join(FAMILIES)}, for texts and labels (this is {family!r})"
-        raise UsageError("name", name, allowed)
+        hint = "; a causal language model is for a task of instructions" if is_causal(load_config(name)) else ""
+        raise UsageError("name", name, f"a model of one of the families {', '.join(FAMILIES)} (this is {family!r}){hint}")
     return FAMILIES[family]
 
 

@@ -206,8 +206,9 @@ class CausalLM(pl.LightningModule):
         config.output_hidden_states = config.output_attentions = False
         if options["dropout"] is not None:
             set_dropout(config, options["dropout"])
+        attention = "sdpa" if torch.cuda.is_available() else "eager"  # no slower on a CPU, as in a classifier
         if options["init"] == "pretrained":
-            network, fresh = weights.read(kind, options["name"], config, "sdpa", (), False)
+            network, fresh = weights.read(kind, options["name"], config, attention, (), False)
             if fresh:
                 lacking = f"weights that fit the configuration (these lack {', '.join(sorted(fresh)[:3])})"
                 raise UsageError("name", options["name"], lacking)
@@ -215,7 +216,7 @@ class CausalLM(pl.LightningModule):
         config.vocab_size = options["vocab_size"] or config.vocab_size
         try:
             check_room(options["name"], kind, config)
-            return kind._from_config(config, attn_implementation="sdpa").train()
+            return kind._from_config(config, attn_implementation=attention).train()
         except UsageError:
             raise
         except Exception as error:  # what Transformers raises for a configuration that does not work is of any type
@@ -248,15 +249,21 @@ def causal_class(name: str, config: PretrainedConfig) -> type[PreTrainedModel]:
     Raises:
         UsageError: it is of a family that reads texts in both directions, or that has no such model.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    kind = type(config)
-    both = kind in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    if both or kind not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
+    if not is_causal(config):
         allowed = f"a causal language model, as llama, qwen2 or gpt2, for instructions (this is {config.model_type!r})"
         raise UsageError("name", name, allowed)
-    found: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[kind]
+    found: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return found
+
+
+def is_causal(config: PretrainedConfig) -> bool:
+    """Whether a configuration is of a family that reads texts in one direction, as Transformers has it."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    both = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not both and not getattr(config, "is_encoder_decoder", False)
 
 
 def set_dropout(config: PretrainedConfig, probability: float) -> None:
