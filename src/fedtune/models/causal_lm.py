@@ -128,7 +128,7 @@ class CausalLM(pl.LightningModule):
             self.check_data(trainer.datamodule)
 
     def check_data(self, data: Any) -> None:
-        """Raise `UsageError` where a `FederatedDataModule` is for other tokens or lengths, or of texts to be classified."""
+        """Raise `UsageError` where a `FederatedDataModule` is for other tokens or lengths, or for texts to be classified."""
         check_data(self, data)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
