@@ -22,6 +22,32 @@ VALUES: list[Any] = [
     *([["word1", "word2"]], {"content": "word3"}, {"type": "Sequence"}, {"word1": 5, "word2": 5}, [{"id": 1}]),
 ]
 SETTINGS: dict[str, list[tuple[str, list[Any]]]] = {
+    "adapter_config.json": [
+        ("r", [1, 2, 3, 4, 0, -1, None, "2", 2.0, True, 10**9]),
+        ("lora_alpha", [1, 2.5, 0, -3, None, "4", True, 10**30]),
+        (
+            "target_modules",
+            [["query"], ["query", "value", "key"], ["value", "query"], "query", "all-linear", [], [1], None, {}],
+        ),
+        ("use_rslora", [True, False, None, 1, "true"]),
+        ("lora_dropout", [0.5, 0, None, -1, "x", 2]),
+        ("modules_to_save", [None, [], ["classifier", "pooler"], ["x"], "classifier"]),
+        ("fan_in_fan_out", [True, None]),
+        ("init_lora_weights", [True, False, "gaussian", "pissa", "olora", "loftq", None, 5, []]),
+        ("bias", ["none", "all", "lora_only", None, 5]),
+        ("peft_type", ["LORA", "IA3", "lora", None, 5, []]),
+        ("task_type", ["SEQ_CLS", "CAUSAL_LM", None, 5]),
+        ("use_dora", [True, False, None]),
+        ("lora_bias", [True]),
+        ("rank_pattern", [{}, {"query": 1}, None, "query"]),
+        ("alpha_pattern", [{}, {"query": 1}, None]),
+        ("layers_to_transform", [None, 0, [0], []]),
+        ("exclude_modules", [None, ["query"], "x"]),
+        ("layer_replication", [None, [[0, 1]]]),
+        ("target_parameters", [None, ["query.weight"]]),
+        ("trainable_token_indices", [None, [1, 2]]),
+        ("base_model_name_or_path", ["nobody/none", None, 5, "/dev/zero"]),
+    ],
     "config.json": [
         ("model_type", ["bert", "distilbert", "albert", "roberta", "gpt2", "t5", "mine", "auto", "longformer", "xlm-roberta"]),
         ("auto_map", [{"AutoConfig": "mine.Config"}, {"AutoModel": "mine.Model"}, "mine", [], ["a"]]),

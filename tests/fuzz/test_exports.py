@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import copy
 import hashlib
+import importlib.util
 import os
 import random
 import re
@@ -19,12 +21,14 @@ import transformers
 from accidents import accident
 from cases import FIRST, outcome, share
 from conftest import data_maker, make_loop, make_task, save_tiny_bert
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_folders import damage
 
 import fedtune
+from fedtune.models.adapters import merge_
 from fedtune.models.weights import quiet
 from fedtune.storage import checkpoint
+from fedtune.tensors import assign_, travelling
 
 Weights = dict[str, torch.Tensor]
 
@@ -41,17 +45,32 @@ def good(place: Path) -> dict[str, Any]:
     found = {}
     with quiet():
         save_tiny_bert(place / "model")
-    for name, options in {"plain": {}, "frozen": {"freeze_embeddings": True, "freeze_layers": 1}}.items():
+    kinds: dict[str, dict[str, Any]] = {"plain": {}, "frozen": {"freeze_embeddings": True, "freeze_layers": 1}}
+    kinds |= {"adapted": {"lora": {"rank": 2}}} if importlib.util.find_spec("peft") is not None else {}
+    for name, options in kinds.items():
         run, module = place.with_name(name), fedtune.build_classifier(str(place / "model"), 3, learning_rate=5e-3, **options)
         data = data_maker(str(place / "model"), make_task(6))()
         make_loop(max_rounds=3, run_dir=str(run), keep=2).fit(module, data)
         frozen = {f"network.{key}": tensor for key, tensor in module.network.state_dict().items()}
         rounds = {number: checkpoint.load(run / "checkpoints" / f"round-000{number}").weights for number in (2, 3)}
         found[name] = {number: frozen | weights for number, weights in rounds.items()}
+        if name == "adapted":
+            found[name] = {number: whole(module, weights) for number, weights in rounds.items()}
         save_file(rounds[2], run / "best.safetensors", metadata={"round": "2", "monitor": "accuracy", "value": "0.5"})
     shutil.copytree(place / "model", place.with_name("model"))
     shutil.copy(place.with_name("model") / "model.safetensors", place.with_name("elsewhere.safetensors"))
     return found
+
+
+def whole(module: Any, weights: Weights) -> Weights:
+    """What both kinds of export of a run with adapters have: the merged network, and the adapters by their names at peft."""
+    module = copy.deepcopy(module)
+    assign_(travelling(module), weights)
+    adapters = {
+        f"base_model.model.{name.removeprefix('network.').replace('.default', '')}": one for name, one in weights.items()
+    }
+    merge_(module.network)
+    return adapters | {f"network.{key}": tensor for key, tensor in module.network.state_dict().items()}
 
 
 DESTINATIONS: dict[str, Callable[[Path], Any]] = {
@@ -100,6 +119,7 @@ FLAGS = [
         ["--label_names=[a, a]"],
     ),
     *(["--label_names=['label 0', 'label 1', 'label 2']"], ["--label_names={}"], ["--which=best", "--which=last"], ["third"]),
+    *(["--merge"], ["--merge"], ["--merge"], ["--merge=true"], ["--merge", "true"]),
     *(["--none"], ["--which=" + "x" * 5000], ["--which=\udcff"], ["--config=x"], ["--label_names+=x"], ["--folder=x"], [""]),
 ]
 
@@ -165,8 +185,9 @@ def case(number: int, good: dict[str, Any], place: Path, patch: pytest.MonkeyPat
 
 def wrong(folder: Path, rounds: dict[int, Weights], words: list[str]) -> str:
     """What is not as the run has it; nothing where all is."""
+    adapters = (folder / "adapter_config.json").exists()
     with quiet():
-        network = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+        network = transformers.AutoModelForSequenceClassification.from_pretrained("model" if adapters else folder, num_labels=3)
         own = transformers.AutoTokenizer.from_pretrained(folder)("word1 word9", max_length=8, truncation=True)["input_ids"]
         theirs = transformers.AutoTokenizer.from_pretrained("model")("word1 word9", max_length=8, truncation=True)["input_ids"]
     said = re.search(r"after round (\d+), the (last|best) one", (folder / "README.md").read_text())
@@ -176,9 +197,17 @@ def wrong(folder: Path, rounds: dict[int, Weights], words: list[str]) -> str:
     if expected is None:
         return f"round {said[1]}"
     state = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
+    if adapters:
+        from peft import PeftModel
+
+        PeftModel.from_pretrained(network, folder)
+        state = load_file(folder / "adapter_model.safetensors")
+    expected = {name: tensor for name, tensor in expected.items() if name.startswith("base_model.") == adapters}
+    if adapters and "--merge" in words:
+        return "adapters in place of a merged model"
     if state.keys() != expected.keys() or not all(torch.equal(state[name], expected[name]) for name in state):
         return "other weights than those of the run"
-    if network.config.id2label != {number: f"label {number}" for number in range(3)}:
+    if not adapters and network.config.id2label != {number: f"label {number}" for number in range(3)}:
         return f"labels {network.config.id2label}"
     return "" if own == theirs else "another tokenizer"
 

@@ -12,19 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from fedtune.data import holdings
 from fedtune.data.answers import instruction_tokens
 from fedtune.data.batches import LengthGroupedBatches, Texts
 from fedtune.data.contract import whole_at_least
-from fedtune.data.holdings import (
-    Task,
-    accuracy_of_clients,
-    characters_of,
-    columns_for,
-    digest_of,
-    left_out_said,
-    shares_of_authors,
-    table_of,
-)
 from fedtune.data.instructions import InstructionTask
 from fedtune.data.registry import load_task
 from fedtune.data.splits import DEFAULTS, Split, check_options, divide, options_of
@@ -89,7 +80,7 @@ class FederatedDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        task: str | Task = "authors",
+        task: str | holdings.Task = "authors",
         model: str = "minilm",
         num_clients: int = 8,
         split: str | Split = "iid",
@@ -131,7 +122,7 @@ class FederatedDataModule(pl.LightningDataModule):
         self.hparams["split"] = split if isinstance(split, str) else getattr(split, "__name__", repr(split))
 
     @functools.cached_property
-    def task(self) -> Task:
+    def task(self) -> holdings.Task:
         """The task, loaded."""
         options = self.hparams
         given = {} if options["folder"] is None else {"folder": options["folder"]}
@@ -156,7 +147,7 @@ class FederatedDataModule(pl.LightningDataModule):
             rows = np.sort(stream(self.hparams["seed"], "limit").permutation(rows)[:limit])
         parts = self._divide(rows)
         split, smallest = self.hparams["split"], min(map(len, parts))
-        self._left_out = left_out_said(self.task, split, rows, parts, options_of(split, self.hparams))
+        self._left_out = holdings.left_out_said(self.task, split, rows, parts, options_of(split, self.hparams))
         if split == "natural" and self._left_out:
             warnings.warn(self._left_out, stacklevel=1)
         if smallest < size:
@@ -181,7 +172,7 @@ class FederatedDataModule(pl.LightningDataModule):
     @property
     def digest(self) -> str:
         """Sixteen hexadecimal digits that name the content of the task: tokens, labels, authors, parts, second texts if any."""
-        return digest_of(self.task, self.tokens)
+        return holdings.digest_of(self.task, self.tokens)
 
     @property
     def kind(self) -> str:
@@ -205,10 +196,7 @@ class FederatedDataModule(pl.LightningDataModule):
 
     def majority_accuracy(self, part: str = "test") -> float | None:
         """Accuracy on a part of always answering the most frequent training label; None where no labels are learned."""
-        if isinstance(self.task, InstructionTask):
-            return None
-        train = np.concatenate([self.task.labels[rows] for rows in self.client_indices])
-        return float(np.mean(self.task.labels[self.task.parts[part]] == np.bincount(train).argmax()))
+        return holdings.majority_of(self.task, self.client_indices, part)
 
     def setup(self, stage: str | None = None) -> None:
         """Load, tokenise and divide, where that has not been done."""
@@ -216,20 +204,14 @@ class FederatedDataModule(pl.LightningDataModule):
 
     def keep_on(self, device: torch.device) -> None:
         """Keep token ids and labels on a device, where batches are made from then on. `FederatedLoop` does it on a GPU."""
-        tokens, labels = self._columns
-        self._kept = tokens.to(device), None if labels is None else labels.to(device)
-
-    @property
-    def _columns(self) -> tuple[TokenStore, Tensor | None]:
-        """The tokens, and the labels that belong to whole texts."""
-        task = self.task
-        return self.tokens, None if isinstance(task, InstructionTask) else torch.from_numpy(task.labels)
+        labels = holdings.labels_of(self.task)
+        self._kept = self.tokens.to(device), None if labels is None else labels.to(device)
 
     @functools.cached_property
     def client_test_indices(self) -> list[IntArray]:
         """For each client its share of the test part, by the same split, without `min_size`; with `natural` its authors'."""
         if self._split == "natural":
-            return shares_of_authors(self.task, self.client_indices, self.task.parts["test"])
+            return holdings.shares_of_authors(self.task, self.client_indices, self.task.parts["test"])
         return self._divide(self.task.parts["test"], min_size=None)
 
     def client_test_dataloader(self, client: int) -> DataLoader[dict[str, Tensor]]:
@@ -262,7 +244,7 @@ class FederatedDataModule(pl.LightningDataModule):
             rows with `client`, `examples`, `tokens`, `mean_characters`, of conversations `answer_tokens`, and where there are
                 such `label_entropy_bits`, `labels` and `authors`: examples by name.
         """
-        return table_of(self.task, self.client_indices, self.tokens, self._characters)
+        return holdings.table_of(self.task, self.client_indices, self.tokens, self._characters)
 
     def client_accuracy(self, part: str, correct_N: Tensor) -> list[float | None]:
         """How accurate a model is for each client: on texts of a part, mixed like the client's training texts.
@@ -279,14 +261,14 @@ class FederatedDataModule(pl.LightningDataModule):
             a fraction for each client; None where the part has no text of any of its labels (authors), or there are none.
         """
         rows = self._by_length(self.task.parts[part])
-        return accuracy_of_clients(self.task, self.hparams["split"], self.client_indices, rows, correct_N.numpy())
+        return holdings.accuracy_of_clients(self.task, self.hparams["split"], self.client_indices, rows, correct_N.numpy())
 
     @functools.cached_property
     def _characters(self) -> IntArray:
-        return characters_of(self.task)
+        return holdings.characters_of(self.task)
 
     def _divide(self, rows: IntArray, **others: Any) -> list[IntArray]:
-        columns = columns_for(self.task, self._split, rows, self._characters)
+        columns = holdings.columns_for(self.task, self._split, rows, self._characters)
         choice = {name: self.hparams[name] for name in ("num_clients", "seed", *DEFAULTS)} | others
         return [rows[part] for part in divide(self._split, columns, **choice)]
 
@@ -305,7 +287,7 @@ class FederatedDataModule(pl.LightningDataModule):
         return rows[self.tokens.lengths[rows].argsort(stable=True).numpy()]
 
     def _texts(self, rows: IntArray) -> Texts:
-        tokens, labels = self._kept or self._columns
+        tokens, labels = self._kept or (self.tokens, holdings.labels_of(self.task))
         places = torch.from_numpy(rows)
         return Texts(tokens, labels, places, self.tokens.lengths_of(places), self._padded_length, self.hparams["mask"])
 

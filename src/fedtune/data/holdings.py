@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from fedtune.data.instructions import InstructionTask
 from fedtune.data.skews import small_authors_said
@@ -29,6 +31,19 @@ def digest_of(task: Task, tokens: TokenStore) -> str:
     for text in getattr(task, "second_texts", None) or ():
         found.update(len(text.encode()).to_bytes(8, "little") + text.encode())
     return found.hexdigest()[:16]
+
+
+def labels_of(task: Task) -> Tensor | None:
+    """(N,) the labels of whole texts; None of conversations, whose labels are among their tokens."""
+    return None if isinstance(task, InstructionTask) else torch.from_numpy(task.labels)
+
+
+def majority_of(task: Task, parts: Sequence[IntArray], part: str) -> float | None:
+    """Accuracy on a part of always answering the most frequent label of the clients; None where no labels are learned."""
+    if isinstance(task, InstructionTask):
+        return None
+    train = np.concatenate([task.labels[rows] for rows in parts])
+    return float(np.mean(task.labels[task.parts[part]] == np.bincount(train).argmax()))
 
 
 def columns_for(task: Task, split: str | Split, rows: IntArray, characters_N: IntArray) -> Columns:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
 from fedtune.errors import UsageError
+from fedtune.models.adapter_files import opened
+from fedtune.models.adapters import lora_of, target_layers
 from fedtune.models.albert import AlbertClassifier
 from fedtune.models.bert import BertClassifier
 from fedtune.models.causal_lm import CausalLM, causal_class, is_causal
@@ -15,7 +20,7 @@ from fedtune.models.modernbert import ModernBertClassifier
 from fedtune.models.options import check_causal_options, check_options
 from fedtune.models.pretrained import load_config
 from fedtune.models.roberta import RobertaClassifier
-from fedtune.models.sizes import check_config
+from fedtune.models.sizes import check_config, check_room
 from fedtune.models.weights import check_files
 
 FAMILIES: dict[str, type[TextClassifier]] = {
@@ -55,7 +60,7 @@ def family_of(name: str) -> type[TextClassifier]:
 
 
 def check_classifier(name: str, options: Mapping[str, Any]) -> None:
-    """Check all that can be checked before texts are read: the family, the files of the weights, the options.
+    """Check all that can be checked before texts are read: the family, the files of the weights, the options, the adapters.
 
     Args:
         options: of `TextClassifier`, without the name and what follows from the task.
@@ -63,18 +68,31 @@ def check_classifier(name: str, options: Mapping[str, Any]) -> None:
     Raises:
         UsageError: as `build_classifier`.
     """
-    family_of(name)
-    check_config(name, load_config(name))
+    family, config = family_of(name), load_config(name)
+    check_config(name, config)
     check_options({"num_labels": 2, **options})
     if options["init"] == "pretrained":
         check_files(name)
+    _check_adapters(name, config, family.model_class, options, family.head)
 
 
 def check_causal_lm(name: str, options: Mapping[str, Any]) -> None:
     """As `check_classifier`, for a `CausalLM` and its options."""
     config = load_config(name)
-    causal_class(name, config)
+    kind = causal_class(name, config)
     check_config(name, config)
     check_causal_options(options)
     if options["init"] == "pretrained":
         check_files(name)
+    _check_adapters(name, config, kind, options)
+
+
+def _check_adapters(
+    name: str, config: PretrainedConfig, kind: type[PreTrainedModel], options: Mapping[str, Any], head: Sequence[str] = ()
+) -> None:
+    """Raise `UsageError` where adapters are asked for that a network of a configuration cannot have."""
+    lora = opened(lora_of(options.get("lora")), config.model_type)
+    if lora is not None:
+        check_room(name, kind, config)
+        with torch.device("meta"):
+            target_layers(kind(config), lora.targets or (), head)

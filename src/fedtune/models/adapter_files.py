@@ -201,11 +201,11 @@ def save(network: nn.Module, folder: Path, lora: Lora, base: str, task_type: str
 
 def _tensors_of(adapter: str) -> Tensors:
     folder = Path(os.path.expanduser(adapter))
-    if not present(folder / WEIGHTS):
-        raise _strange(adapter, f"there is no {WEIGHTS}; save_pretrained of today's peft writes it")
     try:
+        if not present(folder / WEIGHTS):
+            raise FileNotFoundError("it is not there; save_pretrained of today's peft writes it")
         return read_file(folder / WEIGHTS)[0]
-    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:  # RunError, too
         raise _strange(adapter, f"{WEIGHTS}: {said(error)}") from error
 
 

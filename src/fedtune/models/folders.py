@@ -37,8 +37,10 @@ def check_content(folder: Path) -> None:
     """Check that config.json says what family it is of, and no more classes than there can be; nothing else is looked at.
 
     Raises:
-        ValueError: it does not, or asks for code of its own to be run.
+        ValueError: it does not, or asks for code of its own to be run; or there is an adapter.
     """
+    if present(folder / "adapter_config.json"):  # beside a model, peft would change it
+        raise ValueError(f"{folder} has adapter_config.json, as adapters have: a run begins with one by model.lora.adapter")
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder} has no config.json")

@@ -176,9 +176,6 @@ class FederatedLoop:
             raise UsageError("evaluate_on", self.evaluate_on, "a part that the data have")
         module.on_fit_start()
         look_over(module, self.evaluate_on, run)
-        if self.options.evaluation == "clients" and getattr(run.data, "kind", None) == "instructions":
-            allowed = "pooled, with instructions: perplexity is of the mean over all tokens"
-            raise UsageError("options.evaluation", self.options.evaluation, allowed)
         watch_the_end(training.trainer, directory, run)
         kept = resting(module), getattr(module, "from_files", ())
         directory.begin(ServerState(0, snapshot(travelling(module))), bool(self.baselines), *kept)  # no name keeps the copy

@@ -60,7 +60,7 @@ def describe(module: Any, data: Any, loop: Mapping[str, Any]) -> dict[str, Any]:
 def settled(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration without what does nothing."""
     values = dotted(config)
-    return without(config, {key for key, value in NEUTRAL.items() if values.get(key) == value})
+    return without(config, {key for key, value in NEUTRAL.items() if key in values and values[key] == value})
 
 
 def identified(config: Mapping[str, Any]) -> None:
