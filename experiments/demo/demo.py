@@ -100,8 +100,8 @@ def split_table(name: str, data: fedtune.FederatedDataModule) -> Table:
 
 
 def results(loops: dict[str, fedtune.FederatedLoop], data: fedtune.FederatedDataModule) -> Table:
-    truth = torch.from_numpy(data.task.labels[data.task.parts["test"]])
-    train = torch.from_numpy(data.task.labels[np.concatenate(data.client_indices)])
+    labels = torch.from_numpy(np.asarray(data.task.labels))
+    truth, train = labels[data.task.parts["test"]], labels[np.concatenate(data.client_indices)]
     majority = torch.full_like(truth, int(train.bincount().argmax()))
     f1 = float(multiclass_f1_score(majority, truth, data.num_labels, average="macro"))
     skewed, iid = loops["by author"].summary, loops["iid"].summary

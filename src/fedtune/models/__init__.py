@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig, PreTrainedModel
 
 from fedtune.errors import UsageError
 from fedtune.models.adapter_files import opened
 from fedtune.models.adapters import lora_of, target_layers
 from fedtune.models.albert import AlbertClassifier
 from fedtune.models.bert import BertClassifier
+from fedtune.models.causal_lm import CausalLM, causal_class, is_causal
 from fedtune.models.classifier import TextClassifier
 from fedtune.models.distilbert import DistilBertClassifier
 from fedtune.models.modernbert import ModernBertClassifier
-from fedtune.models.options import check_options
+from fedtune.models.options import check_causal_options, check_options
 from fedtune.models.pretrained import load_config
 from fedtune.models.roberta import RobertaClassifier
 from fedtune.models.sizes import check_config, check_room
@@ -39,11 +41,21 @@ def build_classifier(name: str, num_labels: int, **options: Any) -> TextClassifi
     return family_of(name)(name, num_labels, **options)
 
 
+def build_causal_lm(name: str, **options: Any) -> CausalLM:
+    """The causal language model of that name, with `options` as for `CausalLM`.
+
+    Raises:
+        UsageError: the model cannot be found, or is none.
+    """
+    return CausalLM(name, **options)
+
+
 def family_of(name: str) -> type[TextClassifier]:
     """The class of the family that the model's configuration names. Raises `UsageError` as `build_classifier`."""
     family = load_config(name).model_type
     if family not in FAMILIES:
-        raise UsageError("name", name, f"a model of one of the families {', '.join(FAMILIES)} (this is {family!r})")
+        hint = "; a causal language model is for a task of instructions" if is_causal(load_config(name)) else ""
+        raise UsageError("name", name, f"a model of one of the families {', '.join(FAMILIES)} (this is {family!r}){hint}")
     return FAMILIES[family]
 
 
@@ -61,8 +73,26 @@ def check_classifier(name: str, options: Mapping[str, Any]) -> None:
     check_options({"num_labels": 2, **options})
     if options["init"] == "pretrained":
         check_files(name)
+    _check_adapters(name, config, family.model_class, options, family.head)
+
+
+def check_causal_lm(name: str, options: Mapping[str, Any]) -> None:
+    """As `check_classifier`, for a `CausalLM` and its options."""
+    config = load_config(name)
+    kind = causal_class(name, config)
+    check_config(name, config)
+    check_causal_options(options)
+    if options["init"] == "pretrained":
+        check_files(name)
+    _check_adapters(name, config, kind, options)
+
+
+def _check_adapters(
+    name: str, config: PretrainedConfig, kind: type[PreTrainedModel], options: Mapping[str, Any], head: Sequence[str] = ()
+) -> None:
+    """Raise `UsageError` where adapters are asked for that a network of a configuration cannot have."""
     lora = opened(lora_of(options.get("lora")), config.model_type)
     if lora is not None:
-        check_room(name, family.model_class, config)
+        check_room(name, kind, config)
         with torch.device("meta"):
-            target_layers(family.model_class(config), lora.targets or (), family.head)
+            target_layers(kind(config), lora.targets or (), head)

@@ -67,9 +67,11 @@ def look_over(module: pl.LightningModule, evaluate_on: str, run: Run) -> None:
     """Say what of a module its owner may not expect.
 
     Raises:
-        UsageError: tensors share memory, so that an update of one would change the other.
+        UsageError: tensors share memory, so that an update of one would change the other; means over clients of perplexities.
     """
-    name = type(module).__name__
+    name, evaluation = type(module).__name__, run.config["loop"]["options"]["evaluation"]
+    if evaluation == "clients" and getattr(run.data, "kind", None) == "instructions":
+        raise UsageError("options.evaluation", evaluation, "pooled, with instructions: perplexity is of a mean over all tokens")
     if step_of(module, evaluate_on) is None:
         run.print(f"{name} has no validation_step: the rounds are not evaluated")
     evaluating = [path or name for path, part in module.named_modules() if not part.training]

@@ -23,7 +23,7 @@ from fedtune.yaml_files import read as read_yaml
 
 METHODS = ("grid", "random", "bayes")
 GOALS = ("minimize", "maximize")
-METRICS = ("accuracy", "macro_f1", "loss_nats")  # of every run
+METRICS = ("accuracy", "macro_f1", "loss_nats", "perplexity", "token_accuracy", "exact_match")  # of runs of ours
 _TEXTS = ("name", "description", "project", "entity")
 _KEYS = ("method", "metric", "parameters", "run_cap", "early_terminate", "program", "command", *_TEXTS)
 
