@@ -121,6 +121,7 @@ REFUSED = {(name, rule) for name in SEVERAL_GROUPS for rule in RULES if rule != 
     for name in UNIFORM_ONLY
     for rule in ("Mean", "ClippedMean", *OF_PRODUCTS)  # by default weighted by examples
 }
+REFUSED.add(("rolora", "CentredClipping"))
 NOT_BOTH = ("ffa_lora", "rolora", "fedsa_lora", "fedper", "fedrep")  # of A and B of each layer in each round
 
 

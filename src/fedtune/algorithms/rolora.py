@@ -23,6 +23,7 @@ class Alternating(ClientUpdate):
     """E local epochs of one of the two factors; what is trained beside adapters (a head) is trained in every round."""
 
     adapters: ClassVar[bool] = True
+    alternates: ClassVar[bool] = True
 
     def __call__(self, client: Client) -> Groups:
         """Train; send the update."""

@@ -71,7 +71,7 @@ def _check(name: str, algorithm: Algorithm, adapters: Adapters) -> None:
 def _check_factors(algorithm: Algorithm, adapters: Adapters, travel: set[str]) -> None:
     part = type(algorithm.aggregator).__name__
     for name in (name for layer in adapters.layers for name in (layer.a, layer.b)):
-        if name not in travel or not all(algorithm.client.trains(name, round) for round in (1, 2)):
+        if name not in travel or algorithm.client.alternates:
             raise UsageError(
                 "algorithm.aggregator", part, f"one that does not need {name}, which does not travel in each round"
             )

@@ -16,16 +16,7 @@ import torch
 
 from fedtune.errors import ClientError, RunError, UsageError
 from fedtune.federated.memory import ClientMemory
-from fedtune.federated.messages import (
-    ClientReport,
-    Context,
-    Reply,
-    Request,
-    Stage,
-    bytes_of,
-    decoded,
-    encoded,
-)
+from fedtune.federated.messages import ClientReport, Context, Reply, Request, Stage, bytes_of, decoded, encoded
 from fedtune.federated.optimisation import Filter, Optimisation, training_only
 from fedtune.federated.passes import one_pass
 from fedtune.federated.pieces import Pieces
@@ -215,13 +206,15 @@ class ClientUpdate(abc.ABC):
 
     `makes` names the groups that it sends. `weighting` is "uniform" where all clients must weigh the same. `personal` is
     "model" where it keeps one of the client's own (`Client.keep`), "part" where it works with that which stays with the client.
-    One for `adapters` is refused for a module without; `ranks` are those of the clients' adapters, dealt out by seed.
+    One for `adapters` is refused for a module without; `ranks` are those of the clients' adapters, dealt out by seed. One that
+    `alternates` trains other tensors from round to round (`trains`).
     """
 
     makes: ClassVar[tuple[str, ...]] = ("update",)
     weighting: ClassVar[str | None] = None
     personal: ClassVar[str | None] = None
     adapters: ClassVar[bool] = False
+    alternates: ClassVar[bool] = False
     ranks: tuple[int, ...] = ()
 
     @abc.abstractmethod

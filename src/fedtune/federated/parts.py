@@ -155,6 +155,9 @@ class Algorithm:
         if (keeps == "model" and self.personal) or (keeps == "part" and not self.personal):
             allowed = "nothing, as its clients keep a whole model" if self.personal else "what stays with each client"
             raise UsageError("algorithm.personal", list(self.personal), f"for {client}, {allowed}")
+        if self.client.alternates and self.aggregator.keeps:
+            allowed = f"for {client}, which trains other tensors in the next round, one that keeps nothing, as Mean"
+            raise UsageError("algorithm.aggregator", aggregator, allowed)
         if self.aggregator.adapters and self.server:
             raise UsageError("algorithm.server", ", ".join(names), f"for {aggregator}, no step: it sets A and B together")
         if self.client.ranks and not self.aggregator.unequal:
