@@ -3,8 +3,7 @@
 Values that a module logs are added up in the order of the batches, whoever had them; metrics count in whole numbers, which add
 up exactly. What else a module keeps from batch to batch nobody can know, so a module says that there is nothing else
 (`evaluates_by_batch = True`, as ours do; its metrics are attributes of it or of its parts). Without that, or with hooks of
-evaluation, with other metrics or several loaders,
-every rank evaluates all batches.
+evaluation, with other metrics or several loaders, every rank evaluates all batches.
 """
 
 from __future__ import annotations

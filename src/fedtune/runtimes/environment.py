@@ -73,6 +73,15 @@ def place_of(runtime: str, environment: Mapping[str, str] | None = None) -> Plac
     return None
 
 
+def has_others(and_follows: bool = False) -> bool:
+    """Whether this process is one of several of a run; and, if that is asked, another one than rank 0."""
+    try:
+        place = place_of("auto")
+    except UsageError:
+        return False
+    return place is not None and (place.rank > 0 or not and_follows)
+
+
 def timeout() -> float:
     """Seconds after which a rank that gives no sign counts as lost: `FEDTUNE_RANK_TIMEOUT`, else ten minutes.
 

@@ -46,9 +46,29 @@ def ranks_of(runtime: str) -> Ranks:
     return Alone() if place is None else _joined(place)
 
 
-@functools.cache
+def voice(error: BaseException, code: int) -> str | None:
+    """Which rank a command names before it says why it ends; "" where it is the only process, None where another one says it.
+
+    Args:
+        code: the exit code.
+    """
+    if not _JOINED:  # a command line that cannot be used is the same on all ranks
+        place = place_of("auto")
+        return "" if place is None or place.rank == 0 else None
+    signs = _JOINED[0].signs
+    signs.fail(error, code)
+    if not signs.speaks(error):
+        return None
+    return "" if str(error).startswith("rank ") else f"rank {_JOINED[0].rank}: "
+
+
+_JOINED: list[Processes] = []  # one at most
+
+
 def _joined(place: Place) -> Processes:
-    return Processes(place)
+    if not _JOINED:
+        _JOINED.append(Processes(place))
+    return _JOINED[0]
 
 
 @final
