@@ -22,7 +22,7 @@ FOLDERS = {
     "reports": ("runs", "storage"),
     "sweeps": ("runs", "storage"),
     "testing": ("federated", "algorithms", "runtimes", "storage"),
-    "cli": ("runs", "reports", "sweeps", "data"),
+    "cli": ("runs", "reports", "sweeps", "data", "runtimes"),
 }
 LAZY = ("datasets", "wandb", "jsonargparse", "matplotlib", "optuna")  # a machine that only trains need not have them
 COMMANDS = ("runs.parser", "runs.flags", "cli")  # with these begins the command line

@@ -39,15 +39,20 @@ SIZES = (9, 5, 14, 6)  # examples of the clients, none left over alone
 
 @final
 class Adapted(nn.Module):
-    """A linear layer with an adapter of rank 3, as peft names its parts."""
+    """A linear layer with an adapter (LoRA), as peft names its parts.
 
-    def __init__(self, base: nn.Linear) -> None:
+    Args:
+        base: the layer, which is frozen.
+        rank, scale: r and s.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int = 3, scale: float = 2.0) -> None:
         super().__init__()
         self.base_layer = base.requires_grad_(False)
-        self.lora_A = nn.ModuleDict({"default": nn.Linear(base.in_features, 3, bias=False)})
-        self.lora_B = nn.ModuleDict({"default": nn.Linear(3, base.out_features, bias=False)})
-        self.scaling = {"default": 2.0}
-        nn.init.zeros_(self.lora_B["default"].weight)
+        a, b = nn.Linear(base.in_features, rank, bias=False), nn.Linear(rank, base.out_features, bias=False)
+        nn.init.zeros_(b.weight)
+        self.lora_A, self.lora_B = nn.ModuleDict({"default": a}), nn.ModuleDict({"default": b})
+        self.scaling = {"default": scale}
 
     def forward(self, inputs: Tensor) -> Tensor:
         """W x + s B A x."""
