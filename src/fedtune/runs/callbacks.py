@@ -32,6 +32,7 @@ class Run:
         summary: as in `summary.json`; complete in `on_fit_end`.
         should_stop: a callback that sets it ends the rounds after this one.
         logged: numbers that callbacks add to what the loggers get of this round.
+        base: the names of frozen weights that the server moves all the same (FLoRA, FedEx-LoRA).
     """
 
     config: dict[str, Any]
@@ -43,6 +44,7 @@ class Run:
     summary: dict[str, Any] = field(default_factory=dict)
     should_stop: bool = False
     logged: dict[str, float] = field(default_factory=dict)
+    base: frozenset[str] = frozenset()
 
 
 class FederatedCallback:

@@ -186,7 +186,7 @@ class FederatedLoop:
         module.on_fit_start()
         look_over(module, self.evaluate_on, run)
         watch_the_end(training.trainer, directory, run)
-        base = moving(self._algorithm, adapters)
+        run.base = base = moving(self._algorithm, adapters)
         kept = without(resting(module), base), getattr(module, "from_files", ())
         directory.begin(ServerState(0, snapshot(carried(module, base))), bool(self.baselines), *kept)  # no name keeps the copy
         share(module, ranks)
