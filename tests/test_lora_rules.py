@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,13 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from conftest import GivenLoaders, assert_equal, assert_near, make_loop, weights_of, without_times
+from test_robust import OneOfTwo
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fedtune
 from fedtune.algorithms import ALGORITHMS
+from fedtune.algorithms.compression import Quantise
 from fedtune.algorithms.fedavg import Mean, fedavg
 from fedtune.algorithms.fedex_lora import Residual, fedex_lora
 from fedtune.algorithms.fedit import fedit
@@ -469,22 +473,26 @@ def test_best_weights_have_the_base_that_moved(tmp_path: Path) -> None:
 
 
 def once(
-    aggregator: Any, bs: list[Tensor], as_: list[Tensor], start: tuple[Tensor, Tensor] | None = None
+    aggregator: Any,
+    bs: list[Tensor],
+    as_: list[Tensor],
+    start: tuple[Tensor, Tensor] | None = None,
+    runtime: Any = Serial(None),  # type: ignore[arg-type]  # it only gathers
+    mine: Sequence[int] | None = None,
 ) -> tuple[Tensor, float]:
-    """What one aggregation makes of factors, W being 0; and the error by `Stacks`."""
+    """What one aggregation makes of factors, W being 0, on a worker with the replies of some; and the error by `Stacks`."""
     rank, count = max(len(a) for a in as_), len(as_)
     layer = Layer("l", "default", "A", "B", "W", rank, as_[0].shape[1], len(bs[0]), 1.0)
     adapters = Adapters((layer,), ranks=tuple(len(a) for a in as_))
     b, a = start or (torch.zeros(len(bs[0]), rank).double(), torch.zeros(rank, as_[0].shape[1]).double())
     state = ServerState(0, {"A": a, "B": b, "W": torch.zeros(len(b), a.shape[1]).double()})
     replies = []
-    for client in reversed(range(count)):  # in any order
-        rank = len(as_[client])
-        update = adapters.widened({"A": as_[client] - a[:rank], "B": bs[client] - b[:, :rank]}, rank)
+    for client in reversed(range(count) if mine is None else mine):  # in any order
+        own = len(as_[client])
+        update = adapters.widened({"A": as_[client] - a[:own], "B": bs[client] - b[:, :own]}, own)
         report = ClientReport(client, 1, 1, 1, 0.0, 0.0)
         replies.append(Reply(client, 1, {"update": update}, report, 0, {"update": Pieces(update)}))
     context = Context(0, 1, count, tuple(range(count)), 64, adapters=adapters)
-    runtime = Serial(None)  # type: ignore[arg-type]  # it only gathers
     groups = aggregator(iter(replies), state, context, runtime)
     with Stacks(adapters, state.weights, runtime, count) as stacks:
         list(stacks.watching(iter(replies), lambda reply: 1))
@@ -588,6 +596,22 @@ def test_padding_counts_zero_for_rows_that_are_missing() -> None:
     assert error > 0.5
 
 
+@pytest.mark.parametrize("mine", [[], [2], [0, 3]])
+def test_two_workers_make_the_bits_of_one(mine: list[int]) -> None:
+    bs, as_, _ = factors([1, 2, 4, 4])
+    for rule in (Mean("uniform"), Stacking("uniform"), Resized("uniform"), Padded("uniform")):
+        barrier, shared = threading.Barrier(2), [None, None]
+        parts = mine, [client for client in range(4) if client not in mine]
+
+        def work(number: int, rule: Any = rule, parts: Any = parts, shared: Any = shared, barrier: Any = barrier) -> Any:
+            return once(rule, bs, as_, None, OneOfTwo(number, shared, barrier), parts[number])
+
+        with ThreadPoolExecutor(2) as threads:
+            found = list(threads.map(work, range(2)))
+        alone = once(rule, bs, as_)
+        assert all(torch.equal(product, alone[0]) and error == alone[1] for product, error in found)
+
+
 def test_lengths_of_products_need_no_product() -> None:
     left, right = torch.randn(50, 7).double(), torch.randn(7, 30).double()
     assert squared(left, right) == pytest.approx(float((left @ right).square().sum()), rel=1e-12)
@@ -672,6 +696,21 @@ def test_a_base_that_cannot_be_moved_is_refused_and_a_half_precise_one_becomes_f
     fit(flora(), half, callbacks=[products])
     assert half.first.base_layer.weight.dtype == half.first.base_layer.bias.dtype == torch.float32
     assert max(products.errors) < 1e-6
+
+
+def test_compression_does_not_touch_the_base() -> None:
+    seen: list[bool] = []
+
+    class Watching(fedtune.FederatedCallback):
+        def on_round_start(self, run: Any, module: Any, number: int) -> None:
+            self.base = module.first.base_layer.weight.clone()
+
+        def on_client_end(self, run: Any, module: Any, report: Any) -> None:
+            seen.append(torch.equal(module.first.base_layer.weight, self.base.to(module.first.base_layer.weight)))
+
+    loop, _ = fit(replace(flora((1, 4)), up=(Quantise(),), down=(Quantise(),)), callbacks=[Watching()])
+    assert seen == [True] * 9
+    assert all(record.diagnostics["adapter_error"] < 1e-13 for record in loop.history)
 
 
 def test_training_that_moves_the_base_ends_the_run() -> None:
