@@ -477,10 +477,11 @@ def once(
     bs: list[Tensor],
     as_: list[Tensor],
     start: tuple[Tensor, Tensor] | None = None,
-    runtime: Any = Serial(None),  # type: ignore[arg-type]  # it only gathers
+    runtime: Any = None,
     mine: Sequence[int] | None = None,
 ) -> tuple[Tensor, float]:
     """What one aggregation makes of factors, W being 0, on a worker with the replies of some; and the error by `Stacks`."""
+    runtime = runtime or Serial(None)  # type: ignore[arg-type]  # it only gathers
     rank, count = max(len(a) for a in as_), len(as_)
     layer = Layer("l", "default", "A", "B", "W", rank, as_[0].shape[1], len(bs[0]), 1.0)
     adapters = Adapters((layer,), ranks=tuple(len(a) for a in as_))
