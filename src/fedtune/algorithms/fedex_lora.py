@@ -19,7 +19,7 @@ from fedtune.algorithms.fedit import AdapterTraining, OfProducts
 from fedtune.federated.adapters import Layer
 from fedtune.federated.messages import Context
 from fedtune.federated.parts import Algorithm
-from fedtune.federated.stacks import Factors, Stacks, after
+from fedtune.federated.stacks import Factors, Stacks, after, compact
 from fedtune.federated.state import ServerState
 from fedtune.tensors import Groups
 
@@ -38,7 +38,8 @@ class Residual(OfProducts):
             *others, (_, last_b, last_a) = stacks.parts(layer)
             mean = after(groups, state.weights, layer.b)
             lefts = [p * layer.scale * (b - mean) for p, b, _ in others]
-            return torch.cat([last_b[:, :0], *lefts], 1), torch.cat([last_a[:0], *(a - last_a for _, _, a in others)])
+            rights = [a - last_a for _, _, a in others]
+            return compact(torch.cat([last_b[:, :0], *lefts], 1), torch.cat([last_a[:0], *rights]))
 
         factors = {layer.base: residual(layer) for layer in context.adapters.layers}
         return {

@@ -76,7 +76,7 @@ class Stacks:
     def of(self, layer: Layer) -> Factors:
         """Factors of sum p_k s B_k A_k; p_k s is part of the first."""
         parts = self.parts(layer)
-        return torch.cat([p * layer.scale * b for p, b, _ in parts], 1), torch.cat([a for _, _, a in parts])
+        return compact(torch.cat([p * layer.scale * b for p, b, _ in parts], 1), torch.cat([a for _, _, a in parts]))
 
     def cover(self, layer: Layer) -> Tensor:
         """(r,) of each row of A the part of the clients, by weight, that have it."""
@@ -116,6 +116,14 @@ def after(groups: Groups, weights: Tensors, name: str) -> Tensor:
         return groups["set"][name].detach().cpu().double()
     found = weights[name].detach().cpu().double()
     return found + groups["update"][name].detach().cpu() if name in groups["update"] else found
+
+
+def compact(left: Tensor, right: Tensor) -> Factors:
+    """Factors of the same product; it and a unit matrix where that is less."""
+    size = right.shape[1]
+    if left.numel() + right.numel() <= size * (len(left) + size):
+        return left, right
+    return left @ right, torch.eye(size, dtype=left.dtype)
 
 
 def squared(left: Tensor, right: Tensor) -> float:
