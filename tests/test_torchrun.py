@@ -1,4 +1,4 @@
-"""Real processes over gloo do one run together: the numbers are those of one process to the bit, and no rank fails in silence."""
+"""Real processes over gloo do one run together: the numbers are those of one process to the bit, and no rank fails silently."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_several_processes_have_the_bits_of_one(serial: dict[str, Any], tmp_path
                 assert answer[name][what] == value, (name, what)
     files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.safetensors")}
     assert any("clients/" in one for one in files)
-    assert not [path for path in tmp_path.rglob("*.tmp")]
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def resumed(folder: Path, model: str) -> dict[str, Any]:
@@ -171,7 +171,8 @@ def test_an_error_of_one_rank_ends_all_and_the_next_run_works(tmp_path: Path) ->
     found = ranks(3, failing, tmp_path, *whats)
     by_what = {what: [answer[place] for answer in found] for place, what in enumerate(whats)}
     here = [text for elsewhere, text in by_what["raise"] if not elsewhere]
-    assert len(here) == 1 and "round 2, client 1: nothing goes any more" in here[0]
+    assert len(here) == 1
+    assert "round 2, client 1: nothing goes any more" in here[0]
     (rank,) = (place for place, (elsewhere, _) in enumerate(by_what["raise"]) if not elsewhere)
     others = [text for elsewhere, text in by_what["raise"] if elsewhere]
     assert others == [f"rank {rank}: {here[0]}"] * 2
@@ -186,7 +187,9 @@ def test_a_rank_that_dies_or_hangs_is_named_and_the_run_goes_on_later(tmp_path: 
     found = ranks(3, failing, tmp_path, what, FEDTUNE_RANK_TIMEOUT="6")
     lost = [place for place, answer in enumerate(found) if not isinstance(answer, list)]
     if what == "sleep":  # it wakes up, and is too late
-        lost = [place for place, answer in enumerate(found) if f"rank {place} " not in str(answer) and "gives no" not in str(answer)]
+        lost = [
+            place for place, answer in enumerate(found) if f"rank {place} " not in str(answer) and "gives no" not in str(answer)
+        ]
     assert len(lost) == 1, found
     said = [answer[0][1] for place, answer in enumerate(found) if place != lost[0]]
     assert all(f"rank {lost[0]} (process " in text and says in text for text in said), said
@@ -226,7 +229,7 @@ def test_the_environment_says_where_a_process_stands() -> None:
     assert (place.rank, place.size, place.local_rank, place.port) == (5, 8, 1, 29500)
     assert place_of("serial", torchrun) is None
     assert place_of("auto", torchrun | {"RANK": "0", "WORLD_SIZE": "1"}) is None
-    with pytest.raises(fedtune.UsageError, match="runtime: got 'torchrun'.*RANK, WORLD_SIZE"):
+    with pytest.raises(fedtune.UsageError, match=r"runtime: got 'torchrun'.*RANK, WORLD_SIZE"):
         place_of("torchrun", {})
     with pytest.raises(fedtune.UsageError, match="RANK: got 3; allowed: a number from 0 to 2"):
         place_of("auto", torchrun | {"RANK": "3"})

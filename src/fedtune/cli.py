@@ -194,9 +194,9 @@ def _sweep(options: Namespace) -> None:
         sweep = grid.read(options.file, options.only)
         if options.dry_run:
             grid.check_cells(sweep, options.file)
-            runner.plan(sweep, folder, options.workers)
+            runner.plan(sweep, folder, sweep.at_a_time(options.workers))
             return
-        failed = runner.run(sweep, folder, options.workers, "wandb" if options.wandb else "none")
+        failed = runner.run(sweep, folder, sweep.at_a_time(options.workers), "wandb" if options.wandb else "none")
     if failed:
         raise SystemExit(1)
 
