@@ -144,7 +144,7 @@ class Failing(fedtune.FederatedCallback):
             if self.what == "raise":
                 raise fedtune.RunError("nothing goes any more")
             if self.what == "sleep":
-                time.sleep(60)
+                time.sleep(20)
             os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -13,10 +13,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
 from torch.distributed import PrefixStore, TCPStore
+
+from fedtune.runtimes.environment import STARTER
 
 _ADDRESS = "127.0.0.1"
 _PATIENCE = 30.0  # seconds that the others have to end by themselves
@@ -49,17 +51,14 @@ def threads_of(workers: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // workers)
 
 
-def launch(arguments: Sequence[str], workers: int, environment: Mapping[str, str] | None = None) -> tuple[int, str | None]:
+def launch(arguments: Sequence[str], workers: int) -> tuple[int, str | None]:
     """Run `fedtune` with some arguments in so many processes.
-
-    Args:
-        environment: by default this process's.
 
     Returns:
         the exit code, and what is left to be said.
     """
     point = MeetingPoint(workers)
-    shared = {"OMP_NUM_THREADS": str(threads_of(workers))} | dict(os.environ if environment is None else environment)
+    shared = {"OMP_NUM_THREADS": str(threads_of(workers))} | dict(os.environ) | {STARTER: str(os.getpid())}
     command = [sys.executable, "-m", "fedtune", *arguments]
     processes = [
         subprocess.Popen(command, env=shared | point.environment(rank), start_new_session=True) for rank in range(workers)
