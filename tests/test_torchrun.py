@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -14,13 +15,18 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+import torchmetrics
+import yaml
 from conftest import GivenLoaders, data_maker, make_loop, make_task, module_maker, weights_of, without_times
 
 import fedtune
+from fedtune import cli
 from fedtune.errors import Elsewhere
+from fedtune.federated.shared import is_shared
 from fedtune.runs.launcher import MeetingPoint
 from fedtune.runtimes.dealing import longest_first
 from fedtune.runtimes.environment import place_of
+from fedtune.sweeps.several import of_wandb
 from fedtune.tensors import sha256
 from fedtune.testing import TinyData, TinyModule
 
@@ -44,6 +50,7 @@ def case(name: str, folder: Path, model: str, **changes: Any) -> dict[str, Any]:
     """All numbers of a run."""
     plain_sgd = {"optimizer": "sgd", "learning_rate": 0.05} if "scaffold" in name else {}
     module, options = module_maker(model)(**plain_sgd), CASES[name] | changes
+    module.evaluates_by_batch = name != "trimmed mean"
     loop = make_loop(run_dir=str(folder / name), **options)
     loop.fit(module, data_maker(model, make_task())(num_clients=5))
     times = ("seconds", "peak_memory_bytes")
@@ -208,7 +215,105 @@ def failing_not(folder: Path) -> tuple[str, list[Any]]:
     return sha256(weights_of(module)), without_times(loop.history)
 
 
+# ---------------------------------------------------------------- as commands
+
+
+@pytest.fixture
+def flags(tmp_path: Path, tiny_bert: str) -> dict[str, Any]:
+    """Of a run that takes a second."""
+    rows = (f"{' '.join(f'word{(i * j) % 37}' for j in range(1, 9))},{'abc'[i % 3]}\n" for i in range(90))
+    (tmp_path / "data.csv").write_text("text,label\n" + "".join(rows))
+    values: dict[str, Any] = {
+        "data.task": "csv",
+        "data.task_options": {"path": str(tmp_path / "data.csv")},
+        "data.batch_size": 8,
+    }
+    values |= {"data.num_clients": 3, "data.max_length": 16, "model.name": tiny_bert, "loop.max_rounds": 2}
+    return values | {"loop.baselines": [], "loop.precision": "32-true"}
+
+
+def said(values: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """Exit code and what was printed of `fedtune run`, by all its processes."""
+    try:
+        cli.main(
+            ["run", *(f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in values.items())]
+        )
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    found = capfd.readouterr()
+    return code, found.out, found.err
+
+
+def weights_in(run_dir: Path) -> bytes:
+    return (run_dir / "checkpoints" / "round-0002" / "weights.safetensors").read_bytes()
+
+
+def test_workers_of_a_command_are_one_run(
+    flags: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert said(flags | {"run_dir": str(tmp_path / "one")}, capfd)[0] == 0
+    code, out, err = said(flags | {"run_dir": str(tmp_path / "two"), "workers": 2}, capfd)
+    assert code == 0, err
+    assert out.count("federated round 2/2") == out.count("test part:") == 1
+    assert weights_in(tmp_path / "one") == weights_in(tmp_path / "two")
+    assert (tmp_path / "one" / "config.yaml").read_bytes() == (tmp_path / "two" / "config.yaml").read_bytes()
+    code, out, err = said(flags | {"run_dir": str(tmp_path / "two"), "workers": 2, "loop.seed": 7}, capfd)
+    assert code == 2
+    assert [line for line in err.splitlines() if "fedtune: " in line] == [
+        line for line in err.splitlines() if "seed: 0 -> 7" in line
+    ]
+    assert err.count("fedtune: rank 0: --run_dir") == 1
+    assert "Traceback" not in err
+    assert said(flags | {"workers": 2, "loop.runtime": "serial"}, capfd)[2].startswith("fedtune: --loop.runtime: got 'serial'")
+
+
+def test_a_sweep_gives_each_run_the_workers_that_its_file_asks_for(
+    flags: dict[str, Any], tmp_path: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    parameters = {name: {"value": value} for name, value in flags.items()} | {"loop.algorithm": {"values": ["fedavg", "ditto"]}}
+    for each in (1, 2):
+        file = {"method": "grid", "workers_per_run": each, "parameters": parameters}
+        (tmp_path / f"{each}.yaml").write_text(yaml.safe_dump(file))
+        code, out, err = command("sweep", str(tmp_path / f"{each}.yaml"), "--workers=2", f"--runs_dir={tmp_path / str(each)}")
+        assert code == 0, out + err
+        assert f"{2 // each} at a time" in out
+    runs = sorted(path.parent.name for path in (tmp_path / "1").glob("*/summary.json"))
+    assert len(runs) == 2
+    for run in runs:
+        assert weights_in(tmp_path / "1" / run) == weights_in(tmp_path / "2" / run)
+        assert json.loads((tmp_path / "2" / run / "status.json").read_text())["state"] == "finished"
+    code, _, err = command("sweep", str(tmp_path / "2.yaml"), "--workers=1", f"--runs_dir={tmp_path / '3'}")
+    assert code == 2
+    assert "--workers: got 1; allowed: 2 or more, the workers_per_run of the sweep file" in err
+    content = yaml.safe_load((tmp_path / "2.yaml").read_text())
+    assert "workers_per_run" not in of_wandb(content)
+
+
 # ---------------------------------------------------------------- without processes
+
+
+def test_evaluation_is_shared_out_only_where_that_is_exact(make_module: Make) -> None:
+    module = make_module()
+    assert is_shared(module, "validation")
+    assert is_shared(module, "test")
+    module.loss = torchmetrics.MeanMetric()
+    assert not is_shared(module, "validation")
+    del module.loss
+    module.both = torchmetrics.MetricCollection([torchmetrics.classification.MulticlassAccuracy(3)])
+    assert not is_shared(module, "validation")
+    del module.both
+    module.evaluates_by_batch = False
+    assert not is_shared(module, "validation")
+
+    class Watching(type(module)):  # type: ignore[misc]
+        def on_validation_batch_end(self, *given: Any) -> None: ...
+
+    module.evaluates_by_batch, module.__class__ = True, Watching
+    assert not is_shared(module, "validation")
+    assert is_shared(module, "test")
+    assert not is_shared(TinyModule(), "validation")
 
 
 def test_clients_are_dealt_longest_first_to_the_least_loaded() -> None:
