@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Exit code 2: a value that cannot be used, or a run that had to stop; 130: interrupted; 1: a
     sweep with failed runs."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if has_others():  # torch's own lines, some with C++ frames, when another process is gone; read when torch is imported
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.showwarning = _show_warning
     given = list(sys.argv[1:] if arguments is None else arguments)
     name = given[0] if given and given[0] in _COMMANDS else _choose(given)
