@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import io
 import logging
 import os
 import sys
@@ -49,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name = given[0] if given and given[0] in _COMMANDS else _choose(given)
     hint = ""
     try:
-        options = parser(name).parse_args(given[1:])
+        with contextlib.redirect_stderr(io.StringIO()) if has_others(and_follows=True) else contextlib.nullcontext():
+            options = parser(name).parse_args(given[1:])  # the command line is the same on all ranks
         options["words"] = given
         logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # after the import, which sets it
         kept = options.get("run_dir") or options.get("runs_dir")
@@ -75,9 +78,8 @@ def _choose(given: Sequence[str]) -> NoReturn:
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     """One line for a warning of ours; other libraries' warnings are not for the user of a command."""
-    if has_others(and_follows=True):
-        return
-    if issubclass(category, RenamedWarning) or (category is UserWarning and "fedtune" in (_[0] if _ else "")):
+    ours = issubclass(category, RenamedWarning) or (category is UserWarning and "fedtune" in (_[0] if _ else ""))
+    if ours and not has_others(and_follows=True):
         print(f"fedtune: {message}", file=sys.stderr)
 
 
@@ -153,14 +155,12 @@ def _run(options: Namespace) -> None:
         ranks = ranks_of(options.loop.runtime)
     if options.workers not in (1, ranks.size):
         raise UsageError("--workers", options.workers, f"nothing, or {ranks.size}, which is how many were started")
-    if options.run_dir is None and options.runs_dir is not None:
-        folder = Path(options.runs_dir) / name_of(arguments)
-        if ranks.leads:
-            loop = recorded(arguments, folder, logger=options.logger)
-        else:
-            loop = fit(arguments, run_dir=str(folder), logger=options.logger)
+    named = options.run_dir is None and options.runs_dir is not None
+    run_dir = str(Path(options.runs_dir) / name_of(arguments)) if named else options.run_dir
+    if named and ranks.leads:
+        loop = recorded(arguments, Path(run_dir), logger=options.logger)
     else:
-        loop = fit(arguments, run_dir=options.run_dir, logger=options.logger)
+        loop = fit(arguments, run_dir=run_dir, logger=options.logger)
     if not ranks.leads:
         return
     shown = ("accuracy", "macro_f1", "majority_accuracy", "local_accuracy", "centralised_accuracy")
