@@ -20,7 +20,7 @@ FOLDERS = {
     "runtimes": ("federated",),
     "runs": ("models", "federated", "data", "storage", "algorithms", "runtimes"),
     "reports": ("runs", "storage"),
-    "sweeps": ("runs", "storage"),
+    "sweeps": ("runs", "storage", "runtimes"),
     "testing": ("federated", "algorithms", "runtimes", "storage"),
     "cli": ("runs", "reports", "sweeps", "data", "runtimes"),
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import io
 import logging
 import os
 import sys
@@ -42,12 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Exit code 2: a value that cannot be used, or a run that had to stop; 130: interrupted; 1: a
     sweep with failed runs."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if has_others():  # torch's own lines, some with C++ frames, when another process is gone; read when torch is imported
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.showwarning = _show_warning
     given = list(sys.argv[1:] if arguments is None else arguments)
     name = given[0] if given and given[0] in _COMMANDS else _choose(given)
     hint = ""
     try:
-        options = parser(name).parse_args(given[1:])
+        with contextlib.redirect_stderr(io.StringIO()) if has_others(and_follows=True) else contextlib.nullcontext():
+            options = parser(name).parse_args(given[1:])  # the command line is the same on all ranks
         options["words"] = given
         logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # after the import, which sets it
         kept = options.get("run_dir") or options.get("runs_dir")
@@ -73,9 +78,8 @@ def _choose(given: Sequence[str]) -> NoReturn:
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     """One line for a warning of ours; other libraries' warnings are not for the user of a command."""
-    if has_others(and_follows=True):
-        return
-    if issubclass(category, RenamedWarning) or (category is UserWarning and "fedtune" in (_[0] if _ else "")):
+    ours = issubclass(category, RenamedWarning) or (category is UserWarning and "fedtune" in (_[0] if _ else ""))
+    if ours and not has_others(and_follows=True):
         print(f"fedtune: {message}", file=sys.stderr)
 
 
@@ -142,28 +146,26 @@ def _fill_export(found: Parser) -> None:
 
 def _run(options: Namespace) -> None:
     from fedtune.runs.flags import fit, flags, name_of, resolved
+    from fedtune.runs.launcher import launch
     from fedtune.runtimes.processes import ranks_of
     from fedtune.sweeps.worker import recorded
 
     arguments = resolved(options)
     at_least("--workers", options.workers, 1)
     if options.workers > 1 and not has_others():
-        _launch(options)
-        return
+        return launch(options.words, options.workers, options.loop.runtime)
     with flags("loop"):
         ranks = ranks_of(options.loop.runtime)
     if options.workers not in (1, ranks.size):
         raise UsageError("--workers", options.workers, f"nothing, or {ranks.size}, which is how many were started")
-    if options.run_dir is None and options.runs_dir is not None:
-        folder = Path(options.runs_dir) / name_of(arguments)
-        if ranks.leads:
-            loop = recorded(arguments, folder, logger=options.logger)
-        else:
-            loop = fit(arguments, run_dir=str(folder), logger=options.logger)
+    named = options.run_dir is None and options.runs_dir is not None
+    run_dir = str(Path(options.runs_dir) / name_of(arguments)) if named else options.run_dir
+    if named and ranks.leads:
+        loop = recorded(arguments, Path(run_dir), logger=options.logger)
     else:
-        loop = fit(arguments, run_dir=options.run_dir, logger=options.logger)
+        loop = fit(arguments, run_dir=run_dir, logger=options.logger)
     if not ranks.leads:
-        return
+        return None
     shown = ["accuracy", "macro_f1", "majority_accuracy", "local_accuracy", "centralised_accuracy"]
     if loop.summary.get("accuracy") is None:
         shown = ["loss_nats", "perplexity", "token_accuracy", "exact_match", "local_loss_nats", "centralised_loss_nats"]
@@ -171,20 +173,7 @@ def _run(options: Namespace) -> None:
     print(f"test part: {'  '.join(values)}")
     if loop.run_dir:
         print(f"records, weights and curves: {Path(loop.run_dir).resolve()}")
-
-
-def _launch(options: Namespace) -> None:
-    """The same command, in several processes."""
-    from fedtune.runs.launcher import launch
-
-    if options.loop.runtime == "serial":
-        raise UsageError("--loop.runtime", "serial", "auto or torchrun, with --workers")
-    code, text = launch(options.words, options.workers)
-    kept = options.run_dir or options.runs_dir
-    if text is not None:
-        stop(code, text + (f"; the same command goes on from the last complete round in {kept}" if kept else ""))
-    if code:
-        raise SystemExit(code)
+    return None
 
 
 def _sweep(options: Namespace) -> None:
@@ -199,9 +188,9 @@ def _sweep(options: Namespace) -> None:
         sweep = grid.read(options.file, options.only)
         if options.dry_run:
             grid.check_cells(sweep, options.file)
-            runner.plan(sweep, folder, options.workers)
+            runner.plan(sweep, folder, sweep.at_a_time(options.workers))
             return
-        failed = runner.run(sweep, folder, options.workers, "wandb" if options.wandb else "none")
+        failed = runner.run(sweep, folder, sweep.at_a_time(options.workers), "wandb" if options.wandb else "none")
     if failed:
         raise SystemExit(1)
 

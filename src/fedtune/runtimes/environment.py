@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fedtune.errors import UsageError, one_of
 
 RUNTIMES = ("auto", "serial", "torchrun")
-TIMEOUT = "FEDTUNE_RANK_TIMEOUT"
+TIMEOUT, STARTER = "FEDTUNE_RANK_TIMEOUT", "FEDTUNE_STARTER"
 _DEFAULT_TIMEOUT = 600.0  # seconds
 _DEFAULT_PORT = 29500  # as torchrun's
 _NAMES = {  # of the rank, how many there are, and the rank within the machine
@@ -31,6 +31,7 @@ class Place:
         address, port: where they meet.
         hosted: whether whoever started them keeps the meeting point; else rank 0 does.
         attempt: how often torchrun has started them before.
+        starter: the process that has started them on this machine, without which they end; 0 where there is none.
     """
 
     rank: int
@@ -40,6 +41,7 @@ class Place:
     port: int
     hosted: bool = False
     attempt: int = 0
+    starter: int = 0
 
 
 def place_of(runtime: str, environment: Mapping[str, str] | None = None) -> Place | None:
@@ -65,8 +67,8 @@ def place_of(runtime: str, environment: Mapping[str, str] | None = None) -> Plac
                 raise UsageError(names[0], rank, f"a number from 0 to {size - 1}, as {names[1]} says")
             port = _number(given, "MASTER_PORT") if "MASTER_PORT" in given else _DEFAULT_PORT
             hosted = given.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-            attempt = _number(given, "TORCHELASTIC_RESTART_COUNT") if "TORCHELASTIC_RESTART_COUNT" in given else 0
-            return Place(rank, size, local, given["MASTER_ADDR"], port, hosted, attempt) if size > 1 else None
+            more = (_number(given, name) if name in given else 0 for name in ("TORCHELASTIC_RESTART_COUNT", STARTER))
+            return Place(rank, size, local, given["MASTER_ADDR"], port, hosted, *more) if size > 1 else None
     if runtime == "torchrun":
         wanted = " or ".join(f"{kind} sets {', '.join(names)} (and MASTER_ADDR)" for kind, names in _NAMES.items())
         raise UsageError("runtime", runtime, f"auto or serial, in a process that neither has started: {wanted}")

@@ -23,7 +23,7 @@ from fedtune.errors import Elsewhere, RunError
 from fedtune.files import said
 from fedtune.runtimes.environment import TIMEOUT, Place
 
-_OFTEN, _APART = 1.0, 5.0  # seconds: between looks at the others, and between the signs of the thread
+_OFTEN = 1.0  # seconds between signs, and between looks at the others
 _SHORT, _LONG = 2e-4, 0.05  # seconds that a rank sleeps which waits: at first, and at most
 _LEAVING = 5.0  # seconds that the keeper of the meeting point waits for the others to leave
 
@@ -149,7 +149,9 @@ class Signs:
         self._signed = time.monotonic()
 
     def _keep_signing(self) -> None:
-        while not self._ended.wait(_APART):
+        while not self._ended.wait(_OFTEN):
+            if self._place.starter and os.getppid() != self._place.starter:
+                os._exit(1)  # nobody is left who could be told
             if not self.watched:
                 with contextlib.suppress(RunError):  # who needs the others will see that they are gone
                     self._sign()
