@@ -32,6 +32,7 @@ class Run:
         summary: as in `summary.json`; complete in `on_fit_end`.
         should_stop: a callback that sets it ends the rounds after this one.
         logged: numbers that callbacks add to what the loggers get of this round.
+        base: the names of frozen weights that the server moves all the same (FLoRA, FedEx-LoRA).
     """
 
     config: dict[str, Any]
@@ -43,6 +44,7 @@ class Run:
     summary: dict[str, Any] = field(default_factory=dict)
     should_stop: bool = False
     logged: dict[str, float] = field(default_factory=dict)
+    base: frozenset[str] = frozenset()
 
 
 class FederatedCallback:
@@ -51,9 +53,14 @@ class FederatedCallback:
     What a callback must not forget when the run is interrupted it returns in `state_dict`, in plain values; a run that goes on
     hands it to `load_state_dict` before `on_fit_start`. Where a crash came between a round and what its callbacks did about it,
     `on_round_end` is called again for that round; `replayed = False` says that this callback sees to that itself.
+
+    Where several processes do the run (`runtime`), hooks are called in each of them, `on_client_end` in the one where the
+    client was trained; `everywhere = False` says that a callback is for rank 0 alone, as one that writes. `run.print` prints
+    there alone.
     """
 
     replayed: ClassVar[bool] = True
+    everywhere: ClassVar[bool] = True
 
     @property
     def state_key(self) -> str:

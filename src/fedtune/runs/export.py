@@ -25,7 +25,7 @@ from fedtune.storage import checkpoint, start
 from fedtune.storage.config import read_config
 from fedtune.storage.records import RoundRecord, read_rounds
 from fedtune.storage.summary import MODES
-from fedtune.tensors import Tensors, assign_, digest, misfit, resting, travelling
+from fedtune.tensors import Tensors, assign_, carried, digest, misfit, resting, travelling, without
 
 WHICH = ("last", "best")
 _BEST = "best.safetensors"  # what the callback `BestWeights` keeps
@@ -222,11 +222,13 @@ def _module_of(run: Path, config: Mapping[str, Any], names: Sequence[str], weigh
     if digests.keys() <= kept.keys():  # nothing is needed of the weights in the model's files
         options |= {"init": "random", "keep_head": False}
     module = build_classifier(name, len(names), label_names=list(names), **options)
+    for one, parameter in module.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and one not in digests)  # the algorithm may have frozen some
     moved = {one: tensor for one, tensor in weights.items() if _of_base(one)}
     wrong = misfit({one: tensor for one, tensor in weights.items() if one not in moved}, travelling(module))
     if wrong:
         raise UsageError("run", str(run), f"a run whose weights fit {name} with {len(names)} classes ({wrong})")
-    still = resting(module)
+    still, base = without(resting(module), moved), carried(module, moved)
     for one in sorted(still.keys() ^ digests.keys()):
         raise UsageError("run", str(run), f"a run with the frozen parameters that its configuration says ({one} differs)")
     mine = {one: still[one] for one in kept}
@@ -237,10 +239,10 @@ def _module_of(run: Path, config: Mapping[str, Any], names: Sequence[str], weigh
     changed = next((one for one, tensor in still.items() if digest({one: tensor}) != digests[one]), None)
     if changed is not None:
         raise UsageError("run", str(run), f"a run whose model, {name}, has the files that it had then; {changed} is another")
-    wrong = misfit(moved, {one: still[one] for one in moved if one in still})
+    wrong = misfit(moved, {one: base[one] for one in moved if one in base})
     if wrong:
         raise UsageError("run", str(run), f"a run whose weights fit the base of {name} ({wrong})")
-    assign_(travelling(module) | {one: still[one] for one in moved}, weights)
+    assign_(base, weights)
     return module.eval()
 
 

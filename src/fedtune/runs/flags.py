@@ -29,6 +29,7 @@ from fedtune.runs.parser import ConfigFile, Parser, check_plain
 from fedtune.runs.renamed import in_configuration
 from fedtune.runs.wandb import LOGGERS
 from fedtune.runtimes.faulty import faults_of, plain_faults
+from fedtune.runtimes.processes import ranks_of
 from fedtune.storage.config import KEPT, fingerprint, settled, without
 
 SECTIONS = ("data", "model", "loop")
@@ -222,7 +223,10 @@ def fit(arguments: Mapping[str, Mapping[str, Any]], **where: Any) -> FederatedLo
         kind = kind_of(arguments["data"]["task"])
         if kind is not None:
             check_model(kind, name, model)  # first what is cheap: reading and tokenising texts can take minutes
+    ranks = ranks_of(loop.runtime)
     with flags("data"):
+        if ranks.size > 1:
+            ranks.first_here(data.setup)  # the others find the tokens in the cache
         if model["init"] == "random" and arguments["data"]["tokenizer"] is not None:
             model["vocab_size"] = model["vocab_size"] or len(data.tokenizer)
         data.tokenizer, data.num_labels  # noqa: B018 - reading them checks them

@@ -13,9 +13,12 @@ import pytorch_lightning as pl
 
 from fedtune.algorithms.specification import algorithm_of, specification_of
 from fedtune.errors import UsageError
+from fedtune.federated.adapted import adapted, resting_factors
+from fedtune.federated.adapters import Adapters
+from fedtune.federated.base import moving
 from fedtune.federated.client import Worker
 from fedtune.federated.cohorts import cohort, max_weight
-from fedtune.federated.evaluation import Evaluator, by_loader, step_of
+from fedtune.federated.evaluation import Evaluator
 from fedtune.federated.messages import ClientReport, Context, Position
 from fedtune.federated.parts import Algorithm
 from fedtune.federated.personal import personal_names
@@ -26,27 +29,25 @@ from fedtune.federated.trainer import check_module
 from fedtune.runs.arguments import check_arguments, check_data
 from fedtune.runs.baselines import BASELINES, Baselines
 from fedtune.runs.callbacks import FederatedCallback, MonitorCheck, Run, exceptions_reported, watched
+from fedtune.runs.conclusion import conclude
 from fedtune.runs.counterparts import check_callbacks
-from fedtune.runs.figures import plot_run
-from fedtune.runs.hardware import (
-    peak_memory_bytes,
-    resolve_precision,
-)
+from fedtune.runs.hardware import resolve_precision
 from fedtune.runs.loggers import mirror_of
 from fedtune.runs.options import RunOptions
-from fedtune.runs.prepared import given, look_over, prepared, watch_the_end
+from fedtune.runs.prepared import evaluated, given, look_over, prepared, watch_the_end
 from fedtune.runs.progress import Progress
 from fedtune.runs.renamed import taken
 from fedtune.runs.rounds import Rounds
-from fedtune.runtimes.faulty import faults_of, plain_faults, serial
+from fedtune.runs.sharing import check_same, check_weights, share
+from fedtune.runtimes.faulty import faults_of, plain_faults, runtime_of
+from fedtune.runtimes.processes import ranks_of
 from fedtune.storage.config import describe, identified
-from fedtune.storage.directory import RunDirectory, writing
+from fedtune.storage.directory import RunDirectory
 from fedtune.storage.locks import locked
 from fedtune.storage.records import RoundRecord
-from fedtune.storage.summary import summarise, with_known_baselines
-from fedtune.tensors import assign_, buffers, counters, resting, restore_counters, snapshot, travelling
+from fedtune.tensors import assign_, buffers, carried, counters, resting, restore_counters, snapshot, travelling, without
 
-_NOT_CONFIG = ("callbacks", "run_dir", "logger")  # not a plain value, or no part of what makes the numbers
+_NOT_CONFIG = ("callbacks", "run_dir", "logger", "runtime")  # not a plain value, or no part of what makes the numbers
 
 
 @dataclass(eq=False)
@@ -79,6 +80,8 @@ class FederatedLoop:
         check_val_every_n_rounds: the averaged model is evaluated after every so many rounds.
         fast_dev_run: one round with so many batches (True: one) of every loader, and nothing written, to see that all works.
         options: details, see `RunOptions`.
+        runtime: "serial" (one process is one client after the other), "torchrun" (the processes that torchrun, or Slurm, has
+            started share the clients of a round; the same numbers, to the bit), or "auto": what the environment says.
 
     Raises:
         UsageError: a value outside of what is allowed; in `fit` also a run directory of another configuration.
@@ -111,6 +114,7 @@ class FederatedLoop:
     monitor: str = "accuracy"
     mode: str = "max"
     options: RunOptions = field(default_factory=RunOptions)
+    runtime: str = "auto"
 
     config: dict[str, Any] = field(default_factory=dict, init=False)
     data: Any = field(default=None, init=False, repr=False)
@@ -147,65 +151,64 @@ class FederatedLoop:
                 `run_dir` cannot be used, or the module needs what only a `Trainer` does.
             RunError: the run had to stop; every complete round is kept.
         """
-        data, progress = given(data, datamodule), Progress(self.options.progress)
-        check_module(module, data)
-        check_data(self, data)
-        run = self._new_run(module, data, progress)
-        with (
-            locked(self.run_dir),
-            prepared(self, module, data, "fit", progress) as evaluator,
-            exceptions_reported(self._callbacks, run, module),
-        ):
-            self._fit(run, evaluator, progress)
+        ranks, data = ranks_of(self.runtime), given(data, datamodule)
+        with ranks.together():
+            check_module(module, data)
+            check_data(self, data)
+            progress = Progress(self.options.progress and ranks.leads)
+            run = self._new_run(module, data, progress)
+            check_same(run.config, ranks)
+            self._hooked = [one for one in self._callbacks if ranks.leads or one.everywhere]
+            with (
+                locked(self.run_dir if ranks.leads else None),
+                prepared(self, module, data, "fit", progress, ranks) as evaluator,
+                adapted(module, self._algorithm, data.num_clients, self.seed) as adapters,
+                exceptions_reported(self._hooked, run, module),
+            ):
+                self._fit(run, evaluator, adapters, progress)
         return self.history
 
     def validate(self, module: pl.LightningModule, data: Any = None, *, datamodule: Any = None) -> list[dict[str, float]]:
         """Evaluate a module, as it stands, on the validation part; a dictionary for each loader, as from a `Trainer`."""
-        return self._evaluated(module, given(data, datamodule), "validation")
+        return evaluated(self, module, given(data, datamodule), "validation")
 
     def test(self, module: pl.LightningModule, data: Any = None, *, datamodule: Any = None) -> list[dict[str, float]]:
         """Evaluate a module, as it stands, on the test part; a dictionary for each loader, as from a `Trainer`."""
-        return self._evaluated(module, given(data, datamodule), "test")
+        return evaluated(self, module, given(data, datamodule), "test")
 
-    def _fit(self, run: Run, evaluator: Evaluator, progress: Progress) -> None:
+    def _fit(self, run: Run, evaluator: Evaluator, adapters: Adapters, progress: Progress) -> None:
         """Set up, rounds, test, baselines, conclude."""
-        training, module = evaluator.training, evaluator.training.module
+        training, module, ranks = evaluator.training, evaluator.training.module, evaluator.ranks
         path = Path(self.run_dir) if self.run_dir else None
-        directory = RunDirectory(path, run.config, self.options.keep, run.data.num_clients)
+        directory = RunDirectory(path, run.config, self.options.keep, run.data.num_clients, ranks)
         if evaluator.loader(self.evaluate_on) is None:
             raise UsageError("evaluate_on", self.evaluate_on, "a part that the data have")
         module.on_fit_start()
         look_over(module, self.evaluate_on, run)
         watch_the_end(training.trainer, directory, run)
-        kept = resting(module), getattr(module, "from_files", ())
-        directory.begin(ServerState(0, snapshot(travelling(module))), bool(self.baselines), *kept)  # no name keeps the copy
+        run.base = base = moving(self._algorithm, adapters)
+        kept = without(resting(module), base), getattr(module, "from_files", ())
+        directory.begin(ServerState(0, snapshot(carried(module, base))), bool(self.baselines), *kept)  # no name keeps the copy
+        share(module, ranks)
         personal = bool(self._algorithm.personal or self._algorithm.client.personal)
-        final = self._federated(Rounds(evaluator, progress, directory, self.check_val_every_n_rounds, personal), run)
+        rounds = Rounds(evaluator, progress, directory, self.check_val_every_n_rounds, personal, base)
+        final = self._federated(rounds, run, adapters)
         training.trainer.at(final.position)
         self._position = final.position
         test = evaluator.evaluate("test").metrics
         baselines = self._baselines(evaluator, progress, run)
-        self._conclude(run, directory, test, baselines)  # a baseline that fails must not take the result with it
+        conclude(self, run, directory, test, baselines)  # a baseline that fails must not take the result with it
         if self.baselines:
-            baselines.play(self.baselines, directory.start())
-            assign_(travelling(module), final.weights)
-            self._conclude(run, directory, test, baselines)
+            start = ranks.from_first(directory.start)
+            assign_(carried(module, base), start.weights)
+            baselines.play(self.baselines, dataclasses.replace(start, weights=without(start.weights, base)))
+            assign_(carried(module, base), final.weights)
+            conclude(self, run, directory, test, baselines)
         training.trainer.at(final.position)
         module.on_fit_end()
-        for callback in self._callbacks:
+        for callback in self._hooked:
             callback.on_fit_end(run, module)
-
-    def _evaluated(self, module: pl.LightningModule, data: Any, part: str) -> list[dict[str, float]]:
-        progress = Progress(self.options.progress)
-        check_module(module, data)
-        with prepared(self, module, data, "test" if part == "test" else "validate", progress) as evaluator:
-            if evaluator.loader(part) is None:
-                raise UsageError("data", type(data).__name__, f"a data module with a {part} part")
-            if step_of(module, part) is None:
-                raise UsageError("module", type(module).__name__, f"a module with {part}_step")
-            found = evaluator.evaluate(part).metrics
-        progress.line(f"{part}: " + "  ".join(f"{name} {value:.3f}" for name, value in found.items()))
-        return by_loader(found)
+        share(module, ranks)  # one of them may have changed that of rank 0
 
     def _new_run(self, module: pl.LightningModule, data: Any, progress: Progress) -> Run:
         """What callbacks see; the loop has the same history and summary."""
@@ -223,10 +226,10 @@ class FederatedLoop:
         self.data, self.history, self.summary, self.baseline_runs = data, run.history, run.summary, {}
         return run
 
-    def _federated(self, rounds: Rounds, run: Run) -> ServerState:
+    def _federated(self, rounds: Rounds, run: Run, adapters: Adapters) -> ServerState:
         """The rounds of the federation."""
         training, data, algorithm = rounds.evaluator.training, run.data, self._algorithm
-        hooks = [one for one in self._callbacks if type(one).on_client_end is not FederatedCallback.on_client_end]
+        hooks = [one for one in self._hooked if type(one).on_client_end is not FederatedCallback.on_client_end]
 
         def client_ended(report: ClientReport) -> None:
             for callback in hooks:
@@ -240,12 +243,13 @@ class FederatedLoop:
             rounds.directory.memory,
             self.local_epochs,
             counters=snapshot(counters(training.module)),
-            still=Still(training.module),
+            still=Still(training.module, rounds.base),
             up=algorithm.up,
             down=algorithm.down,
             on_client_end=client_ended if hooks else None,
         )
-        runtime, most = serial(worker, self.options.on_client_error, self._faults), max_weight(data, self.local_epochs)
+        ranks, most = rounds.evaluator.ranks, max_weight(data, self.local_epochs)
+        runtime = runtime_of(worker, ranks, self.options.on_client_error, self._faults)
         lenient = bool(self._faults) or self.options.on_client_error == "drop"
         options = RoundOptions(
             self.local_epochs,
@@ -254,19 +258,22 @@ class FederatedLoop:
             self.options.agreement,
             self.options.min_clients or (1 if lenient else None),
             rounds.progress.client,
+            resting_factors(training.module, adapters),
         )
 
         def next_round(state: ServerState) -> RoundResult:
             number = state.round + 1
             drawn = cohort(self.seed, number, data.num_clients, self.clients_per_round)
-            context = Context(self.seed, number, data.num_clients, tuple(drawn), most)
+            context = Context(self.seed, number, data.num_clients, tuple(drawn), most, adapters=adapters)
             worker.personal.update({name: state.weights[name] for name in names})  # the server's stay as they were at first
             result = run_round(state, algorithm, context, runtime, options)
+            if ranks.size > 1:
+                check_weights(result.state.weights, number, ranks)
             restore_counters(training.module, worker.counters)  # those of the last client mean nothing to the average
             return result
 
         with rounds.progress.phase("federated", self.max_rounds, self.clients_per_round or data.num_clients):
-            return rounds.play(run, rounds.directory.start, next_round, self._callbacks)
+            return rounds.play(run, rounds.directory.start, next_round, self._hooked)
 
     def _baselines(self, evaluator: Evaluator, progress: Progress, run: Run) -> Baselines:
         folder = (self.options.baseline_dir and os.path.expanduser(self.options.baseline_dir)) or (
@@ -279,21 +286,6 @@ class FederatedLoop:
         )
         self.baseline_runs = found.records
         return found
-
-    def _conclude(self, run: Run, directory: RunDirectory, test: dict[str, float], baselines: Baselines) -> None:
-        """Sum up what is known by now."""
-        majority = getattr(run.data, "majority_accuracy", None)
-        found: dict[str, Any] = {**baselines.records, "majority_accuracy": majority("test") if majority else None}
-        if "centralised" in found:
-            found["centralised_test"] = baselines.centralised_test
-        monitor, mode = run.config["loop"]["monitor"], run.config["loop"]["mode"]
-        known = summarise(run.history, self.evaluate_on, test, found, monitor, mode)
-        run.summary.update(with_known_baselines(known, directory.read_json("summary.json")))
-        run.summary["peak_memory_bytes"] = peak_memory_bytes(baselines.evaluator.training.fabric.device)
-        if directory.path is not None:
-            with writing(directory.path / "curves.png"):
-                plot_run(directory.path, run.history, baselines.records, self.evaluate_on, monitor)
-        directory.write_json("summary.json", run.summary)
 
 
 FederatedLoop.__init__ = taken(FederatedLoop.__init__)  # type: ignore[method-assign]  # old names, for one version

@@ -17,7 +17,7 @@ from fedtune.files import replaced
 from fedtune.runs.callbacks import FederatedCallback, Run
 from fedtune.storage.records import RoundRecord
 from fedtune.storage.summary import MODES
-from fedtune.tensors import Tensors, assign_, misfit, snapshot, travelling
+from fedtune.tensors import Tensors, assign_, carried, misfit, snapshot
 
 
 class _Watching(FederatedCallback):
@@ -151,7 +151,7 @@ class BestWeights(_Watching):
     """
 
     fresh: ClassVar[dict[str, Any]] = {"best_round": None, "best_score": None}
-    only_one = True
+    everywhere, only_one = False, True
 
     def __init__(self, monitor: str | None = None, mode: str | None = None, restore: bool = False) -> None:
         super().__init__(monitor, mode)
@@ -183,11 +183,11 @@ class BestWeights(_Watching):
             return
         self.best_round, self.best_score = record.round, value
         if self._file is None:
-            self._weights = {name: tensor.cpu() for name, tensor in snapshot(travelling(module)).items()}
+            self._weights = {name: tensor.cpu() for name, tensor in snapshot(carried(module, run.base)).items()}
             return
         about = {"format": "pt", "round": str(record.round), "monitor": str(self.monitor), "value": repr(value)}
         with replaced(self._file) as temporary:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in travelling(module).items()}, temporary, about)
+            save_file({name: tensor.cpu().contiguous() for name, tensor in carried(module, run.base).items()}, temporary, about)
 
     def on_fit_end(self, run: Run, module: pl.LightningModule) -> None:
         """Give the module the weights, where that is wanted."""
@@ -204,10 +204,11 @@ class BestWeights(_Watching):
         if self.best_round is None:
             raise UsageError("BestWeights.load", None, "after a round that was evaluated")
         weights = self._weights if self._file is None else self._read(self._file)
-        wrong = misfit(weights, travelling(module))
+        here = carried(module, weights)
+        wrong = misfit(weights, here)
         if wrong:
             raise RunError(f"{self._file or 'BestWeights'}: the weights do not fit the module: {wrong}")
-        assign_(travelling(module), weights)
+        assign_(here, weights)
 
     @staticmethod
     def _read(file: Path) -> Tensors:

@@ -20,7 +20,7 @@ from fedtune.runs.callbacks import FederatedCallback, Run, restore_states, state
 from fedtune.runs.progress import Progress
 from fedtune.storage.directory import RunDirectory
 from fedtune.storage.records import RoundRecord
-from fedtune.tensors import assign_, mapped, misfit, travelling
+from fedtune.tensors import assign_, carried, mapped, misfit
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Rounds:
         directory: where records and checkpoints are kept.
         evaluated_every: the module is evaluated after every so many rounds.
         personal: whether clients have models of their own, which are then evaluated, too.
+        base: the names of frozen weights that the server moves.
     """
 
     evaluator: Evaluator
@@ -40,6 +41,7 @@ class Rounds:
     directory: RunDirectory
     evaluated_every: int = 1
     personal: bool = False
+    base: frozenset[str] = frozenset()
 
     def play(
         self,
@@ -58,11 +60,14 @@ class Rounds:
             UsageError: the directory has more rounds than the run wants.
             RunError: a round had to stop; every complete one is kept.
         """
-        module = self.evaluator.training.module
-        found, run.history[:] = self.directory.resume()
-        state = self._loaded(start() if found is None else found)
+        module, ranks = self.evaluator.training.module, self.evaluator.ranks
+        found, run.history[:] = ranks.from_first(self.directory.resume)
+        newest = ranks.from_first(lambda: self.directory.memory.newest)
+        if not ranks.leads:
+            self.directory.memory.expect(newest)
+        state = self._loaded(ranks.from_first(start) if found is None else found)
         if state.round > run.max_rounds:
-            allowed = f"{state.round} or more, the rounds that {self.directory.path} has"
+            allowed = f"{state.round} or more, the rounds that {run.run_dir} has"
             raise UsageError("max_rounds", run.max_rounds, allowed)
         self.progress.resumed(state.round)
         self._restore(run, callbacks)
@@ -72,21 +77,23 @@ class Rounds:
             began = time.perf_counter()
             result = next_round(state)
             state = result.state
-            assign_(travelling(module), state.weights)
-            record = self._measured(result, time.perf_counter() - began)
+            assign_(carried(module, self.base), state.weights)
+            record = self._of_first(self._measured(result, time.perf_counter() - began))
             self.directory.complete(record, state)
             run.history.append(record)
             self.progress.round(record)
             run.logged.clear()
             for callback in callbacks:
                 callback.on_round_end(run, module, record)
+            run.should_stop = any(ranks.gather([run.should_stop]))
             self._keep(run, callbacks)
         return state
 
     def _restore(self, run: Run, callbacks: Sequence[FederatedCallback]) -> None:
         """Begin, or go on, with callbacks that know what they knew after the last round."""
         module, done = self.evaluator.training.module, len(run.history)
-        known = [one for one in self.directory.read("callbacks.jsonl", "round", itertools.count(1)) if one["round"] <= done]
+        lines = self.evaluator.ranks.from_first(lambda: self.directory.read("callbacks.jsonl", "round", itertools.count(1)))
+        known = [one for one in lines if one["round"] <= done]
         self.directory.rewrite("callbacks.jsonl", known)
         restore_states(callbacks, json.loads(known[-1]["states"]) if known else {})
         for callback in callbacks:
@@ -112,11 +119,12 @@ class Rounds:
         """The state on the module's device (on the CPU where that has no fp64), its weights in the module, too."""
         module = self.evaluator.training.module
         device = torch.device("cpu") if module.device.type == "mps" else module.device
-        wrong = misfit(state.weights, travelling(module))
+        here = carried(module, self.base)
+        wrong = misfit(state.weights, here)
         if wrong:
             raise RunError(f"the weights of round {state.round} in {self.directory.path} do not fit the module: {wrong}")
-        assign_(travelling(module), state.weights)
-        weights = {name: tensor.to(device, copy=True) for name, tensor in travelling(module).items()}
+        assign_(here, state.weights)
+        weights = {name: tensor.to(device, copy=True) for name, tensor in here.items()}
         memory = {step: mapped(groups, lambda _, tensor: tensor.to(device)) for step, groups in state.memory.items()}
         return dataclasses.replace(state, weights=weights, memory=memory)
 
@@ -133,6 +141,10 @@ class Rounds:
             self.progress.line(f"round {result.state.round}: {name} is {metrics[name]}, no finite number; records have null")
         times = {"train": seconds - result.seconds_aggregate, "evaluate": time.perf_counter() - began}
         return dataclasses.replace(RoundRecord.of(result, metrics, client_accuracy, times), own_accuracy=own)
+
+    def _of_first(self, record: RoundRecord) -> RoundRecord:
+        """The record of rank 0: in its own each rank has other times."""
+        return self.evaluator.ranks.from_first(lambda: record)
 
     def _own(self, state: ServerState, shared: list[float | None]) -> list[float | None]:
         """The accuracy of each client's own model."""
