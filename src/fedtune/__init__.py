@@ -20,11 +20,14 @@ if TYPE_CHECKING:
     from fedtune.errors import RunError, UsageError
     from fedtune.federated.parts import Algorithm
     from fedtune.models import FAMILIES, build_classifier
+    from fedtune.models.adapters import Lora
     from fedtune.models.albert import AlbertClassifier
     from fedtune.models.bert import BertClassifier
     from fedtune.models.classifier import TextClassifier
     from fedtune.models.distilbert import DistilBertClassifier
+    from fedtune.models.modernbert import ModernBertClassifier
     from fedtune.models.pretrained import MODELS
+    from fedtune.models.roberta import RobertaClassifier
     from fedtune.reports.curves import plot_grid
     from fedtune.reports.results import compare, read_runs
     from fedtune.runs.callbacks import FederatedCallback
@@ -45,6 +48,8 @@ _HOME = {
     "AlbertClassifier": "models.albert",
     "BertClassifier": "models.bert",
     "DistilBertClassifier": "models.distilbert",
+    "ModernBertClassifier": "models.modernbert",
+    "RobertaClassifier": "models.roberta",
     "BestWeights": "runs.monitors",
     "EarlyStopping": "runs.monitors",
     "LearningRateMonitor": "runs.monitors",
@@ -53,6 +58,7 @@ _HOME = {
     "FederatedCallback": "runs.callbacks",
     "FederatedDataModule": "data.classification",
     "FederatedLoop": "runs.loop",
+    "Lora": "models.adapters",
     "MODELS": "models.pretrained",
     "RoundRecord": "storage.records",
     "RunOptions": "runs.options",
@@ -89,6 +95,9 @@ __all__ = [
     "FederatedDataModule",
     "FederatedLoop",
     "LearningRateMonitor",
+    "Lora",
+    "ModernBertClassifier",
+    "RobertaClassifier",
     "RoundRecord",
     "RunError",
     "RunOptions",

@@ -120,6 +120,9 @@ def _fill_export(found: Parser) -> None:
     found.add_argument(
         "--label_names", type=list[str] | None, default=None, help="names of the classes, where the run does not know them"
     )
+    found.add_argument(
+        "--merge", action="store_true", help="of a run with low-rank adapters: the whole model, they being added to its weights"
+    )
 
 
 def _run(options: Namespace) -> None:
@@ -203,11 +206,14 @@ def _export(options: Namespace) -> None:
     from fedtune.runs.export import export
 
     try:
-        folder = export(options.run, options.folder, options.which, options.label_names)
+        folder = export(options.run, options.folder, options.which, options.label_names, options.merge)
     except UsageError as error:
         flag = error.argument if error.argument in ("run", "folder") else f"--{error.argument}"
         raise UsageError(flag, error.came, error.allowed) from error
-    print(f"model: {folder.resolve()}; transformers.pipeline('text-classification', model=...) opens it")
+    if (folder / "adapter_config.json").exists():
+        print(f"adapters and head: {folder.resolve()}; its README.md says how peft opens them (--merge writes a whole model)")
+    else:
+        print(f"model: {folder.resolve()}; transformers.pipeline('text-classification', model=...) opens it")
 
 
 def _most_frequent(counts: dict[str, int]) -> str:
@@ -243,7 +249,8 @@ _COMMANDS = {
     ),
     "export": _Command(
         "a run's model for Transformers",
-        "The model of a run as a folder that Transformers opens: weights, tokenizer, names of the classes.",
+        "The model of a run as a folder that Transformers opens: weights, tokenizer, names of the classes. Of a run with "
+        "low-rank adapters these and the head, as a folder that peft opens.",
         _fill_export,
         _export,
     ),

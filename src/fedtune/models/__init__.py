@@ -10,8 +10,10 @@ from fedtune.models.albert import AlbertClassifier
 from fedtune.models.bert import BertClassifier
 from fedtune.models.classifier import TextClassifier
 from fedtune.models.distilbert import DistilBertClassifier
+from fedtune.models.modernbert import ModernBertClassifier
 from fedtune.models.options import check_options
 from fedtune.models.pretrained import load_config
+from fedtune.models.roberta import RobertaClassifier
 from fedtune.models.sizes import check_config
 from fedtune.models.weights import check_files
 
@@ -19,6 +21,8 @@ FAMILIES: dict[str, type[TextClassifier]] = {
     "bert": BertClassifier,
     "distilbert": DistilBertClassifier,
     "albert": AlbertClassifier,
+    "roberta": RobertaClassifier,
+    "modernbert": ModernBertClassifier,
 }
 
 

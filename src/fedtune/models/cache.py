@@ -10,7 +10,7 @@ from fedtune.files import said
 
 
 def cache_folder() -> Path:
-    """FEDTUNE_CACHE, else `fedtune` in XDG_CACHE_HOME, else in ~/.cache. An empty variable is none, and ~ is the home directory.
+    """FEDTUNE_CACHE, else `fedtune` in XDG_CACHE_HOME, else in ~/.cache. An empty variable is none, ~ is the home directory.
 
     Raises:
         RunError: nobody knows where that is.

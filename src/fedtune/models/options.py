@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from fedtune.errors import UsageError, at_least, one_of
+from fedtune.models.adapters import lora_of
 
 OPTIMIZERS = ("adamw", "sgd")
 INITS = ("pretrained", "random")
@@ -37,6 +38,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise UsageError("vocab_size", options["vocab_size"], "nothing, with pretrained weights")
     if options["keep_head"] and options["init"] != "pretrained":
         raise UsageError("keep_head", True, "False, with random weights")
+    lora_of(options.get("lora"))
 
 
 def set_labels(config: PretrainedConfig, names: Sequence[str]) -> None:

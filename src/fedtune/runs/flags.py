@@ -17,8 +17,10 @@ from fedtune.data.registry import TASKS
 from fedtune.data.splits import DEFAULTS, SPLITS, WHOLE
 from fedtune.errors import UsageError, one_of
 from fedtune.models import TextClassifier, build_classifier, check_classifier
+from fedtune.models.adapter_files import content_of_model
+from fedtune.models.adapters import lora_of
 from fedtune.models.options import check_options
-from fedtune.models.pretrained import MODELS, content_of
+from fedtune.models.pretrained import MODELS
 from fedtune.runs.arguments import check_data
 from fedtune.runs.loop import FederatedLoop
 from fedtune.runs.options import RunOptions
@@ -42,7 +44,14 @@ def add_run_arguments(run: Parser) -> None:
     """Give a parser the arguments of `fedtune run`."""
     run.add_argument("--config", action=ConfigFile, help="YAML or JSON file with any of the values below")
     add_data_arguments(run)
-    run.add_class_arguments(TextClassifier, "model", skip={"num_labels", "label_names"})
+    run.add_class_arguments(TextClassifier, "model", skip={"num_labels", "label_names", "lora"})
+    run.add_argument(
+        "--model.lora",
+        type=dict[str, Any] | None,
+        default=None,
+        help="low-rank adapters: a dictionary of rank, alpha, targets, rslora, dropout, adapter (a directory to begin with); "
+        "{} for all defaults. They are flags, too: --model.lora.rank 8 --model.lora.targets '[query, value]'",
+    )
     run.add_class_arguments(FederatedLoop, "loop", skip={"run_dir", "logger", "callbacks", "algorithm"})
     run.add_argument(
         "--loop.algorithm",
@@ -51,7 +60,7 @@ def add_run_arguments(run: Parser) -> None:
         help=f"one of {', '.join(ALGORITHMS)}; its parameters and parts are flags, too: --loop.algorithm.beta 0.5, "
         "--loop.algorithm.aggregator.weighting uniform, --loop.algorithm.up+=Quantise",
     )
-    run.deep += ("loop.algorithm",)
+    run.deep += ("loop.algorithm", "model.lora")
     run.add_argument("--seed", type=int | None, default=None, help="sets data.seed, model.seed and loop.seed")
     run.add_argument("--run_dir", type=str | None, default=None, help="directory of the run; nothing is written without it")
     run.add_argument(
@@ -115,6 +124,9 @@ def resolved(options: Namespace) -> dict[str, dict[str, Any]]:
     if options.seed is not None:
         for part in SECTIONS:
             found[part]["seed"] = options.seed
+    with flags("model"):
+        lora = lora_of(found["model"]["lora"])
+        found["model"]["lora"] = None if lora is None else lora.plain()
     with flags("loop"):
         found["loop"]["algorithm"] = specification_of(algorithm_of(found["loop"]["algorithm"]))
         check_plain("algorithm", found["loop"]["algorithm"])
@@ -151,7 +163,7 @@ def content_of_run(arguments: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]
         data = FederatedDataModule(**arguments["data"], model=model["name"])
         task = data.digest
     with flags("model"):
-        return {"task": task, "model": content_of(model["name"]) if model["init"] == "pretrained" else {}}
+        return {"task": task, "model": content_of_model(model)}
 
 
 def check(arguments: Mapping[str, Mapping[str, Any]]) -> None:

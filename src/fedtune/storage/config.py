@@ -27,7 +27,12 @@ _DEEPEST = 50  # levels of a configuration
 # what runs of earlier versions have not written
 _LATER = {"model.from", "data.from", "data.num_clients"}
 # what runs of earlier versions did not have, and the value at which it does nothing: there it is left out
-NEUTRAL: dict[str, Any] = {"loop.faults": [], "loop.options.on_client_error": "stop"}
+NEUTRAL: dict[str, Any] = {
+    "loop.faults": [],
+    "loop.options.on_client_error": "stop",
+    "model.lora": None,
+    "model.gradient_checkpointing": False,
+}
 _NOT_OF_BASELINES = ("loop.algorithm.", "loop.faults", "loop.options.on_client_error")
 
 
