@@ -14,6 +14,7 @@ from fedtune.version import __version__ as __version__
 if TYPE_CHECKING:
     from fedtune.algorithms import ALGORITHM_PARTS, ALGORITHMS
     from fedtune.data.classification import FederatedDataModule
+    from fedtune.data.instructions import InstructionTask
     from fedtune.data.registry import TASKS
     from fedtune.data.splits import SPLITS
     from fedtune.data.task import TextTask
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from fedtune.models.adapters import Lora
     from fedtune.models.albert import AlbertClassifier
     from fedtune.models.bert import BertClassifier
+    from fedtune.models.causal_lm import CausalLM
     from fedtune.models.classifier import TextClassifier
     from fedtune.models.distilbert import DistilBertClassifier
     from fedtune.models.modernbert import ModernBertClassifier
@@ -47,11 +49,13 @@ _HOME = {
     "Algorithm": "federated.parts",
     "AlbertClassifier": "models.albert",
     "BertClassifier": "models.bert",
+    "CausalLM": "models.causal_lm",
     "DistilBertClassifier": "models.distilbert",
     "ModernBertClassifier": "models.modernbert",
     "RobertaClassifier": "models.roberta",
     "BestWeights": "runs.monitors",
     "EarlyStopping": "runs.monitors",
+    "InstructionTask": "data.instructions",
     "LearningRateMonitor": "runs.monitors",
     "FAMILIES": "models",
     "FAULTS": "runtimes.faults",
@@ -89,11 +93,13 @@ __all__ = [
     "Algorithm",
     "BertClassifier",
     "BestWeights",
+    "CausalLM",
     "DistilBertClassifier",
     "EarlyStopping",
     "FederatedCallback",
     "FederatedDataModule",
     "FederatedLoop",
+    "InstructionTask",
     "LearningRateMonitor",
     "Lora",
     "ModernBertClassifier",

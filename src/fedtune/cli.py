@@ -134,7 +134,9 @@ def _run(options: Namespace) -> None:
         loop = recorded(arguments, Path(options.runs_dir) / name_of(arguments), logger=options.logger)
     else:
         loop = fit(arguments, run_dir=options.run_dir, logger=options.logger)
-    shown = ("accuracy", "macro_f1", "majority_accuracy", "local_accuracy", "centralised_accuracy")
+    shown = ["accuracy", "macro_f1", "majority_accuracy", "local_accuracy", "centralised_accuracy"]
+    if loop.summary.get("accuracy") is None:
+        shown = ["loss_nats", "perplexity", "token_accuracy", "exact_match", "local_loss_nats", "centralised_loss_nats"]
     values = [f"{name} {loop.summary[name]:.3f}" for name in shown if loop.summary.get(name) is not None]
     print(f"test part: {'  '.join(values)}")
     if loop.run_dir:
@@ -180,15 +182,15 @@ def _describe(options: Namespace) -> None:
     title = f"{printable(data.task.name, _NAME)}, split {data.hparams['split']}, {data.num_clients} clients"
     source = printable(data.task.source, _LONGEST)
     lines = [printable(data.left_out, _LONGEST)] * bool(data.left_out) + [
-        f"{len(data.task.texts)} texts in all; source: {source}"
+        f"{len(data.task)} {'conversations' if data.kind == 'instructions' else 'texts'} in all; source: {source}"
     ]
     table = Table(title=title, caption="\n".join(lines))
     columns = [name for name in rows[0] if name not in ("labels", "authors")]
     for name in columns:
         table.add_column(name.replace("_", " "), justify="right")
-    counted = ["labels"]
-    if any(row.get("authors", row["labels"]) != row["labels"] for row in rows):  # in author identification they are the same
-        counted.append("authors")
+    counted = [name for name in ("labels", "authors") if name in rows[0]]
+    if len(counted) > 1 and all(row["authors"] == row["labels"] for row in rows):  # as in author identification
+        counted.pop()
     for name in counted:
         table.add_column(f"{name} (most frequent)")
     for row in rows:

@@ -1,7 +1,8 @@
 """Tokenised texts kept on the disk between runs: an entry is named after all that decides the tokens, and checked when read.
 
-An entry is a safetensors file with "ids" (T,) int32, "offsets" (N + 1,) int64 and, for pairs of texts, "types" (T,) int8; its
-metadata hold the sha256 of its own name and of names, types, shapes and bytes. Legend: N texts, T tokens in all.
+An entry is a safetensors file with "ids" (T,) int32, "offsets" (N + 1,) int64 and, for pairs of texts, "types" (T,) int8, for
+conversations "answers" (T,) int8 and "cuts" (2,) int64 (how many lack tokens before, and of, their answers); its metadata hold
+the sha256 of its own name and of names, types, shapes and bytes. Legend: N texts, T tokens in all.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from fedtune.tensors import Tensors, read_file, sha256
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TYPES = {"ids": torch.int32, "offsets": torch.int64, "types": torch.int8}
+_TYPES = {"ids": torch.int32, "offsets": torch.int64}
+_OF_PAIRS, _OF_ANSWERS = {"types": torch.int8}, {"answers": torch.int8, "cuts": torch.int64}
 _PLAIN = (str, bytes, int, float, bool, type(None))
 _ASIDE = {"name_or_path", "verbose", "deprecation_warnings", "files_loaded", "chat_template", "response_template"}  # no token
 
@@ -126,20 +128,22 @@ def _facts(value: Any, above: tuple[int, ...]) -> Iterator[str]:
         raise Unreadable(f"a part of its tokenizer, {shown(value)}, cannot be written down")
 
 
-def read(path: Path, texts: int, pairs: bool, vocabulary: int) -> Tensors | None:
+def read(path: Path, texts: int, pairs: bool, vocabulary: int, answers: bool = False) -> Tensors | None:
     """The tensors of an entry, or None where there is none. A damaged one is named in a warning, and is none.
 
     Args:
         texts: N, as it must have.
         pairs: whether it must have "types".
         vocabulary: ids must be below.
+        answers: whether it must have "answers" and "cuts".
     """
     from safetensors import SafetensorError
 
+    kinds = _TYPES | (_OF_PAIRS if pairs else {}) | (_OF_ANSWERS if answers else {})
     try:
         found, metadata = read_file(path)
         right = metadata.get("sha256") == _notes(path, found)
-        why = _fault(found, texts, pairs, vocabulary) if right else "its content is not what was written"
+        why = _fault(found, texts, kinds, vocabulary) if right else "its content is not what was written"
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
@@ -150,9 +154,8 @@ def read(path: Path, texts: int, pairs: bool, vocabulary: int) -> Tensors | None
     return None
 
 
-def _fault(found: Tensors, texts: int, pairs: bool, vocabulary: int) -> str | None:
+def _fault(found: Tensors, texts: int, expected: Mapping[str, torch.dtype], vocabulary: int) -> str | None:
     """What is wrong with the tensors of an entry."""
-    expected = {name: kind for name, kind in _TYPES.items() if name != "types" or pairs}
     kinds = {name: tensor.dtype for name, tensor in found.items() if tensor.ndim == 1}
     if kinds != expected or len(found) != len(expected):
         return f"it has {sorted(found)}"
@@ -161,8 +164,9 @@ def _fault(found: Tensors, texts: int, pairs: bool, vocabulary: int) -> str | No
         return "its texts do not add up"
     if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < vocabulary):
         return f"it has ids beyond the vocabulary of {vocabulary}"
-    if pairs and len(found["types"]) != len(ids):
-        return "its types are not those of its tokens"
+    for name, size in (("types", len(ids)), ("answers", len(ids)), ("cuts", 2)):
+        if name in expected and len(found[name]) != size:
+            return f"its {name} are not those of its tokens"
     return None
 
 

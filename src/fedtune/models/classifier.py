@@ -26,6 +26,7 @@ from fedtune.models.packed import PackedBatch
 from fedtune.models.padding_free import FORWARD
 from fedtune.models.pretrained import cause, load_config, max_tokens
 from fedtune.models.sizes import check_config, check_room
+from fedtune.models.training import forget_activations, optimizers_of
 from fedtune.randomness import seeded
 
 # arguments that came later, and the values at which they do nothing: there a configuration is what it was before
@@ -70,6 +71,7 @@ class TextClassifier(pl.LightningModule, abc.ABC):
     Logged in validation and test: `loss_nats` (mean cross-entropy, a uniform guess has ln C), `accuracy`, `macro_f1`.
     """
 
+    kind: ClassVar[str] = "texts"  # of data
     task_type: ClassVar[str] = "SEQ_CLS"  # as peft calls it
     model_type: ClassVar[str]
     model_class: ClassVar[type[PreTrainedModel]]
@@ -108,7 +110,7 @@ class TextClassifier(pl.LightningModule, abc.ABC):
             frozen = self.layers()[:freeze_layers]
             adapter_files.begin(self.network, adapters, self.model_type, seed, self.trained_whole, frozen)
         if gradient_checkpointing:
-            self._save_memory()
+            forget_activations(self.network)
         self.accuracy = MulticlassAccuracy(num_labels, average="micro")
         self.macro_f1 = MulticlassF1Score(num_labels, average="macro")
 
@@ -196,18 +198,7 @@ class TextClassifier(pl.LightningModule, abc.ABC):
 
     def configure_optimizers(self) -> Any:
         """The optimizer over what is trained, with the warm-up as a schedule over steps."""
-        options = self.hparams
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": options["weight_decay"]},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        kind = torch.optim.AdamW if options["optimizer"] == "adamw" else torch.optim.SGD
-        optimizer = kind(groups, lr=options["learning_rate"], fused=True)
-        if not options["warmup_steps"]:
-            return {"optimizer": optimizer}
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / options["warmup_steps"]))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return optimizers_of(self)
 
     def _evaluate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         logits_BC, labels_B = self._logits(batch), batch["labels"]
@@ -271,11 +262,6 @@ class TextClassifier(pl.LightningModule, abc.ABC):
             self.embeddings().requires_grad_(False)
         for layer in layers[:count]:
             layer.requires_grad_(False)
-
-    def _save_memory(self) -> None:
-        if not self.network.supports_gradient_checkpointing:
-            raise UsageError("gradient_checkpointing", True, f"False, as {type(self.network).__name__} cannot do so")
-        self.network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _special(network: nn.Module) -> bool:

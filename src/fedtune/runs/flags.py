@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,12 +17,12 @@ from fedtune.data.classification import FederatedDataModule
 from fedtune.data.registry import TASKS
 from fedtune.data.splits import DEFAULTS, SPLITS, WHOLE
 from fedtune.errors import UsageError, one_of
-from fedtune.models import TextClassifier, build_classifier, check_classifier
+from fedtune.models import CausalLM, TextClassifier
 from fedtune.models.adapter_files import content_of_model
 from fedtune.models.adapters import lora_of
-from fedtune.models.options import check_options
 from fedtune.models.pretrained import MODELS
 from fedtune.runs.arguments import check_data
+from fedtune.runs.kinds import build_model, check_model, kind_of, more_options
 from fedtune.runs.loop import FederatedLoop
 from fedtune.runs.options import RunOptions
 from fedtune.runs.parser import ConfigFile, Parser, check_plain
@@ -52,6 +53,9 @@ def add_run_arguments(run: Parser) -> None:
         help="low-rank adapters: a dictionary of rank, alpha, targets, rslora, dropout, adapter (a directory to begin with); "
         "{} for all defaults. They are flags, too: --model.lora.rank 8 --model.lora.targets '[query, value]'",
     )
+    for name, option in more_options().items():
+        kind = typing.get_type_hints(CausalLM.__init__)[name]
+        run.add_argument(f"--model.{name}", type=kind, default=option.default, help="of a CausalLM alone")
     run.add_class_arguments(FederatedLoop, "loop", skip={"run_dir", "logger", "callbacks", "algorithm"})
     run.add_argument(
         "--loop.algorithm",
@@ -189,10 +193,9 @@ def check(arguments: Mapping[str, Mapping[str, Any]]) -> None:
     with flags("loop"):
         check_data(loop, made)
     with flags("model"):
-        if name in MODELS:  # a registered one may have to be fetched first
-            check_options({"num_labels": 2, **model})
-        else:
-            check_classifier(name, model)
+        kind = kind_of(data["task"])
+        if kind is not None:
+            check_model(kind, name, model, files=name not in MODELS)  # a registered one may have to be fetched first
 
 
 def fit(arguments: Mapping[str, Mapping[str, Any]], **where: Any) -> FederatedLoop:
@@ -216,13 +219,15 @@ def fit(arguments: Mapping[str, Mapping[str, Any]], **where: Any) -> FederatedLo
         check_data(loop, data)
     name = model.pop("name")
     with flags("model"):
-        check_classifier(name, model)  # first what is cheap: reading and tokenising texts can take minutes
+        kind = kind_of(arguments["data"]["task"])
+        if kind is not None:
+            check_model(kind, name, model)  # first what is cheap: reading and tokenising texts can take minutes
     with flags("data"):
         if model["init"] == "random" and arguments["data"]["tokenizer"] is not None:
             model["vocab_size"] = model["vocab_size"] or len(data.tokenizer)
         data.tokenizer, data.num_labels  # noqa: B018 - reading them checks them
     with flags("model"):
-        module = build_classifier(name, data.num_labels, label_names=list(data.label_names), **model)
+        module = build_model(data, name, model)
     with flags("data"):
         data.setup()
         module.check_data(data)

@@ -25,7 +25,7 @@ from fedtune.federated.still import Still
 from fedtune.federated.trainer import check_module
 from fedtune.runs.arguments import check_arguments, check_data
 from fedtune.runs.baselines import BASELINES, Baselines
-from fedtune.runs.callbacks import FederatedCallback, MonitorCheck, Run, exceptions_reported
+from fedtune.runs.callbacks import FederatedCallback, MonitorCheck, Run, exceptions_reported, watched
 from fedtune.runs.counterparts import check_callbacks
 from fedtune.runs.figures import plot_run
 from fedtune.runs.hardware import (
@@ -72,7 +72,8 @@ class FederatedLoop:
             and "local" (each client alone, its own epochs). They run after the rounds; () leaves them out.
         logger: "none", "wandb" to mirror the run, or a logger of Lightning.
         callbacks: hooks into the run, see `FederatedCallback`.
-        monitor, mode: the metric of the rounds that says which is the best, and whether it should be "max" or "min".
+        monitor, mode: the metric of the rounds that says which is the best, and whether it should be "max" or "min". Where that
+            is "accuracy", and the module has an attribute `monitor` of its own, (metric, mode), as `CausalLM` has, it is that.
         limit_train_batches, limit_val_batches, limit_test_batches: at most so many batches of each loader (of a client's, in an
             epoch), or that share of them.
         check_val_every_n_rounds: the averaged model is evaluated after every so many rounds.
@@ -127,7 +128,7 @@ class FederatedLoop:
             self.max_rounds, self.check_val_every_n_rounds, self.run_dir, self.logger = 1, 1, None, "none"
             self.limit_train_batches = self.limit_val_batches = self.limit_test_batches = int(self.fast_dev_run)
             self.options = dataclasses.replace(self.options, baseline_dir=None)
-        self._callbacks = [*self.callbacks, MonitorCheck(self.monitor), *mirror_of(self.logger)]
+        self._callbacks = [*self.callbacks, MonitorCheck(), *mirror_of(self.logger)]
 
     def fit(self, module: pl.LightningModule, data: Any = None, *, datamodule: Any = None) -> list[RoundRecord]:
         """Run the rounds, then the baselines; afterwards `module` holds the averaged weights.
@@ -214,6 +215,7 @@ class FederatedLoop:
         own["options"] = dataclasses.asdict(self.options)
         # a continuation on other hardware must not change the precision in silence
         own["precision"] = resolve_precision(self.precision, self.accelerator)
+        own["monitor"], own["mode"] = watched(module, self.monitor, self.mode)
         self.config = describe(module, data, {name: value for name, value in own.items() if name not in _NOT_CONFIG})
         if self.run_dir is not None:
             identified(self.config)
@@ -284,12 +286,13 @@ class FederatedLoop:
         found: dict[str, Any] = {**baselines.records, "majority_accuracy": majority("test") if majority else None}
         if "centralised" in found:
             found["centralised_test"] = baselines.centralised_test
-        known = summarise(run.history, self.evaluate_on, test, found, self.monitor, self.mode)
+        monitor, mode = run.config["loop"]["monitor"], run.config["loop"]["mode"]
+        known = summarise(run.history, self.evaluate_on, test, found, monitor, mode)
         run.summary.update(with_known_baselines(known, directory.read_json("summary.json")))
         run.summary["peak_memory_bytes"] = peak_memory_bytes(baselines.evaluator.training.fabric.device)
         if directory.path is not None:
             with writing(directory.path / "curves.png"):
-                plot_run(directory.path, run.history, baselines.records, self.evaluate_on, self.monitor)
+                plot_run(directory.path, run.history, baselines.records, self.evaluate_on, monitor)
         directory.write_json("summary.json", run.summary)
 
 
