@@ -13,9 +13,12 @@ import pytorch_lightning as pl
 
 from fedtune.algorithms.specification import algorithm_of, specification_of
 from fedtune.errors import UsageError
+from fedtune.federated.adapted import adapted, resting_factors
+from fedtune.federated.adapters import Adapters
+from fedtune.federated.base import moving
 from fedtune.federated.client import Worker
 from fedtune.federated.cohorts import cohort, max_weight
-from fedtune.federated.evaluation import Evaluator, by_loader, step_of
+from fedtune.federated.evaluation import Evaluator
 from fedtune.federated.messages import ClientReport, Context, Position
 from fedtune.federated.parts import Algorithm
 from fedtune.federated.personal import personal_names
@@ -28,13 +31,10 @@ from fedtune.runs.baselines import BASELINES, Baselines
 from fedtune.runs.callbacks import FederatedCallback, MonitorCheck, Run, exceptions_reported, watched
 from fedtune.runs.counterparts import check_callbacks
 from fedtune.runs.figures import plot_run
-from fedtune.runs.hardware import (
-    peak_memory_bytes,
-    resolve_precision,
-)
+from fedtune.runs.hardware import peak_memory_bytes, resolve_precision
 from fedtune.runs.loggers import mirror_of
 from fedtune.runs.options import RunOptions
-from fedtune.runs.prepared import given, look_over, prepared, watch_the_end
+from fedtune.runs.prepared import evaluated, given, look_over, prepared, watch_the_end
 from fedtune.runs.progress import Progress
 from fedtune.runs.renamed import taken
 from fedtune.runs.rounds import Rounds
@@ -44,7 +44,17 @@ from fedtune.storage.directory import RunDirectory, writing
 from fedtune.storage.locks import locked
 from fedtune.storage.records import RoundRecord
 from fedtune.storage.summary import summarise, with_known_baselines
-from fedtune.tensors import assign_, buffers, counters, resting, restore_counters, snapshot, travelling
+from fedtune.tensors import (
+    assign_,
+    buffers,
+    carried,
+    counters,
+    resting,
+    restore_counters,
+    snapshot,
+    travelling,
+    without,
+)
 
 _NOT_CONFIG = ("callbacks", "run_dir", "logger")  # not a plain value, or no part of what makes the numbers
 
@@ -154,20 +164,21 @@ class FederatedLoop:
         with (
             locked(self.run_dir),
             prepared(self, module, data, "fit", progress) as evaluator,
+            adapted(module, self._algorithm, data.num_clients, self.seed) as adapters,
             exceptions_reported(self._callbacks, run, module),
         ):
-            self._fit(run, evaluator, progress)
+            self._fit(run, evaluator, adapters, progress)
         return self.history
 
     def validate(self, module: pl.LightningModule, data: Any = None, *, datamodule: Any = None) -> list[dict[str, float]]:
         """Evaluate a module, as it stands, on the validation part; a dictionary for each loader, as from a `Trainer`."""
-        return self._evaluated(module, given(data, datamodule), "validation")
+        return evaluated(self, module, given(data, datamodule), "validation")
 
     def test(self, module: pl.LightningModule, data: Any = None, *, datamodule: Any = None) -> list[dict[str, float]]:
         """Evaluate a module, as it stands, on the test part; a dictionary for each loader, as from a `Trainer`."""
-        return self._evaluated(module, given(data, datamodule), "test")
+        return evaluated(self, module, given(data, datamodule), "test")
 
-    def _fit(self, run: Run, evaluator: Evaluator, progress: Progress) -> None:
+    def _fit(self, run: Run, evaluator: Evaluator, adapters: Adapters, progress: Progress) -> None:
         """Set up, rounds, test, baselines, conclude."""
         training, module = evaluator.training, evaluator.training.module
         path = Path(self.run_dir) if self.run_dir else None
@@ -177,35 +188,27 @@ class FederatedLoop:
         module.on_fit_start()
         look_over(module, self.evaluate_on, run)
         watch_the_end(training.trainer, directory, run)
-        kept = resting(module), getattr(module, "from_files", ())
-        directory.begin(ServerState(0, snapshot(travelling(module))), bool(self.baselines), *kept)  # no name keeps the copy
+        base = moving(self._algorithm, adapters)
+        kept = without(resting(module), base), getattr(module, "from_files", ())
+        directory.begin(ServerState(0, snapshot(carried(module, base))), bool(self.baselines), *kept)  # no name keeps the copy
         personal = bool(self._algorithm.personal or self._algorithm.client.personal)
-        final = self._federated(Rounds(evaluator, progress, directory, self.check_val_every_n_rounds, personal), run)
+        rounds = Rounds(evaluator, progress, directory, self.check_val_every_n_rounds, personal, base)
+        final = self._federated(rounds, run, adapters)
         training.trainer.at(final.position)
         self._position = final.position
         test = evaluator.evaluate("test").metrics
         baselines = self._baselines(evaluator, progress, run)
         self._conclude(run, directory, test, baselines)  # a baseline that fails must not take the result with it
         if self.baselines:
-            baselines.play(self.baselines, directory.start())
-            assign_(travelling(module), final.weights)
+            start = directory.start()
+            assign_(carried(module, base), start.weights)
+            baselines.play(self.baselines, dataclasses.replace(start, weights=without(start.weights, base)))
+            assign_(carried(module, base), final.weights)
             self._conclude(run, directory, test, baselines)
         training.trainer.at(final.position)
         module.on_fit_end()
         for callback in self._callbacks:
             callback.on_fit_end(run, module)
-
-    def _evaluated(self, module: pl.LightningModule, data: Any, part: str) -> list[dict[str, float]]:
-        progress = Progress(self.options.progress)
-        check_module(module, data)
-        with prepared(self, module, data, "test" if part == "test" else "validate", progress) as evaluator:
-            if evaluator.loader(part) is None:
-                raise UsageError("data", type(data).__name__, f"a data module with a {part} part")
-            if step_of(module, part) is None:
-                raise UsageError("module", type(module).__name__, f"a module with {part}_step")
-            found = evaluator.evaluate(part).metrics
-        progress.line(f"{part}: " + "  ".join(f"{name} {value:.3f}" for name, value in found.items()))
-        return by_loader(found)
 
     def _new_run(self, module: pl.LightningModule, data: Any, progress: Progress) -> Run:
         """What callbacks see; the loop has the same history and summary."""
@@ -223,7 +226,7 @@ class FederatedLoop:
         self.data, self.history, self.summary, self.baseline_runs = data, run.history, run.summary, {}
         return run
 
-    def _federated(self, rounds: Rounds, run: Run) -> ServerState:
+    def _federated(self, rounds: Rounds, run: Run, adapters: Adapters) -> ServerState:
         """The rounds of the federation."""
         training, data, algorithm = rounds.evaluator.training, run.data, self._algorithm
         hooks = [one for one in self._callbacks if type(one).on_client_end is not FederatedCallback.on_client_end]
@@ -240,7 +243,7 @@ class FederatedLoop:
             rounds.directory.memory,
             self.local_epochs,
             counters=snapshot(counters(training.module)),
-            still=Still(training.module),
+            still=Still(training.module, rounds.base),
             up=algorithm.up,
             down=algorithm.down,
             on_client_end=client_ended if hooks else None,
@@ -254,12 +257,13 @@ class FederatedLoop:
             self.options.agreement,
             self.options.min_clients or (1 if lenient else None),
             rounds.progress.client,
+            resting_factors(training.module, adapters),
         )
 
         def next_round(state: ServerState) -> RoundResult:
             number = state.round + 1
             drawn = cohort(self.seed, number, data.num_clients, self.clients_per_round)
-            context = Context(self.seed, number, data.num_clients, tuple(drawn), most)
+            context = Context(self.seed, number, data.num_clients, tuple(drawn), most, adapters=adapters)
             worker.personal.update({name: state.weights[name] for name in names})  # the server's stay as they were at first
             result = run_round(state, algorithm, context, runtime, options)
             restore_counters(training.module, worker.counters)  # those of the last client mean nothing to the average
