@@ -25,7 +25,7 @@ TINY = LlamaConfig(
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=16,
-    max_position_embeddings=128,
+    max_position_embeddings=512,
     rms_norm_eps=1e-5,
     rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
     tie_word_embeddings=True,
@@ -44,6 +44,10 @@ THERE = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+)
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness."
 
 
@@ -70,7 +74,7 @@ def _write(
     """A tiny GGUF file as the package's: matrices of Q4_1 where `quantised`, else fp32."""
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_block_count(2)
-    writer.add_context_length(128)
+    writer.add_context_length(512)
     writer.add_embedding_length(64)
     writer.add_feed_forward_length(96)
     writer.add_head_count(4)
@@ -91,7 +95,7 @@ def _write(
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
     writer.add_pad_token_id(2)
-    writer.add_chat_template("{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}")
+    writer.add_chat_template(TEMPLATE)
     for name, tensor in network.state_dict().items():
         if name == "lm_head.weight":
             continue
@@ -105,6 +109,14 @@ def _write(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def save_tiny_decoder(folder: Path) -> str:
+    """A folder of a tiny decoder with random weights, the chat template's roles left out."""
+    folder.mkdir()
+    _write(folder.with_suffix(".gguf"), _original())
+    smollm2.convert(folder.with_suffix(".gguf"), folder)
+    return str(folder)
 
 
 def _weights(folder: Path | str) -> Tensors:
