@@ -32,7 +32,7 @@ demo: $(STAMP) ## federated against centralised and local training, on embedded 
 	$(BIN)/python experiments/demo/demo.py --runs $(RUNS)/demo
 
 demo-llm: $(STAMP) ## the same question for a decoder with low-rank adapters: FedIT, FLoRA, centralised and local: QUICK=1
-	$(BIN)/python experiments/demo_llm/demo.py --runs $(RUNS)/demo_llm $(if $(QUICK),--quick)
+	$(BIN)/python experiments/demo_llm/demo_llm.py --runs $(RUNS)/demo_llm $(if $(QUICK),--quick)
 
 sweep: $(STAMP) ## a grid of runs, and its report: SWEEP=file.yaml WORKERS=2 WANDB=1
 	@code=0; $(BIN)/fedtune sweep $(SWEEP) --runs_dir $(SWEEP_RUNS) --workers $(WORKERS) $(if $(WANDB),--wandb) || code=$$?; \

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -90,15 +89,13 @@ def test_the_demo_of_the_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     pytest.importorskip("peft")
     model = save_tiny_decoder(tmp_path / "tiny")
     monkeypatch.syspath_prepend(str(DEMO))
-    monkeypatch.delitem(sys.modules, "demo", raising=False)
-    import demo  # type: ignore[import-not-found]  # a script
+    import demo_llm
 
-    monkeypatch.setitem(demo.DATA, "max_length", 256)
-    demo.main(["--model", model, "--quick", "--runs", str(tmp_path / "runs")])
+    monkeypatch.setitem(demo_llm.DATA, "max_length", 256)
+    demo_llm.main(["--model", model, "--quick", "--runs", str(tmp_path / "runs")])
     said = capsys.readouterr().out
     for name in ("before training", "each client alone", "federated, FedIT", "federated, FLoRA", "centralised", "perplexity"):
         assert name in said
     (folder,) = (tmp_path / "runs").iterdir()
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert {one.name for one in folder.iterdir()} == {"curves.png", "fedit", "flora"}
-    sys.modules.pop("demo", None)

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fedtune
+from fedtune.data.author_instructions import author_instructions
 from fedtune.models.pretrained import load_tokenizer
 
 AUTHORS = (
@@ -34,20 +35,19 @@ AUTHORS = (
     "Washington Irving",
     "William Shakespeare",
 )
+WORDS = 20  # of a passage
 DATA: dict[str, Any] = {
-    "task": "author_instructions",
-    "task_options": {"authors": list(AUTHORS), "words": 25},
     "num_clients": 4,
     "split": "by_author",
     "skew": 0.6,
-    "batch_size": 8,
+    "batch_size": 4,
     "eval_batch_size": 16,
-    "limit": 256,
+    "limit": 160,
 }
 MODEL: dict[str, Any] = {"learning_rate": 2e-3, "lora": {"rank": 8, "alpha": 16}, "half_base": True, "exact_match": True}
 LOOP: dict[str, Any] = {"max_rounds": 3, "local_epochs": 1, "monitor": "exact_match", "mode": "max"}
 ALGORITHMS = {"FedIT": "fedit", "FLoRA": "flora"}
-SAMPLES = (0, 3, 7)  # numbers of authors, of whom the first passage of the test part is shown
+SAMPLES = ("Alexander Hamilton", "Homer", "William Shakespeare")  # the first test passage of each is shown
 LONGEST = 12  # tokens of an answer that is shown
 
 
@@ -86,22 +86,25 @@ class Demo:
     def __init__(self, model: str, seed: int, folder: Path, quick: bool) -> None:
         self.model, self.seed, self.folder = model, seed, folder
         few = {"limit": 64} if quick else {}
-        self.data = fedtune.FederatedDataModule(**{**DATA, **few}, model=model, seed=seed)
+        self.task = author_instructions(AUTHORS, WORDS)
+        self.data = fedtune.FederatedDataModule(self.task, model, **{**DATA, **few}, seed=seed)
         self.options = {**LOOP, "max_rounds": 1} if quick else LOOP
         self.tokenizer = load_tokenizer(model)
-        parts = self.data.task.parts["test"]
-        self.shown = [next(int(row) for row in parts if self.data.task.authors[row] == number) for number in SAMPLES]
+        tests = [int(row) for row in self.task.parts["test"]]
+        self.shown = [next(row for row in tests if self.answer(row) == author) for author in SAMPLES]
+
+    def answer(self, row: int) -> str:
+        return self.task.conversations[row][-1]["content"]
 
     def introduction(self) -> str:
-        task, clients = self.data.task, self.data.client_indices
+        task, clients = self.task, self.data.client_indices
         train, validation, test = sum(map(len, clients)), *(len(task.parts[part]) for part in ("validation", "test"))
-        words = 1 + task.conversations[0][1]["content"].count(" ")
         lines = [
-            f"{task.conversations[0][0]['content']} {len(task.author_names)} authors, passages of {words} words,",
+            f"{task.conversations[0][0]['content']} {len(task.author_names)} authors, passages of {WORDS} words,",
             f"whole documents held out; {train} passages to train on, {validation} to validate, {test} to test.",
         ]
         for client, rows in enumerate(clients):
-            counts = Counter(task.author_names[number] for number in task.authors[rows]).most_common(3)
+            counts = Counter(map(self.answer, rows)).most_common(3)
             lines.append(f"Client {client}: {len(rows)} passages, most by {', '.join(f'{name} {n}' for name, n in counts)}")
         return "\n".join(lines) + "\n"
 
@@ -115,7 +118,7 @@ class Demo:
         """What the model says before: its metrics on the test part, and passage, author and answer of each sample."""
         module = self.module()
         metrics = fedtune.FederatedLoop(**self.options, seed=self.seed, baselines=()).test(module, self.data)[0]
-        turns = [self.data.task.conversations[row] for row in self.shown]
+        turns = [self.task.conversations[row] for row in self.shown]
         answers = self.answers(module)
         return metrics, [(one[1]["content"], one[2]["content"], said) for one, said in zip(turns, answers, strict=True)]
 
@@ -138,7 +141,7 @@ class Demo:
         module.eval()
         found = []
         for row in self.shown:
-            asked = self.data.task.conversations[row][:2]
+            asked = self.task.conversations[row][:2]
             text = self.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
             ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
             written = module.network.generate(

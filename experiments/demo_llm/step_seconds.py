@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable
 
 import torch
-from demo import DATA, MODEL
+from demo_llm import AUTHORS, DATA, MODEL, WORDS
 from torch import nn
 
 import fedtune
+from fedtune.data.author_instructions import author_instructions
 
 
 def main() -> None:
@@ -23,7 +24,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    data = fedtune.FederatedDataModule(**DATA, model=given.model)
+    data = fedtune.FederatedDataModule(author_instructions(AUTHORS, WORDS), **DATA, model=given.model)
     batch = next(iter(data.client_dataloader(0)))
     steps = ways(given.model, batch)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -47,11 +48,9 @@ def ways(model: str, batch: dict[str, torch.Tensor]) -> dict[str, Callable[[], N
     lora = fedtune.CausalLM(model, **full)
     halved, eager, packed = (fedtune.CausalLM(model, **{**half, **more}) for more in ({}, {}, {"packing": 64}))
     eager.network.set_attn_implementation("eager")
-    whole = fedtune.CausalLM(model)
     fill, missing = {"labels": -100}, 128 - batch["labels"].shape[1]
     padded = {name: nn.functional.pad(one, (0, missing), value=fill.get(name, 0)) for name, one in batch.items()}
     return {
-        "everything trained, padded to 128 tokens, all logits, fp32": naive(whole, padded, False),
         "LoRA, padded to 128 tokens, all logits, fp32": naive(lora, padded, False),
         "LoRA, padded to 128 tokens, all logits, bf16 mixed": naive(lora, padded, True),
         "CausalLM, bf16 mixed": step_of(lora, batch),
