@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from fedtune.data.author_instructions import author_instructions
 from fedtune.data.authors import authors
 from fedtune.data.hilmkil import agnews, imdb, spooky_author, yelp
 from fedtune.data.instructions import InstructionTask
@@ -14,6 +15,7 @@ from fedtune.errors import UsageError, one_of
 
 TASKS: dict[str, Callable[..., TextTask | InstructionTask]] = {
     "authors": authors,
+    "author_instructions": author_instructions,
     "imdb": imdb,
     "yelp": yelp,
     "agnews": agnews,

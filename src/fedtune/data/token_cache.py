@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fedtune.errors import shown
+from fedtune.errors import RunError, shown
 from fedtune.files import replaced, said
+from fedtune.models.cache import cache_folder
 from fedtune.tensors import Tensors, read_file, sha256
 
 if TYPE_CHECKING:
@@ -33,21 +33,7 @@ _ASIDE = {"name_or_path", "verbose", "deprecation_warnings", "files_loaded", "ch
 
 
 class Unreadable(ValueError):
-    """A tokenizer whose settings cannot be read in full, so that nothing names its tokens; or no place to keep any."""
-
-
-def cache_folder() -> Path:
-    """Where tokenised texts are kept between runs: FEDTUNE_CACHE, else `fedtune` in XDG_CACHE_HOME, else in ~/.cache. An empty
-    variable is none, and ~ is the home directory.
-
-    Raises:
-        Unreadable: nobody knows where that is.
-    """
-    own, general = os.environ.get("FEDTUNE_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    try:
-        return Path(own).expanduser() if own else Path(general or "~/.cache").expanduser() / "fedtune"
-    except RuntimeError as error:
-        raise Unreadable(f"there is no home directory ({said(error)}); FEDTUNE_CACHE names a folder") from error
+    """A tokenizer whose settings cannot be read in full, so that nothing names its tokens."""
 
 
 def entry_of(
@@ -59,7 +45,7 @@ def entry_of(
         folder = cache_folder()
         for fact in _settings(tokenizer):
             _add(digest, fact)
-    except Unreadable as error:
+    except (Unreadable, RunError) as error:
         warnings.warn(f"tokens were not cached, the next start tokenises again: {error}", stacklevel=3)
         return None
     for column in (texts, seconds or ()):
