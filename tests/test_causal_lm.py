@@ -21,6 +21,8 @@ from fedtune.models import causal_lm
 from fedtune.models.generation import greedy
 from fedtune.models.perplexity import Perplexity
 from fedtune.models.rows import Rows
+from fedtune.storage import checkpoint
+from fedtune.tensors import assign_, travelling
 
 Command = Callable[..., tuple[int, str, str]]
 FAMILIES = ["llama", "qwen2", "qwen3", "gpt2"]
@@ -416,3 +418,42 @@ def test_options_of_causal_models_are_refused_for_classifiers(
     code, _, err = command("run", "--model.name", decoders["llama"])
     assert code == 2
     assert "is for a task of instructions" in err
+
+
+@pytest.mark.parametrize("more", [[], ["--model.lora.rank", "2"]])
+def test_an_exported_run_has_the_logits_of_its_module(
+    more: list[str], tmp_path: Path, decoders: dict[str, str], command: Command
+) -> None:
+    import transformers
+
+    given = [*chats(tmp_path), "--model.name", decoders["llama"], *QUICK, "--loop.max_rounds", "1", *more]
+    assert command("run", *given, "--loop.baselines", "[]", "--run_dir", str(tmp_path / "run"))[0] == 0
+    code, out, err = command("export", str(tmp_path / "run"), str(tmp_path / "model"), *(["--merge"] if more else []))
+    assert code == 0, err
+    assert "text-generation" in out
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    assert again.config.use_cache
+    module = module_of(decoders["llama"], lora={"rank": 2} if more else None)
+    ids = batch_of(decoders["llama"], 2)["input_ids"]
+    theirs = again(ids).logits
+    state = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    assert state is not None
+    assign_(travelling(module), state.weights)
+    torch.testing.assert_close(module.eval()(ids), theirs)
+
+
+def test_an_exported_adapter_is_opened_by_peft(tmp_path: Path, decoders: dict[str, str], command: Command) -> None:
+    import peft
+    import transformers
+
+    given = [*chats(tmp_path), "--model.name", decoders["llama"], *QUICK, "--loop.max_rounds", "1", "--model.lora.rank", "2"]
+    assert command("run", *given, "--loop.baselines", "[]", "--run_dir", str(tmp_path / "run"))[0] == 0
+    assert command("export", str(tmp_path / "run"), str(tmp_path / "adapter"))[0] == 0
+    assert command("export", str(tmp_path / "run"), str(tmp_path / "whole"), "--merge")[0] == 0
+    base = transformers.AutoModelForCausalLM.from_pretrained(decoders["llama"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks Transformers by an old name
+        adapted = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
+    ids = batch_of(decoders["llama"], 2)["input_ids"]
+    torch.testing.assert_close(adapted(ids).logits, whole(ids).logits)

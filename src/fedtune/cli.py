@@ -248,7 +248,9 @@ def _export(options: Namespace) -> None:
     if (folder / "adapter_config.json").exists():
         print(f"adapters and head: {folder.resolve()}; its README.md says how peft opens them (--merge writes a whole model)")
     else:
-        print(f"model: {folder.resolve()}; transformers.pipeline('text-classification', model=...) opens it")
+        tags = ("text-classification", "text-generation")
+        tag = tags["pipeline_tag: text-generation" in (folder / "README.md").read_text()]
+        print(f"model: {folder.resolve()}; transformers.pipeline('{tag}', model=...) opens it")
 
 
 def _most_frequent(counts: dict[str, int]) -> str:

@@ -148,7 +148,8 @@ def _objects(source: Source, lines: Lines) -> Iterator[tuple[int, dict[Any, Any]
         if isinstance(found, list):
             raise _array(source, lines.number)
         if not isinstance(found, dict):
-            raise source.error(f"one JSON object in each line (line {lines.number} is a {type(found).__name__})")
+            kind = "null" if found is None else f"a {type(found).__name__}"
+            raise source.error(f"one JSON object in each line (line {lines.number} is {kind})")
         yield lines.number, found
 
 

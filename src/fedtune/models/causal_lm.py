@@ -202,7 +202,7 @@ class CausalLM(pl.LightningModule):
         config = load_config(options["name"])
         kind = causal_class(options["name"], config)
         check_config(options["name"], config)
-        config.return_dict, config.use_cache = True, False
+        config.return_dict = True
         config.output_hidden_states = config.output_attentions = False
         if options["dropout"] is not None:
             set_dropout(config, options["dropout"])

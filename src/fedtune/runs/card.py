@@ -12,9 +12,9 @@ from fedtune.storage.records import read_rounds
 
 _OPENED = """```python
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification
+from transformers import {kind}
 
-base = AutoModelForSequenceClassification.from_pretrained({base!r}, id2label={names!r})
+base = {kind}.from_pretrained({base!r}{names})
 model = PeftModel.from_pretrained(base, ".")  # this folder
 ```"""
 
@@ -23,6 +23,7 @@ def card(run: Path, config: Mapping[str, Any], names: Sequence[str], number: int
     """The text of README.md.
 
     Args:
+        names: of the classes; none of a causal language model.
         number, which: the round of the weights, and which one that is: "last" or "best".
         base: the folder or hub id of the model that adapters belong to; None where the whole model is written.
     """
@@ -31,11 +32,13 @@ def card(run: Path, config: Mapping[str, Any], names: Sequence[str], number: int
         f"Trained by fedtune {versions.get('fedtune')} from `{config['model']['name']}` on the task `{data.get('task')}`, "
         f"divided among {data.get('num_clients')} clients (split `{data.get('split')}`). "
         f"The weights are those after round {number}, the {which} one.",
-        f"Classes: {', '.join(names)}. Texts were cut at {data.get('max_length')} tokens.",
+        (f"Classes: {', '.join(names)}. " if names else "") + f"Texts were cut at {data.get('max_length')} tokens.",
     ]
+    kind = "SequenceClassification" if names else "CausalLM"
     if base is not None:
-        lines += ["These are low-rank adapters and the head; they belong to a model, which is opened first:"]
-        lines += [_OPENED.format(base=base, names=dict(enumerate(names)))]
+        lines += [f"These are low-rank adapters{' and the head' * bool(names)}; they belong to a model, which is opened first:"]
+        named = f", id2label={dict(enumerate(names))!r}" if names else ""
+        lines += [_OPENED.format(base=base, names=named, kind=f"AutoModelFor{kind}")]
     if data.get("mask") is False:
         lines.append("It was trained without an attention mask: in the run's own evaluation padding was attended to.")
     record, summary = read_rounds(run / "rounds.jsonl", number)[-1], summary_of(run)
@@ -43,7 +46,8 @@ def card(run: Path, config: Mapping[str, Any], names: Sequence[str], number: int
     rows = [("metric", f"{loop.get('evaluate_on')} part", "test part"), ("---", "---", "---")]
     rows += [(name, _shown(value), _shown(final.get(name))) for name, value in record.metrics.items()]
     lines.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
-    head = f"---\nlibrary_name: {'transformers' if base is None else 'peft'}\npipeline_tag: text-classification\n---\n"
+    tag = "text-classification" if names else "text-generation"
+    head = f"---\nlibrary_name: {'transformers' if base is None else 'peft'}\npipeline_tag: {tag}\n---\n"
     return head + f"\n# {data.get('task')}: a run of fedtune\n\n" + "\n\n".join(lines) + "\n"
 
 

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedtune.errors import RunError, UsageError, one_of, shown
 from fedtune.files import present, regular, said, settled, synchronise, write_text
-from fedtune.models import adapter_files, build_classifier
+from fedtune.models import FAMILIES, adapter_files, build_causal_lm, build_classifier
 from fedtune.models.adapters import Lora, merge_
-from fedtune.models.pretrained import MODELS, content_of, load_tokenizer, locate
+from fedtune.models.pretrained import MODELS, content_of, load_config, load_tokenizer, locate
 from fedtune.models.weights import quiet
 from fedtune.runs.card import card, summary_of
 from fedtune.storage import checkpoint, start
@@ -45,7 +45,7 @@ def export(
     differs by rounding, is an argument of `from_pretrained`: attn_implementation="sdpa".
 
     Args:
-        run: directory of a run of a `TextClassifier`.
+        run: directory of a run of a `TextClassifier` or a `CausalLM`.
         folder: where the model goes: absent or empty.
         which: the weights of the "last" round, which the test metrics are of, or those of the "best" round by the run's
             monitor, where they are still there: in a checkpoint, or kept by the callback `BestWeights`.
@@ -156,6 +156,10 @@ def _config_of(run: Path) -> dict[str, Any]:
 
 
 def _names_of(config: Mapping[str, Any], run: Path, given: Sequence[str] | None) -> list[str]:
+    if load_config(config["model"]["name"]).model_type not in FAMILIES:  # a causal language model
+        if given is not None:
+            raise UsageError("label_names", list(given), "nothing, as a causal language model has no classes")
+        return []
     known = (config.get("content") or {}).get("label_names")
     if known is not None and given is not None and list(given) != list(known):
         raise UsageError("label_names", list(given), f"nothing, as the run knows them: {shown(known)}")
@@ -220,14 +224,15 @@ def _module_of(run: Path, config: Mapping[str, Any], names: Sequence[str], weigh
             raise UsageError("run", str(run), f"a run whose model, {name}, has the {file} that it had then")
     digests, kept = start.read(run / "start")
     if digests.keys() <= kept.keys():  # nothing is needed of the weights in the model's files
-        options |= {"init": "random", "keep_head": False}
-    module = build_classifier(name, len(names), label_names=list(names), **options)
+        options |= {"init": "random"} | ({"keep_head": False} if names else {})
+    module = build_classifier(name, len(names), label_names=names, **options) if names else build_causal_lm(name, **options)
     for one, parameter in module.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and one not in digests)  # the algorithm may have frozen some
     moved = {one: tensor for one, tensor in weights.items() if _of_base(one)}
     wrong = misfit({one: tensor for one, tensor in weights.items() if one not in moved}, travelling(module))
     if wrong:
-        raise UsageError("run", str(run), f"a run whose weights fit {name} with {len(names)} classes ({wrong})")
+        of_classes = f" with {len(names)} classes" if names else ""
+        raise UsageError("run", str(run), f"a run whose weights fit {name}{of_classes} ({wrong})")
     still, base = without(resting(module), moved), carried(module, moved)
     for one in sorted(still.keys() ^ digests.keys()):
         raise UsageError("run", str(run), f"a run with the frozen parameters that its configuration says ({one} differs)")
