@@ -38,7 +38,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "fedex_lora": {},
     "flexlora": {},
     "flexlora, ranks 2 to 8": {"name": "flexlora", "ranks": [2, 4, 8]},
-    "hetlora": {},
+    "hetlora, ranks 2 to 8": {"name": "hetlora", "ranks": [2, 4, 8]},
 }
 CASES = {"fedsa_lora, on the disk": "fedsa_lora", "fedsa_lora, in memory": "fedsa_lora", "flora": "flora"}
 

@@ -717,6 +717,15 @@ def test_compression_does_not_touch_the_base() -> None:
     assert all(record.diagnostics["adapter_error"] < 1e-13 for record in loop.history)
 
 
+def test_every_client_gets_the_base_from_the_server_whatever_the_module_held() -> None:
+    class Careless(fedtune.FederatedCallback):
+        def on_round_start(self, run: Any, module: Any, number: int) -> None:
+            with torch.no_grad():
+                module.first.base_layer.weight.add_(number)
+
+    assert_equal(values(fit(flora())[1]), values(fit(flora(), callbacks=[Careless()])[1]))
+
+
 def test_training_that_moves_the_base_ends_the_run() -> None:
     class Moving(Small):
         def on_train_epoch_end(self) -> None:
