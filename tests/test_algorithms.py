@@ -22,9 +22,16 @@ from fedtune.algorithms.ditto import ditto
 from fedtune.algorithms.fedavg import LocalTraining, Mean, fedavg
 from fedtune.algorithms.fedavgm import Momentum, fedavgm
 from fedtune.algorithms.feddyn import feddyn
+from fedtune.algorithms.fedex_lora import fedex_lora
+from fedtune.algorithms.fedit import fedit
 from fedtune.algorithms.fednova import fednova
 from fedtune.algorithms.fedper import fedper, fedrep
 from fedtune.algorithms.fedprox import fedprox
+from fedtune.algorithms.fedsa_lora import fedsa_lora
+from fedtune.algorithms.ffa_lora import ffa_lora
+from fedtune.algorithms.flexlora import flexlora
+from fedtune.algorithms.flora import flora
+from fedtune.algorithms.hetlora import hetlora
 from fedtune.algorithms.qfedavg import qfedavg
 from fedtune.algorithms.robust import (
     CentredClipping,
@@ -36,6 +43,7 @@ from fedtune.algorithms.robust import (
     NearestMean,
     TrimmedMean,
 )
+from fedtune.algorithms.rolora import rolora
 from fedtune.algorithms.scaffold import scaffold
 from fedtune.algorithms.specification import algorithm_of, specification_of
 from fedtune.algorithms.torch_optim import diloco, fedopt
@@ -78,6 +86,21 @@ CASES: dict[str, tuple[Algorithm, Algorithm | None, Any]] = {
     "krum": (replace(ditto(), aggregator=Krum(0)), None, None),
     "centred clipping": (replace(fedper(("network.4.*",)), aggregator=CentredClipping(tau=0.1, steps=2)), None, None),
     "nearest mean": (replace(fedavg(), aggregator=NearestMean(0)), None, None),
+    "fedit": (fedit(), None, None),
+    "ffa_lora": (ffa_lora(), None, None),
+    "ffa_lora, adam": (replace(ffa_lora(), server=fedadam().server), None, None),
+    "rolora": (rolora("uniform"), None, None),
+    "rolora, momentum": (replace(rolora(), server=fedavgm().server), None, None),
+    "rolora, adam": (replace(rolora(), server=fedadam().server), None, None),
+    "rolora, adamw": (replace(rolora(), server=fedopt("AdamW", 0.01).server), None, None),
+    "fedsa_lora": (fedsa_lora(), None, None),
+    "flora": (flora(), None, None),
+    "flora, unequal ranks": (flora((1, 3)), None, None),
+    "flora, quantised": (replace(flora((1, 3)), up=(Quantise(),)), None, None),
+    "flora, a head that stays": (replace(flora(), personal=("network.1.*",)), None, None),
+    "fedex_lora": (fedex_lora(), None, None),
+    "flexlora": (flexlora((2, 3)), None, None),
+    "hetlora": (hetlora((1, 2, 3)), None, None),
     "quantised up": (replace(fedavg(), up=(Quantise(),)), None, None),
     "quantised both ways, with momentum": (replace(fedavgm(), up=(Quantise(),), down=(Quantise(),)), None, None),
 }
@@ -91,12 +114,15 @@ def test_what_every_algorithm_holds(name: str, tmp_path: Path) -> None:
 
 MADE = {name: (make(HEAD) if name in ("fedper", "fedrep") else make()) for name, make in ALGORITHMS.items()}
 RULES = {name: part for name, part in fedtune.ALGORITHM_PARTS.items() if issubclass(part, Aggregator)}
+OF_PRODUCTS = [name for name, part in RULES.items() if part.adapters]
 SEVERAL_GROUPS, UNIFORM_ONLY = ("scaffold", "fednova", "qfedavg"), ("scaffold", "feddyn", "qfedavg")
 REFUSED = {(name, rule) for name in SEVERAL_GROUPS for rule in RULES if rule != "Mean"} | {
     (name, rule)
     for name in UNIFORM_ONLY
-    for rule in ("Mean", "ClippedMean")  # by default weighted by examples
+    for rule in ("Mean", "ClippedMean", *OF_PRODUCTS)  # by default weighted by examples
 }
+REFUSED.add(("rolora", "CentredClipping"))
+NOT_BOTH = ("ffa_lora", "rolora", "fedsa_lora", "fedper", "fedrep")  # of A and B of each layer in each round
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -111,7 +137,15 @@ def test_an_algorithm_with_another_aggregator_is_refused_or_holds_it_too(rule: s
             ):
                 replace(algorithm, aggregator=aggregator)
             continue
+        if aggregator.adapters and algorithm.server:
+            with pytest.raises(fedtune.UsageError, match=rf"algorithm\.server.*allowed: for {rule}, no step"):
+                replace(algorithm, aggregator=aggregator)
+            continue
         algorithm, folder = replace(algorithm, aggregator=aggregator), tmp_path / name
+        if aggregator.adapters and name in NOT_BOTH:
+            with pytest.raises(fedtune.UsageError, match=rf"algorithm\.aggregator: got '{rule}'; .* does not travel"):
+                play(algorithm, folder / "whole", 2)
+            continue
         whole = play(algorithm, folder / "whole", 2)[-1].state
         play(algorithm, folder / "other", 1, reverse=True)
         other = play(algorithm, folder / "other", 2, reverse=True)[-1].state

@@ -83,19 +83,20 @@ def test_an_algorithm_of_ones_own(follow: Any, make_data: Make, make_module: Mak
 
 def test_a_model_family_of_ones_own(follow: Any, task: fedtune.TextTask, tmp_path: Path) -> None:
     follow("A model family")
-    config = transformers.RobertaConfig(
+    config = transformers.ElectraConfig(
         vocab_size=len(SPECIAL) + len(WORDS),
         hidden_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=32,
-        max_position_embeddings=34,
+        embedding_size=16,
+        max_position_embeddings=32,
         pad_token_id=0,
     )
     torch.manual_seed(0)
-    transformers.RobertaModel(config).save_pretrained(tmp_path)
+    transformers.ElectraModel(config).save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
     module = fedtune.build_classifier(str(tmp_path), 3, dropout=0.0, freeze_layers=1)
-    assert type(module).__name__ == "RobertaClassifier"
+    assert type(module).__name__ == "ElectraClassifier"
     data = fedtune.FederatedDataModule(task=task, model=str(tmp_path), num_clients=2, batch_size=8, max_length=24)
     assert make_loop(max_rounds=1).fit(module, data)[0].loss_nats > 0

@@ -1,4 +1,4 @@
-"""The three families of the paper, from folders in hub format and with their real sizes."""
+"""The families, from folders in hub format, and the three of the paper with their real sizes."""
 
 from __future__ import annotations
 
@@ -23,12 +23,37 @@ TINY = {
     "albert": transformers.AlbertConfig(
         embedding_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, **SHARED
     ),
+    "roberta": transformers.RobertaConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+        **SHARED | {"max_position_embeddings": 34},
+    ),
+    "modernbert": transformers.ModernBertConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        local_attention=4,
+        pad_token_id=0,
+        bos_token_id=2,
+        cls_token_id=2,
+        eos_token_id=3,
+        sep_token_id=3,
+        **SHARED,
+    ),
 }
 # what the head consists of; a pretrained pooler belongs to the encoder
 HEADS = {
     "bert": {"classifier.weight", "classifier.bias"},
     "distilbert": {"pre_classifier.weight", "pre_classifier.bias", "classifier.weight", "classifier.bias"},
     "albert": {"classifier.weight", "classifier.bias"},
+    "roberta": {f"classifier.{part}.{kind}" for part in ("dense", "out_proj") for kind in ("weight", "bias")},
+    "modernbert": {"head.dense.weight", "head.norm.weight", "classifier.weight", "classifier.bias"},
 }
 PARAMETERS = {"bert": 108_310_272, "distilbert": 65_190_912, "albert": 11_683_584}  # of the encoders, with pooler
 
@@ -131,5 +156,5 @@ def test_minilm_in_the_architecture_of_distilbert_computes_the_same_hidden_state
 
 def test_an_unsupported_family_is_refused_with_the_supported_ones(tmp_path: Path) -> None:
     transformers.GPT2Config(n_layer=1, n_head=1, n_embd=8).save_pretrained(tmp_path)
-    with pytest.raises(fedtune.UsageError, match=r"families bert, distilbert, albert \(this is 'gpt2'\)"):
+    with pytest.raises(fedtune.UsageError, match=r"families bert, distilbert, albert, roberta, modernbert \(this is 'gpt2'\)"):
         fedtune.build_classifier(str(tmp_path), 2)

@@ -23,6 +23,7 @@ import fedtune
 from fedtune.data import token_cache
 from fedtune.errors import RunError, UsageError
 from fedtune.files import append_line, content, printable, read_lines, write_text
+from fedtune.models.cache import cache_folder
 from fedtune.reports.folders import failures
 from fedtune.reports.report import FILES, report, spreadsheet
 from fedtune.runs import figures
@@ -471,17 +472,17 @@ def test_where_tokens_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setenv("FEDTUNE_CACHE", "")
-    assert token_cache.cache_folder() == tmp_path / ".cache" / "fedtune"
+    assert cache_folder() == tmp_path / ".cache" / "fedtune"
     monkeypatch.setenv("FEDTUNE_CACHE", "~/c")
-    assert token_cache.cache_folder() == tmp_path / "c"
+    assert cache_folder() == tmp_path / "c"
     monkeypatch.setenv("FEDTUNE_CACHE", "")
 
     def homeless(path: Path) -> Path:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "expanduser", homeless)
-    with pytest.raises(token_cache.Unreadable, match="there is no home directory"):
-        token_cache.cache_folder()
+    with pytest.raises(RunError, match="there is no home directory"):
+        cache_folder()
 
 
 def test_an_entry_of_the_cache_that_is_a_fifo_is_damaged(tmp_path: Path) -> None:

@@ -14,17 +14,22 @@ from fedtune.version import __version__ as __version__
 if TYPE_CHECKING:
     from fedtune.algorithms import ALGORITHM_PARTS, ALGORITHMS
     from fedtune.data.classification import FederatedDataModule
+    from fedtune.data.instructions import InstructionTask
     from fedtune.data.registry import TASKS
     from fedtune.data.splits import SPLITS
     from fedtune.data.task import TextTask
     from fedtune.errors import RunError, UsageError
     from fedtune.federated.parts import Algorithm
     from fedtune.models import FAMILIES, build_classifier
+    from fedtune.models.adapters import Lora
     from fedtune.models.albert import AlbertClassifier
     from fedtune.models.bert import BertClassifier
+    from fedtune.models.causal_lm import CausalLM
     from fedtune.models.classifier import TextClassifier
     from fedtune.models.distilbert import DistilBertClassifier
+    from fedtune.models.modernbert import ModernBertClassifier
     from fedtune.models.pretrained import MODELS
+    from fedtune.models.roberta import RobertaClassifier
     from fedtune.reports.curves import plot_grid
     from fedtune.reports.results import compare, read_runs
     from fedtune.runs.callbacks import FederatedCallback
@@ -44,15 +49,20 @@ _HOME = {
     "Algorithm": "federated.parts",
     "AlbertClassifier": "models.albert",
     "BertClassifier": "models.bert",
+    "CausalLM": "models.causal_lm",
     "DistilBertClassifier": "models.distilbert",
+    "ModernBertClassifier": "models.modernbert",
+    "RobertaClassifier": "models.roberta",
     "BestWeights": "runs.monitors",
     "EarlyStopping": "runs.monitors",
+    "InstructionTask": "data.instructions",
     "LearningRateMonitor": "runs.monitors",
     "FAMILIES": "models",
     "FAULTS": "runtimes.faults",
     "FederatedCallback": "runs.callbacks",
     "FederatedDataModule": "data.classification",
     "FederatedLoop": "runs.loop",
+    "Lora": "models.adapters",
     "MODELS": "models.pretrained",
     "RoundRecord": "storage.records",
     "RunOptions": "runs.options",
@@ -83,12 +93,17 @@ __all__ = [
     "Algorithm",
     "BertClassifier",
     "BestWeights",
+    "CausalLM",
     "DistilBertClassifier",
     "EarlyStopping",
     "FederatedCallback",
     "FederatedDataModule",
     "FederatedLoop",
+    "InstructionTask",
     "LearningRateMonitor",
+    "Lora",
+    "ModernBertClassifier",
+    "RobertaClassifier",
     "RoundRecord",
     "RunError",
     "RunOptions",

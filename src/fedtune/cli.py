@@ -139,6 +139,9 @@ def _fill_export(found: Parser) -> None:
     found.add_argument(
         "--label_names", type=list[str] | None, default=None, help="names of the classes, where the run does not know them"
     )
+    found.add_argument(
+        "--merge", action="store_true", help="of a run with low-rank adapters: the whole model, they being added to its weights"
+    )
 
 
 def _run(options: Namespace) -> None:
@@ -163,7 +166,9 @@ def _run(options: Namespace) -> None:
         loop = fit(arguments, run_dir=run_dir, logger=options.logger)
     if not ranks.leads:
         return
-    shown = ("accuracy", "macro_f1", "majority_accuracy", "local_accuracy", "centralised_accuracy")
+    shown = ["accuracy", "macro_f1", "majority_accuracy", "local_accuracy", "centralised_accuracy"]
+    if loop.summary.get("accuracy") is None:
+        shown = ["loss_nats", "perplexity", "token_accuracy", "exact_match", "local_loss_nats", "centralised_loss_nats"]
     values = [f"{name} {loop.summary[name]:.3f}" for name in shown if loop.summary.get(name) is not None]
     print(f"test part: {'  '.join(values)}")
     if loop.run_dir:
@@ -223,15 +228,15 @@ def _describe(options: Namespace) -> None:
     title = f"{printable(data.task.name, _NAME)}, split {data.hparams['split']}, {data.num_clients} clients"
     source = printable(data.task.source, _LONGEST)
     lines = [printable(data.left_out, _LONGEST)] * bool(data.left_out) + [
-        f"{len(data.task.texts)} texts in all; source: {source}"
+        f"{len(data.task)} {'conversations' if data.kind == 'instructions' else 'texts'} in all; source: {source}"
     ]
     table = Table(title=title, caption="\n".join(lines))
     columns = [name for name in rows[0] if name not in ("labels", "authors")]
     for name in columns:
         table.add_column(name.replace("_", " "), justify="right")
-    counted = ["labels"]
-    if any(row.get("authors", row["labels"]) != row["labels"] for row in rows):  # in author identification they are the same
-        counted.append("authors")
+    counted = [name for name in ("labels", "authors") if name in rows[0]]
+    if len(counted) > 1 and all(row["authors"] == row["labels"] for row in rows):  # as in author identification
+        counted.pop()
     for name in counted:
         table.add_column(f"{name} (most frequent)")
     for row in rows:
@@ -249,11 +254,14 @@ def _export(options: Namespace) -> None:
     from fedtune.runs.export import export
 
     try:
-        folder = export(options.run, options.folder, options.which, options.label_names)
+        folder = export(options.run, options.folder, options.which, options.label_names, options.merge)
     except UsageError as error:
         flag = error.argument if error.argument in ("run", "folder") else f"--{error.argument}"
         raise UsageError(flag, error.came, error.allowed) from error
-    print(f"model: {folder.resolve()}; transformers.pipeline('text-classification', model=...) opens it")
+    if (folder / "adapter_config.json").exists():
+        print(f"adapters and head: {folder.resolve()}; its README.md says how peft opens them (--merge writes a whole model)")
+    else:
+        print(f"model: {folder.resolve()}; transformers.pipeline('text-classification', model=...) opens it")
 
 
 def _most_frequent(counts: dict[str, int]) -> str:
@@ -289,7 +297,8 @@ _COMMANDS = {
     ),
     "export": _Command(
         "a run's model for Transformers",
-        "The model of a run as a folder that Transformers opens: weights, tokenizer, names of the classes.",
+        "The model of a run as a folder that Transformers opens: weights, tokenizer, names of the classes. Of a run with "
+        "low-rank adapters these and the head, as a folder that peft opens.",
         _fill_export,
         _export,
     ),

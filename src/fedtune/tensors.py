@@ -59,6 +59,11 @@ def frozen(module: nn.Module) -> Tensors:
     return {name: tensor.detach() for name, tensor in module.named_parameters() if not tensor.requires_grad}
 
 
+def carried(module: nn.Module, names: Container[str]) -> Tensors:
+    """What travels, and of the frozen parameters those with these names: all that the server has. Live references."""
+    return travelling(module) | {name: tensor for name, tensor in frozen(module).items() if name in names}
+
+
 def counters(module: nn.Module) -> Tensors:
     """The buffers of `module` that do not travel, as they are whole numbers, flags or not part of its state, and which training
     may change all the same: live references."""

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from fedtune.algorithms.fedavg import Mean
 from fedtune.algorithms.specification import algorithm_of, specification_of
+from fedtune.federated.adapted import adapted, resting_factors
+from fedtune.federated.base import moving
 from fedtune.federated.client import Worker
 from fedtune.federated.evaluation import attached
 from fedtune.federated.memory import ClientMemory, MemoryInRam, MemoryOnDisk
@@ -30,20 +32,40 @@ from fedtune.federated.sums import Value
 from fedtune.federated.training import Training
 from fedtune.runtimes.serial import Serial
 from fedtune.storage import checkpoint
-from fedtune.tensors import buffers, counters, snapshot, travelling
+from fedtune.tensors import buffers, carried, counters, snapshot, travelling
 
 SIZES = (9, 5, 14, 6)  # examples of the clients, none left over alone
 
 
 @final
-class TinyModule(pl.LightningModule):
-    """A classifier with dropout and a batch norm, trained by plain SGD."""
+class Adapted(nn.Module):
+    """A linear layer with an adapter of rank 3, as peft names its parts."""
 
-    def __init__(self) -> None:
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base.requires_grad_(False)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base.in_features, 3, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(3, base.out_features, bias=False)})
+        self.scaling = {"default": 2.0}
+        nn.init.zeros_(self.lora_B["default"].weight)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """W x + s B A x."""
+        adapter = self.lora_B["default"](self.lora_A["default"](inputs))
+        return self.base_layer(inputs) + self.scaling["default"] * adapter
+
+
+@final
+class TinyModule(pl.LightningModule):
+    """A classifier with dropout and a batch norm, trained by plain SGD; its linear layers may have adapters."""
+
+    def __init__(self, adapters: bool = False) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.network = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 3))
+            linear = [nn.Linear(5, 8), nn.Linear(8, 3)]
+            first, last = map(Adapted, linear) if adapters else linear
+            self.network = nn.Sequential(first, nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.2), last)
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Cross-entropy."""
@@ -106,23 +128,25 @@ def play(
         lost: (round, client) whose reply does not arrive.
         reverse: clients train in reverse order.
     """
-    module = TinyModule()
+    module = TinyModule(adapters=algorithm.client.adapters or algorithm.aggregator.adapters)
     fabric = Fabric(accelerator="cpu", devices=1)
     memory, results = MemoryOnDisk(folder / "clients", TinyData.num_clients), []
     training = Training(fabric, module, 3)
-    with attached(training):
+    with attached(training), adapted(module, algorithm, TinyData.num_clients, 3) as adapters:
+        base = moving(algorithm, adapters)
         worker = Worker(training, TinyData(), algorithm.client, memory, 2, snapshot(counters(module)))
         names = personal_names(algorithm.personal, travelling(module))
         worker = replace(worker, up=algorithm.up, down=algorithm.down)
         runtime = Unreliable(Serial(worker), lost, reverse)
         options = RoundOptions(local_epochs=2, buffers=frozenset(buffers(module)), personal=names, min_clients=1)
-        state = checkpoint.latest(folder / "checkpoints") or ServerState(0, snapshot(travelling(module)))
+        options = replace(options, resting=resting_factors(module, adapters))
+        state = checkpoint.latest(folder / "checkpoints") or ServerState(0, snapshot(carried(module, base)))
         memory.rewind(state.round)
         worker.personal.update({name: state.weights[name] for name in names})
         while state.round < until:
             number = state.round + 1
             cohort = tuple(client for client in range(TinyData.num_clients) if client != number % TinyData.num_clients)
-            context = Context(3, number, TinyData.num_clients, cohort, 2 * sum(SIZES))
+            context = Context(3, number, TinyData.num_clients, cohort, 2 * sum(SIZES), adapters=adapters)
             results.append(run_round(state, algorithm, context, runtime, options))
             state = results[-1].state
             checkpoint.save(folder / "checkpoints", state, keep=2)

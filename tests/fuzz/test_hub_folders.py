@@ -47,8 +47,8 @@ def save(name: str, folder: Path) -> None:
     """A good folder: of a family, with a vocabulary of words, with a head, or in several files."""
     torch.manual_seed(0)
     family = name.partition("-")[0]
-    roberta = transformers.RobertaConfig(**(TINY["bert"].to_diff_dict() | {"model_type": "roberta", "pad_token_id": 0}))
-    config = {**TINY, "roberta": roberta}[family]
+    other = transformers.XLMRobertaConfig(**(TINY["bert"].to_diff_dict() | {"model_type": "xlm-roberta", "pad_token_id": 0}))
+    config = {**TINY, "xlm": other}[family]
     kind = transformers.AutoModelForSequenceClassification if name.endswith("head") else transformers.AutoModel
     model = kind.from_config(config)
     if name.endswith("head"):
@@ -63,7 +63,18 @@ def save(name: str, folder: Path) -> None:
         (folder / "special_tokens_map.json").write_text(json.dumps(special))
 
 
-KINDS = ("bert", "bert-head", "bert-words", "bert-parts", "distilbert", "distilbert-words", "albert", "roberta")
+KINDS = (
+    "bert",
+    "bert-head",
+    "bert-words",
+    "bert-parts",
+    "distilbert",
+    "distilbert-words",
+    "albert",
+    "roberta",
+    "modernbert",
+    "xlm",
+)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +99,7 @@ def opened(folder: Path, rng: random.Random) -> tuple[Any, Any]:
     data = fedtune.FederatedDataModule(TASK, str(folder), num_clients=2, batch_size=2, max_length=8)
     tokens = data.tokens
     assert tokens is not None
-    if json.loads((folder / "config.json").read_text())["model_type"] == "roberta":
+    if json.loads((folder / "config.json").read_text())["model_type"] == "xlm-roberta":
         return None, data
     head = {"keep_head": True} if "head" in folder.name or rng.random() < 0.05 else {}
     names = {"label_names": NAMES} if rng.random() < 0.3 else {}

@@ -11,9 +11,16 @@ from fedtune.algorithms.ditto import Beside, ditto
 from fedtune.algorithms.fedavg import LocalTraining, Mean, fedavg
 from fedtune.algorithms.fedavgm import Momentum, fedavgm
 from fedtune.algorithms.feddyn import Drift, Dynamic, feddyn
+from fedtune.algorithms.fedex_lora import Residual, fedex_lora
+from fedtune.algorithms.fedit import AdapterTraining, fedit
 from fedtune.algorithms.fednova import Normalised, Rescaled, fednova
 from fedtune.algorithms.fedper import InTurn, fedper, fedrep
 from fedtune.algorithms.fedprox import Proximal, fedprox
+from fedtune.algorithms.fedsa_lora import fedsa_lora
+from fedtune.algorithms.ffa_lora import ffa_lora
+from fedtune.algorithms.flexlora import Resized, flexlora
+from fedtune.algorithms.flora import Stacking, flora
+from fedtune.algorithms.hetlora import Padded, hetlora
 from fedtune.algorithms.qfedavg import Fair, Scaled, qfedavg
 from fedtune.algorithms.robust import (
     CentredClipping,
@@ -25,6 +32,7 @@ from fedtune.algorithms.robust import (
     NearestMean,
     TrimmedMean,
 )
+from fedtune.algorithms.rolora import Alternating, rolora
 from fedtune.algorithms.scaffold import Control, Controlled, scaffold
 from fedtune.algorithms.torch_optim import Continued, TorchOptimizer, diloco, fedopt
 from fedtune.federated.parts import Algorithm
@@ -34,6 +42,7 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     for make in (
         *(fedavg, fedavgm, fedadagrad, fedadam, fedyogi, fedopt, diloco),
         *(fedprox, scaffold, fednova, feddyn, qfedavg, ditto, fedper, fedrep),
+        *(fedit, ffa_lora, rolora, fedsa_lora, flora, fedex_lora, flexlora, hetlora),
     )
 }
 _PARTS: tuple[type[Any], ...] = (
@@ -41,5 +50,6 @@ _PARTS: tuple[type[Any], ...] = (
     *(Mean, ClippedMean, Median, TrimmedMean, GeometricMedian, Krum, MultiKrum, CentredClipping, NearestMean),
     *(Momentum, Adagrad, Adam, Yogi, TorchOptimizer, Control, Rescaled, Drift, Scaled),
     *(Quantise,),
+    *(AdapterTraining, Alternating, Stacking, Residual, Resized, Padded),
 )
 ALGORITHM_PARTS: dict[str, type[Any]] = {part.__name__: part for part in _PARTS}

@@ -20,6 +20,7 @@ from fedtune.federated.parts import ROLES, Algorithm
 from fedtune.federated.values import made, plain, typed
 
 MANY = ("server", "up", "down")  # roles of which an algorithm has any number of parts
+_NAMES = ("personal", "frozen")  # not parts, but names of tensors
 
 
 def algorithm_of(given: Any) -> Algorithm:
@@ -38,9 +39,9 @@ def algorithm_of(given: Any) -> Algorithm:
     if not isinstance(name, str) or name not in ALGORITHMS:
         raise one_of("algorithm", name, ALGORITHMS)
     takes = inspect.signature(ALGORITHMS[name]).parameters
-    parts = {role: given[role] for role in (*ROLES, "personal") if role not in takes and given.get(role) is not None}
+    parts = {role: given[role] for role in (*ROLES, *_NAMES) if role not in takes and given.get(role) is not None}
     values = {key: value for key, value in given.items() if key not in ROLES and key not in parts and key != "name"}
-    found = made(ALGORITHMS[name], values, "algorithm", also=(*ROLES, "personal"))
+    found = made(ALGORITHMS[name], values, "algorithm", also=(*ROLES, *_NAMES))
     if not isinstance(found, Algorithm):
         raise UsageError("algorithm", name, "a function that returns a fedtune.Algorithm")
     return dataclasses.replace(found, **{role: _role(role, one, getattr(found, role)) for role, one in parts.items()})
@@ -58,8 +59,8 @@ def specification_of(algorithm: Algorithm, strict: bool = True) -> dict[str, Any
         UsageError: a part is no dataclass of plain values, or its class is defined within a function.
     """
     found = {role: getattr(algorithm, role) for role in ROLES}
-    personal = {"personal": list(algorithm.personal)} if algorithm.personal else {}
-    return personal | {
+    names = {role: list(getattr(algorithm, role)) for role in _NAMES if getattr(algorithm, role)}
+    return names | {
         role: [plain(one, f"algorithm.{role}", ALGORITHM_PARTS, strict) for one in part]
         if role in MANY
         else plain(part, f"algorithm.{role}", ALGORITHM_PARTS, strict)
@@ -69,8 +70,8 @@ def specification_of(algorithm: Algorithm, strict: bool = True) -> dict[str, Any
 
 def _role(role: str, given: Any, before: Any) -> Any:
     """The part, or parts, of a role."""
-    if role == "personal":
-        return typed(given, tuple[str, ...], "algorithm.personal")
+    if role in _NAMES:
+        return typed(given, tuple[str, ...], f"algorithm.{role}")
     if role not in MANY:
         return _part(role, given, before)
     parts = [given] if isinstance(given, (str, Mapping)) else given

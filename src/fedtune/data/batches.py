@@ -20,7 +20,7 @@ class Texts(Dataset[dict[str, Tensor]]):
     """Some rows of a task; the loader asks for whole batches, so no Python runs per text.
 
     Args:
-        tokens, labels: of the whole task, both on the device where batches are made.
+        tokens, labels: of the whole task, both on the device where batches are made; no labels where the tokens have their own.
         rows: (M,) row numbers, on the CPU.
         lengths: (M,) their tokens, on the CPU, so that a batch's length is known without waiting for a device.
         length_of: tokens of the longest text of a batch -> its padded length.
@@ -28,7 +28,13 @@ class Texts(Dataset[dict[str, Tensor]]):
     """
 
     def __init__(
-        self, tokens: TokenStore, labels: Tensor, rows: Tensor, lengths: Tensor, length_of: Callable[[int], int], mask: bool
+        self,
+        tokens: TokenStore,
+        labels: Tensor | None,
+        rows: Tensor,
+        lengths: Tensor,
+        length_of: Callable[[int], int],
+        mask: bool,
     ) -> None:
         self.tokens, self.labels, self.rows, self.lengths = tokens, labels, rows, lengths
         self.length_of, self.mask = length_of, mask
@@ -37,9 +43,11 @@ class Texts(Dataset[dict[str, Tensor]]):
         return len(self.rows)
 
     def __getitems__(self, places: list[int]) -> dict[str, Tensor]:
-        chosen = self.rows[places].to(self.labels.device, non_blocking=True)
+        chosen = self.rows[places].to(self.tokens.ids_T.device, non_blocking=True)
         length = self.length_of(int(self.lengths[places].max()))
-        batch = self.tokens.batch(chosen, length) | {"labels": self.labels[chosen]}
+        batch = self.tokens.batch(chosen, length)
+        if self.labels is not None:
+            batch["labels"] = self.labels[chosen]
         if not self.mask:
             del batch["attention_mask"]
         return batch

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +12,23 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from fedtune.data.answers import instruction_tokens
 from fedtune.data.batches import LengthGroupedBatches, Texts
 from fedtune.data.contract import whole_at_least
-from fedtune.data.holdings import accuracy_of_clients, characters_of, left_out_said, shares_of_authors, table_of
+from fedtune.data.holdings import (
+    Task,
+    accuracy_of_clients,
+    characters_of,
+    columns_for,
+    digest_of,
+    left_out_said,
+    shares_of_authors,
+    table_of,
+)
+from fedtune.data.instructions import InstructionTask
 from fedtune.data.registry import load_task
-from fedtune.data.splits import DEFAULTS, Columns, Split, check_options, divide, options_of
-from fedtune.data.task import TASK_PARTS, IntArray, TextTask
+from fedtune.data.splits import DEFAULTS, Split, check_options, divide, options_of
+from fedtune.data.task import IntArray, TextTask
 from fedtune.data.tokens import TokenStore, tokens_of
 from fedtune.errors import UsageError, one_of
 from fedtune.models.agreement import tokenizer_for
@@ -39,7 +49,7 @@ class FederatedDataModule(pl.LightningDataModule):
     the first use; `num_labels` and the like count as a use.
 
     Args:
-        task: a name of `fedtune.TASKS`, or a `TextTask`.
+        task: a name of `fedtune.TASKS`, or a `TextTask`, or an `InstructionTask`.
         model: the model whose tokenizer is used: a name of `fedtune.MODELS`, a local folder or a hub id.
         num_clients: number of clients.
         split: a name of `fedtune.SPLITS`, or a callable (columns, num_clients, seed) -> list of row arrays.
@@ -48,7 +58,8 @@ class FederatedDataModule(pl.LightningDataModule):
         alpha: for `dirichlet`, `by_author_and_label`: the concentration; small is skewed.
         batch_size: texts in a training batch.
         eval_batch_size: texts in a validation or test batch.
-        max_length: longest sequence in tokens, special ones included; longer texts are cut.
+        max_length: longest sequence in tokens, special ones included; longer texts are cut, conversations so that tokens of
+            answers are left (`fedtune.data.answers`).
         padding: to the "longest" text of the batch, or to "max_length".
         pad_to_multiple_of: with padding "longest", lengths of batches are rounded up to multiples, so that there are few
             (`torch.compile` takes 8 shapes by default: 16 suits a max_length of 128, with `drop_last`).
@@ -72,12 +83,13 @@ class FederatedDataModule(pl.LightningDataModule):
         UsageError: a value outside of what is allowed; on first use also what task, tokenizer and split refuse. A parameter of
             a split that is given to another one is a warning.
 
-    Batches are dicts: "input_ids" and "attention_mask" (B, L) int64, "labels" (B,) int64.
+    Batches are dicts: "input_ids" and "attention_mask" (B, L) int64, "labels" (B,) int64; of an `InstructionTask`, of which a
+    text is a conversation, "labels" (B, L): the token ids of its answers, -100 elsewhere.
     """
 
     def __init__(
         self,
-        task: str | TextTask = "authors",
+        task: str | Task = "authors",
         model: str = "minilm",
         num_clients: int = 8,
         split: str | Split = "iid",
@@ -114,12 +126,12 @@ class FederatedDataModule(pl.LightningDataModule):
         for line in check_options(split, self.hparams):
             warnings.warn(line, stacklevel=1)  # the same place wherever it is made, so it is said once
         self._task, self._split = task, split
-        self._kept: tuple[TokenStore, Tensor] | None = None
-        self.hparams["task"] = task.name if isinstance(task, TextTask) else task
+        self._kept: tuple[TokenStore, Tensor | None] | None = None
+        self.hparams["task"] = task.name if isinstance(task, (TextTask, InstructionTask)) else task
         self.hparams["split"] = split if isinstance(split, str) else getattr(split, "__name__", repr(split))
 
     @functools.cached_property
-    def task(self) -> TextTask:
+    def task(self) -> Task:
         """The task, loaded."""
         options = self.hparams
         given = {} if options["folder"] is None else {"folder": options["folder"]}
@@ -128,7 +140,8 @@ class FederatedDataModule(pl.LightningDataModule):
     @functools.cached_property
     def tokens(self) -> TokenStore:
         """All texts of the task as tokens; rows as in the task."""
-        return tokens_of(lambda: self.task, self.tokenizer, self.hparams["max_length"])
+        tokenizer, of = self.tokenizer, instruction_tokens if self.kind == "instructions" else tokens_of
+        return of(lambda: self.task, tokenizer, self.hparams["max_length"])
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -168,15 +181,12 @@ class FederatedDataModule(pl.LightningDataModule):
     @property
     def digest(self) -> str:
         """Sixteen hexadecimal digits that name the content of the task: tokens, labels, authors, parts, second texts if any."""
-        found = hashlib.sha256()
-        arrays = [self.tokens.ids_T.numpy(), self.tokens.offsets.numpy(), self.task.labels, self.task.authors]
-        if self.tokens.types_T is not None:
-            arrays.append(self.tokens.types_T.numpy())
-        for array in [*arrays, *(self.task.parts[part] for part in TASK_PARTS)]:
-            found.update(b"|" if array is None else np.ascontiguousarray(array).tobytes())
-        for text in self.task.second_texts or ():
-            found.update(len(text.encode()).to_bytes(8, "little") + text.encode())
-        return found.hexdigest()[:16]
+        return digest_of(self.task, self.tokens)
+
+    @property
+    def kind(self) -> str:
+        """ "texts", to be classified, or "instructions", of which the answers are learned."""
+        return self.task.kind
 
     @property
     def num_clients(self) -> int:
@@ -185,7 +195,7 @@ class FederatedDataModule(pl.LightningDataModule):
 
     @property
     def num_labels(self) -> int:
-        """Number of classes."""
+        """Number of classes; 0 where the task has none."""
         return len(self.task.label_names)
 
     @property
@@ -193,8 +203,10 @@ class FederatedDataModule(pl.LightningDataModule):
         """Names of the classes."""
         return self.task.label_names
 
-    def majority_accuracy(self, part: str = "test") -> float:
-        """Accuracy on a part of always answering the most frequent training label."""
+    def majority_accuracy(self, part: str = "test") -> float | None:
+        """Accuracy on a part of always answering the most frequent training label; None where no labels are learned."""
+        if isinstance(self.task, InstructionTask):
+            return None
         train = np.concatenate([self.task.labels[rows] for rows in self.client_indices])
         return float(np.mean(self.task.labels[self.task.parts[part]] == np.bincount(train).argmax()))
 
@@ -204,7 +216,14 @@ class FederatedDataModule(pl.LightningDataModule):
 
     def keep_on(self, device: torch.device) -> None:
         """Keep token ids and labels on a device, where batches are made from then on. `FederatedLoop` does it on a GPU."""
-        self._kept = self.tokens.to(device), torch.from_numpy(self.task.labels).to(device)
+        tokens, labels = self._columns
+        self._kept = tokens.to(device), None if labels is None else labels.to(device)
+
+    @property
+    def _columns(self) -> tuple[TokenStore, Tensor | None]:
+        """The tokens, and the labels that belong to whole texts."""
+        task = self.task
+        return self.tokens, None if isinstance(task, InstructionTask) else torch.from_numpy(task.labels)
 
     @functools.cached_property
     def client_test_indices(self) -> list[IntArray]:
@@ -244,10 +263,10 @@ class FederatedDataModule(pl.LightningDataModule):
         """The split as a table, one row a client; `pandas.DataFrame(data.describe())` shows it.
 
         Returns:
-            rows with `client`, `examples`, `tokens`, `mean_characters`, `label_entropy_bits`, and `labels` and `authors`:
-                examples by name.
+            rows with `client`, `examples`, `tokens`, `mean_characters`, of conversations `answer_tokens`, and where there are
+                such `label_entropy_bits`, `labels` and `authors`: examples by name.
         """
-        return table_of(self.task, self.client_indices, self.tokens.lengths.numpy(), self._characters)
+        return table_of(self.task, self.client_indices, self.tokens, self._characters)
 
     def client_accuracy(self, part: str, correct_N: Tensor) -> list[float | None]:
         """How accurate a model is for each client: on texts of a part, mixed like the client's training texts.
@@ -261,7 +280,7 @@ class FederatedDataModule(pl.LightningDataModule):
             correct_N: (N,) whether each text of the part was answered rightly, in the order of the part's loader.
 
         Returns:
-            a fraction for each client; None where the part has no text of any of its labels (authors).
+            a fraction for each client; None where the part has no text of any of its labels (authors), or there are none.
         """
         rows = self._by_length(self.task.parts[part])
         return accuracy_of_clients(self.task, self.hparams["split"], self.client_indices, rows, correct_N.numpy())
@@ -271,8 +290,7 @@ class FederatedDataModule(pl.LightningDataModule):
         return characters_of(self.task)
 
     def _divide(self, rows: IntArray, **others: Any) -> list[IntArray]:
-        authors = None if self.task.authors is None else self.task.authors[rows]
-        columns = Columns(self.task.labels[rows], authors, self._characters[rows])
+        columns = columns_for(self.task, self._split, rows, self._characters)
         choice = {name: self.hparams[name] for name in ("num_clients", "seed", *DEFAULTS)} | others
         return [rows[part] for part in divide(self._split, columns, **choice)]
 
@@ -291,7 +309,7 @@ class FederatedDataModule(pl.LightningDataModule):
         return rows[self.tokens.lengths[rows].argsort(stable=True).numpy()]
 
     def _texts(self, rows: IntArray) -> Texts:
-        tokens, labels = self._kept or (self.tokens, torch.from_numpy(self.task.labels))
+        tokens, labels = self._kept or self._columns
         places = torch.from_numpy(rows)
         return Texts(tokens, labels, places, self.tokens.lengths_of(places), self._padded_length, self.hparams["mask"])
 

@@ -9,9 +9,9 @@ from typing import Any
 from fedtune.data.opening import KINDS, Source
 from fedtune.errors import UsageError, one_of, shown
 
-_SHARED: tuple[set[str], ...] = ({"author", "label"}, {"author", "document"}, {"text", "document"})
+_SHARED: tuple[set[str], ...] = ({"author", "label"}, {"author", "document"}, {"text", "document"}, {"prompt", "document"})
 _MANY = 20  # names of columns in a message
-Columns = Mapping[str, str | int]  # role (text, label, author, document, second_text, split) -> name or number of the column
+Columns = Mapping[str, str | int]  # role (text, label, author, prompt, answer, ...) -> name or number of the column
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Table:
     names: dict[str, list[str]] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.columns["text"])
+        return len(next(iter(self.columns.values())))
 
 
 def check_names(columns: Columns) -> None:

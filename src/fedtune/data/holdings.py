@@ -2,53 +2,87 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from fedtune.data.instructions import InstructionTask
 from fedtune.data.skews import small_authors_said
-from fedtune.data.splits import entropy_bits
-from fedtune.data.task import IntArray, TextTask
+from fedtune.data.splits import OF_LABELS, Columns, Split, entropy_bits
+from fedtune.data.task import TASK_PARTS, IntArray, TextTask
+from fedtune.data.tokens import TokenStore
 from fedtune.errors import UsageError
 
+Task = TextTask | InstructionTask
 _OF_AUTHORS = ("by_author", "natural", "by_author_and_label")  # splits after which a client is known by its authors
 
 
-def characters_of(task: TextTask) -> IntArray:
-    """(N,) length of each text in characters; of a pair both together."""
+def digest_of(task: Task, tokens: TokenStore) -> str:
+    """Sixteen hexadecimal digits that name tokens, labels, authors, parts, second texts and answers of a task."""
+    found = hashlib.sha256()
+    arrays = [tokens.ids_T.numpy(), tokens.offsets.numpy(), task.labels, task.authors]
+    arrays += [one.numpy() for one in (tokens.types_T, tokens.answers_T) if one is not None]
+    for array in [*arrays, *(task.parts[part] for part in TASK_PARTS)]:
+        found.update(b"|" if array is None else np.ascontiguousarray(array).tobytes())
+    for text in getattr(task, "second_texts", None) or ():
+        found.update(len(text.encode()).to_bytes(8, "little") + text.encode())
+    return found.hexdigest()[:16]
+
+
+def columns_for(task: Task, split: str | Split, rows: IntArray, characters_N: IntArray) -> Columns:
+    """What a split may look at of some rows. Without labels all texts are of one class, which a split of yours may see.
+
+    Raises:
+        UsageError: a split by label, of a task without labels.
+    """
+    if task.labels is None and split in OF_LABELS:
+        allowed = "a split that needs no labels (this task has none): iid, quantity, by_length, by_author, natural"
+        raise UsageError("split", split, allowed)
+    labels = np.zeros(len(rows), dtype=np.int64) if task.labels is None else task.labels[rows]
+    return Columns(labels, None if task.authors is None else task.authors[rows], characters_N[rows])
+
+
+def characters_of(task: Task) -> IntArray:
+    """(N,) length of each text in characters; of a pair, and of a conversation, all together."""
+    if isinstance(task, InstructionTask):
+        sizes = (sum(len(turn["content"]) for turn in one) for one in task.conversations)
+        return np.fromiter(sizes, dtype=np.int64, count=len(task))
     found = np.fromiter(map(len, task.texts), dtype=np.int64, count=len(task.texts))
     if task.second_texts is not None:
         found += np.fromiter(map(len, task.second_texts), dtype=np.int64, count=len(found))
     return found
 
 
-def table_of(task: TextTask, parts: Sequence[IntArray], tokens_N: IntArray, characters_N: IntArray) -> list[dict[str, Any]]:
+def table_of(task: Task, parts: Sequence[IntArray], tokens: TokenStore, characters_N: IntArray) -> list[dict[str, Any]]:
     """A row for each client.
 
     Args:
         parts: for each client row numbers of the task.
-        tokens_N: tokens of each text of the task.
+        tokens: of each text of the task.
         characters_N: characters of each text of the task.
     """
-    rows = []
+    rows, tokens_N, answers_N = [], tokens.lengths.numpy(), tokens.answers.numpy()
     for client, chosen in enumerate(parts):
-        labels = task.labels[chosen]
-        row = {
+        row: dict[str, Any] = {
             "client": client,
             "examples": len(chosen),
             "tokens": int(tokens_N[chosen].sum()),
             "mean_characters": float(characters_N[chosen].mean()),
-            "label_entropy_bits": entropy_bits(labels),
-            "labels": _counts(labels, task.label_names),
         }
+        if tokens.answers_T is not None:
+            row["answer_tokens"] = int(answers_N[chosen].sum())
+        if task.labels is not None:
+            labels = task.labels[chosen]
+            row |= {"label_entropy_bits": entropy_bits(labels), "labels": _counts(labels, task.label_names)}
         if task.authors is not None:
             row["authors"] = _counts(task.authors[chosen], task.author_names)
         rows.append(row)
     return rows
 
 
-def left_out_said(task: TextTask, split: str, rows: IntArray, parts: Sequence[IntArray], options: Mapping[str, Any]) -> str:
+def left_out_said(task: Task, split: str, rows: IntArray, parts: Sequence[IntArray], options: Mapping[str, Any]) -> str:
     """In a line, what a split left out of some rows, or what `natural` did with authors of few texts; empty if nothing."""
     if split == "natural" and task.authors is not None:
         return small_authors_said(task.authors[rows], **options)
@@ -56,7 +90,7 @@ def left_out_said(task: TextTask, split: str, rows: IntArray, parts: Sequence[In
     return f"split {split}: {left:,} of {len(rows):,} texts are left out" if left else ""
 
 
-def shares_of_authors(task: TextTask, parts: Sequence[IntArray], rows: IntArray) -> list[IntArray]:
+def shares_of_authors(task: Task, parts: Sequence[IntArray], rows: IntArray) -> list[IntArray]:
     """For each client those of some other rows whose author it has texts of; rows of other authors are left out.
 
     Raises:
@@ -77,7 +111,7 @@ def shares_of_authors(task: TextTask, parts: Sequence[IntArray], rows: IntArray)
 
 
 def accuracy_of_clients(
-    task: TextTask, split: str, parts: Sequence[IntArray], rows: IntArray, correct_N: IntArray
+    task: Task, split: str, parts: Sequence[IntArray], rows: IntArray, correct_N: IntArray
 ) -> list[float | None]:
     """For each client the mean, over its texts, of how many held-out texts of the same label (author) were answered rightly.
 
@@ -88,9 +122,11 @@ def accuracy_of_clients(
         correct_N: whether each of these was answered rightly.
 
     Returns:
-        a fraction for each client; None where no held-out text has any of its labels (authors).
+        a fraction for each client; None where no held-out text has any of its labels (authors), or there are none.
     """
     groups = task.authors if task.authors is not None and split in _OF_AUTHORS else task.labels
+    if groups is None:
+        return [None] * len(parts)
     right, known = (np.bincount(groups[rows], weight, groups.max() + 1) for weight in (correct_N, None))
     mine = groups[np.concatenate(parts)]
     starts = np.cumsum([0, *map(len, parts[:-1])])

@@ -63,6 +63,22 @@ def read_hub(path: str, config: str | None, wanted: Columns, choice: SplitChoice
     return with_hints(tables, found, list(loaded))
 
 
+def columns_of_hub(path: str, config: str | None, choice: SplitChoice) -> list[str]:
+    """The names of the columns of a data set's training split.
+
+    Raises:
+        UsageError: no such data set or split.
+    """
+    if not isinstance(path, str) or not path.strip():
+        raise UsageError("path", path, "a data set of the hub or a local folder")
+    choice.check()
+    builder = _builder(path, config)
+    if builder is not None and builder.info.features:
+        return list(builder.info.features)
+    loaded = load(path, config)
+    return list(loaded[choice.of(list(loaded), path)["train"]].column_names)
+
+
 def _check_beforehand(path: str, builder: Any, wanted: Columns, choice: SplitChoice) -> None:
     """Check splits and columns as far as they are known before the data set is read, or downloaded."""
     if builder.info.splits:

@@ -7,17 +7,22 @@ import io
 import json
 import math
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from fedtune.data.formats import Columns, Format, Table, check_columns
-from fedtune.data.opening import Lines, Source, opened
+from fedtune.data.formats import Columns, Format, Table, check_columns, check_names
+from fedtune.data.opening import Lines, Source, opened, source_of
+from fedtune.data.parts import SplitChoice, by_column
 from fedtune.data.rows import Rows, check_header, check_swallowed
 from fedtune.data.values import check_schema
 from fedtune.errors import UsageError
 from fedtune.files import said
 
-_NEEDED = ("text", "label", "second_text", "split")  # a row without an author or a document is possible
+_NEEDED = ("text", "label", "second_text", "split", "prompt", "answer", "messages")  # a row without an author is possible
+
+_PART_OF = {"path": "train", "validation_path": "validation", "test_path": "test"}
 
 
 @contextlib.contextmanager
@@ -45,6 +50,24 @@ def peek(source: Source, wanted: Columns, how: Format) -> None:
             _parquet(source, file, wanted)
 
 
+def columns_of(source: Source, how: Format) -> list[str]:
+    """The names of the columns of a file; of JSON lines, those of its first object.
+
+    Raises:
+        UsageError: it has none: a CSV file without a header; and as `peek`.
+    """
+    how.check(source)
+    with _content(source, how) as file:
+        if source.kind == "csv":
+            rows = Rows(source, file, how, {})
+            if rows.names is None:
+                raise source.error("a file with a header, or with its columns named by number (prompt: 0, answer: 1)")
+            return rows.names
+        if source.kind == "jsonl":
+            return [str(name) for name in next(_objects(source, file), (0, {}))[1]]
+        return list(_parquet(source, file, {}).schema_arrow.names)
+
+
 def read(source: Source, wanted: Columns, how: Format) -> Table:
     """The wanted columns of a file.
 
@@ -54,7 +77,7 @@ def read(source: Source, wanted: Columns, how: Format) -> Table:
     reader = {"csv": _read_csv, "jsonl": _read_jsonl, "parquet": _read_parquet}[source.kind]
     with _content(source, how) as file:
         columns, lines = reader(source, file, wanted, how)
-    if not len(columns["text"]):
+    if not len(next(iter(columns.values()))):
         raise source.error("a file with at least one row of data (there is none)")
 
     def place(row: int) -> str:
@@ -68,17 +91,18 @@ def _read_csv(source: Source, file: Any, wanted: Columns, how: Format) -> tuple[
     columns: dict[str, list[Any]] = {role: [] for role in wanted}
     starts = array("q")
     suspects: list[tuple[int, list[str]]] = []
+    classes = {"text", "label"} <= columns.keys()  # texts of several lines, as answers are, look like none
     takers = [(columns[role].append, place) for role, place in rows.places.items()]
     for row in rows:
         for take, place in takers:
             take(row[place])
         starts.append(rows.start)
-        would_be = rows.would_be_labels()
+        would_be = rows.would_be_labels() if classes else []
         if would_be:
             suspects.append((rows.start, would_be))
-    if not rows.quoted:
+    if not rows.quoted and classes:
         check_swallowed(source, suspects, set(columns["label"]))
-    if len(starts):
+    if len(starts) and classes:
         check_header(source, rows, columns, starts)
     return columns, starts
 
@@ -162,3 +186,25 @@ def _arrow(source: Source) -> Iterator[Any]:
         yield parquet
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise source.error(f"a readable Parquet file ({said(error)})") from error
+
+
+def read_files(files: Mapping[str, str | Path], wanted: Columns, how: Format, choice: SplitChoice) -> dict[str, Table]:
+    """The parts of a task from a file for each, or from one file by its column `split`; options are checked first."""
+    check_names(wanted)
+    choice.check()
+    if "split" not in wanted and choice != SplitChoice():
+        raise UsageError("split", None, "the column that has the names of train_split, validation_split and test_split")
+    if "split" in wanted and len(files) > 1:
+        raise UsageError("split", wanted["split"], "a column of a single file, without validation_path and test_path")
+    sources = {argument: source_of(argument, file, how.kind) for argument, file in files.items()}
+    for argument, source in sources.items():
+        if argument != "path" and source.path.samefile(sources["path"].path):
+            raise source.error("another file than path")
+        peek(source, wanted, how)
+    if "split" in wanted:
+        return by_column(read(sources["path"], wanted, how), choice, str(files["path"]))
+    tables = {_PART_OF[argument]: read(source, wanted, how) for argument, source in sources.items()}
+    for argument in set(files) - {"path"}:
+        part, hint = _PART_OF[argument], f"or leave {argument} out: the part is then cut from the training texts"
+        tables[part] = replace(tables[part], option=(argument, str(files[argument])), others=hint)
+    return tables

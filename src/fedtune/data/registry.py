@@ -6,23 +6,29 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from fedtune.data.author_instructions import author_instructions
 from fedtune.data.authors import authors
 from fedtune.data.hilmkil import agnews, imdb, spooky_author, yelp
+from fedtune.data.instructions import InstructionTask
 from fedtune.data.task import TextTask
 from fedtune.errors import UsageError, one_of
 
-TASKS: dict[str, Callable[..., TextTask]] = {
+TASKS: dict[str, Callable[..., TextTask | InstructionTask]] = {
     "authors": authors,
+    "author_instructions": author_instructions,
     "imdb": imdb,
     "yelp": yelp,
     "agnews": agnews,
     "spooky_author": spooky_author,
     "csv": TextTask.from_csv,
     "hub": TextTask.from_hub,
+    "instructions": InstructionTask.from_file,
+    "instructions_hub": InstructionTask.from_hub,
 }
+_TASK = (TextTask, InstructionTask)
 
 
-def load_task(task: str | TextTask, options: Mapping[str, Any] | None = None) -> TextTask:
+def load_task(task: str | TextTask | InstructionTask, options: Mapping[str, Any] | None = None) -> TextTask | InstructionTask:
     """The task itself, or the one that `TASKS` builds under that name with `options` as keyword arguments.
 
     Raises:
@@ -30,7 +36,7 @@ def load_task(task: str | TextTask, options: Mapping[str, Any] | None = None) ->
     """
     if options is not None and not (isinstance(options, Mapping) and all(isinstance(name, str) for name in options)):
         raise UsageError("task_options", options, "a dictionary of names and values")
-    if isinstance(task, TextTask):
+    if isinstance(task, _TASK):
         if options:
             raise UsageError(
                 "task_options", dict(options), f"no options (nor a folder), as the task {task.name} is there already"
@@ -52,6 +58,10 @@ def load_task(task: str | TextTask, options: Mapping[str, Any] | None = None) ->
         if error.argument in parameters.parameters and error.argument != "folder":
             raise UsageError(f"task_options.{error.argument}", error.came, error.allowed) from error
         raise
-    if not isinstance(found, TextTask):
-        raise UsageError("task", task, f"a name whose builder returns a TextTask (this one returned a {type(found).__name__})")
+    if not isinstance(found, _TASK):
+        raise UsageError(
+            "task",
+            task,
+            f"a name whose builder returns a TextTask or an InstructionTask (it returned a {type(found).__name__})",
+        )
     return found

@@ -45,7 +45,7 @@ class Rows:
         if how.header:  # the row of names does not count
             self._bare = 0
         self.names = [name.strip() for name in first] if how.header else None
-        self.by_name = all(isinstance(wanted[role], str) for role in ("text", "label"))
+        self.by_name = all(isinstance(wanted.get(role), str) for role in ("text", "label"))
         self.places = {role: self._place(role, name) for role, name in wanted.items()}
         check_names(self.places)
 

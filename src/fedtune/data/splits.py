@@ -121,6 +121,8 @@ DEFAULTS: dict[str, Any] = {
     "min_size": None,
     "small_authors": None,
 }
+# splits that look at labels
+OF_LABELS = ("by_label", "shards", "dirichlet", "by_author_and_label", "hilmkil_sorted")
 # splits that give a single client all texts, in one order
 WHOLE = ("iid", "by_label", "shards", "dirichlet", "quantity", "by_author", "by_author_and_label", "by_length")
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from fedtune.data.contract import TASK_PARTS as TASK_PARTS
 from fedtune.data.contract import IntArray as IntArray
 from fedtune.data.contract import check_classes, names_of, numbers_of, parts_of, texts_of
-from fedtune.data.formats import Columns, Format, Table, check_names
+from fedtune.data.formats import Format, Table
 from fedtune.data.hub import read_hub
-from fedtune.data.opening import source_of
-from fedtune.data.parts import SplitChoice, by_column, cut
+from fedtune.data.parts import SplitChoice, cut
 from fedtune.data.parts import hold_out as hold_out
-from fedtune.data.reading import peek, read
+from fedtune.data.reading import read_files
 from fedtune.data.values import authors_of, check_texts, documents_of, ids_of, joined_names, labels_of
 from fedtune.data.values import numbered as _numbered
 from fedtune.errors import UsageError
@@ -52,6 +51,10 @@ class TextTask:
     source: str = ""
     licence: str = ""
     second_texts: Sequence[str] | None = None
+    kind: ClassVar[str] = "texts"
+
+    def __len__(self) -> int:
+        return len(self.texts)
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -124,7 +127,7 @@ class TextTask:
         wanted = {"text": text, "label": label} | _given(author=author, document=document, second_text=second_text, split=split)
         files = {"path": path} | _given(validation_path=validation_path, test_path=test_path)
         choice = SplitChoice(train_split, validation_split, test_split)
-        tables = _read_files(files, wanted, Format(delimiter, quote, header, encoding, format), choice)
+        tables = read_files(files, wanted, Format(delimiter, quote, header, encoding, format), choice)
         return _task_of_tables(Path(path).name, tables, source=str(path))
 
     @classmethod
@@ -163,33 +166,8 @@ class TextTask:
         return _task_of_tables(Path(str(path)).name, read_hub(path, config, wanted, choice), source=str(path))
 
 
-_PART_OF = {"path": "train", "validation_path": "validation", "test_path": "test"}
-
-
 def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
-
-
-def _read_files(files: Mapping[str, str | Path], wanted: Columns, how: Format, choice: SplitChoice) -> dict[str, Table]:
-    """The parts of a task from a file for each, or from one file by its column `split`; options are checked first."""
-    check_names(wanted)
-    choice.check()
-    if "split" not in wanted and choice != SplitChoice():
-        raise UsageError("split", None, "the column that has the names of train_split, validation_split and test_split")
-    if "split" in wanted and len(files) > 1:
-        raise UsageError("split", wanted["split"], "a column of a single file, without validation_path and test_path")
-    sources = {argument: source_of(argument, file, how.kind) for argument, file in files.items()}
-    for argument, source in sources.items():
-        if argument != "path" and source.path.samefile(sources["path"].path):
-            raise source.error("another file than path")
-        peek(source, wanted, how)
-    if "split" in wanted:
-        return by_column(read(sources["path"], wanted, how), choice, str(files["path"]))
-    tables = {_PART_OF[argument]: read(source, wanted, how) for argument, source in sources.items()}
-    for argument in set(files) - {"path"}:
-        part, hint = _PART_OF[argument], f"or leave {argument} out: the part is then cut from the training texts"
-        tables[part] = replace(tables[part], option=(argument, str(files[argument])), others=hint)
-    return tables
 
 
 def _task_of_tables(name: str, tables: Mapping[str, Table], source: str) -> TextTask:

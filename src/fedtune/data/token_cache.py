@@ -1,14 +1,14 @@
 """Tokenised texts kept on the disk between runs: an entry is named after all that decides the tokens, and checked when read.
 
-An entry is a safetensors file with "ids" (T,) int32, "offsets" (N + 1,) int64 and, for pairs of texts, "types" (T,) int8; its
-metadata hold the sha256 of its own name and of names, types, shapes and bytes. Legend: N texts, T tokens in all.
+An entry is a safetensors file with "ids" (T,) int32, "offsets" (N + 1,) int64 and, for pairs of texts, "types" (T,) int8, for
+conversations "answers" (T,) int8 and "cuts" (2,) int64 (how many lack tokens before, and of, their answers); its metadata hold
+the sha256 of its own name and of names, types, shapes and bytes. Legend: N texts, T tokens in all.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,34 +18,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fedtune.errors import shown
+from fedtune.errors import RunError, shown
 from fedtune.files import replaced, said
+from fedtune.models.cache import cache_folder
 from fedtune.tensors import Tensors, read_file, sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TYPES = {"ids": torch.int32, "offsets": torch.int64, "types": torch.int8}
+_TYPES = {"ids": torch.int32, "offsets": torch.int64}
+_OF_PAIRS, _OF_ANSWERS = {"types": torch.int8}, {"answers": torch.int8, "cuts": torch.int64}
 _PLAIN = (str, bytes, int, float, bool, type(None))
 _ASIDE = {"name_or_path", "verbose", "deprecation_warnings", "files_loaded", "chat_template", "response_template"}  # no token
 
 
 class Unreadable(ValueError):
-    """A tokenizer whose settings cannot be read in full, so that nothing names its tokens; or no place to keep any."""
-
-
-def cache_folder() -> Path:
-    """Where tokenised texts are kept between runs: FEDTUNE_CACHE, else `fedtune` in XDG_CACHE_HOME, else in ~/.cache. An empty
-    variable is none, and ~ is the home directory.
-
-    Raises:
-        Unreadable: nobody knows where that is.
-    """
-    own, general = os.environ.get("FEDTUNE_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    try:
-        return Path(own).expanduser() if own else Path(general or "~/.cache").expanduser() / "fedtune"
-    except RuntimeError as error:
-        raise Unreadable(f"there is no home directory ({said(error)}); FEDTUNE_CACHE names a folder") from error
+    """A tokenizer whose settings cannot be read in full, so that nothing names its tokens."""
 
 
 def entry_of(
@@ -57,7 +45,7 @@ def entry_of(
         folder = cache_folder()
         for fact in _settings(tokenizer):
             _add(digest, fact)
-    except Unreadable as error:
+    except (Unreadable, RunError) as error:
         warnings.warn(f"tokens were not cached, the next start tokenises again: {error}", stacklevel=3)
         return None
     for column in (texts, seconds or ()):
@@ -140,20 +128,22 @@ def _facts(value: Any, above: tuple[int, ...]) -> Iterator[str]:
         raise Unreadable(f"a part of its tokenizer, {shown(value)}, cannot be written down")
 
 
-def read(path: Path, texts: int, pairs: bool, vocabulary: int) -> Tensors | None:
+def read(path: Path, texts: int, pairs: bool, vocabulary: int, answers: bool = False) -> Tensors | None:
     """The tensors of an entry, or None where there is none. A damaged one is named in a warning, and is none.
 
     Args:
         texts: N, as it must have.
         pairs: whether it must have "types".
         vocabulary: ids must be below.
+        answers: whether it must have "answers" and "cuts".
     """
     from safetensors import SafetensorError
 
+    kinds = _TYPES | (_OF_PAIRS if pairs else {}) | (_OF_ANSWERS if answers else {})
     try:
         found, metadata = read_file(path)
         right = metadata.get("sha256") == _notes(path, found)
-        why = _fault(found, texts, pairs, vocabulary) if right else "its content is not what was written"
+        why = _fault(found, texts, kinds, vocabulary) if right else "its content is not what was written"
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
@@ -164,9 +154,8 @@ def read(path: Path, texts: int, pairs: bool, vocabulary: int) -> Tensors | None
     return None
 
 
-def _fault(found: Tensors, texts: int, pairs: bool, vocabulary: int) -> str | None:
+def _fault(found: Tensors, texts: int, expected: Mapping[str, torch.dtype], vocabulary: int) -> str | None:
     """What is wrong with the tensors of an entry."""
-    expected = {name: kind for name, kind in _TYPES.items() if name != "types" or pairs}
     kinds = {name: tensor.dtype for name, tensor in found.items() if tensor.ndim == 1}
     if kinds != expected or len(found) != len(expected):
         return f"it has {sorted(found)}"
@@ -175,8 +164,9 @@ def _fault(found: Tensors, texts: int, pairs: bool, vocabulary: int) -> str | No
         return "its texts do not add up"
     if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < vocabulary):
         return f"it has ids beyond the vocabulary of {vocabulary}"
-    if pairs and len(found["types"]) != len(ids):
-        return "its types are not those of its tokens"
+    for name, size in (("types", len(ids)), ("answers", len(ids)), ("cuts", 2)):
+        if name in expected and len(found[name]) != size:
+            return f"its {name} are not those of its tokens"
     return None
 
 

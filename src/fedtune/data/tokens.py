@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _TEXTS, _CHARACTERS = 10_000, 2**18  # handed to the tokenizer at once: it needs some 200 bytes a character while it works
 _AMPLE = 8  # characters that a token hardly ever has
+NO_LABEL = -100  # of tokens without a loss, as torch's and Transformers' losses have it
 _UNKNOWN, _MANY = 0.8, 0.2  # shares of unknown tokens: at most, and from which on a warning says so
 
 
@@ -40,22 +41,32 @@ class TokenStore:
         pad_id: the id that fills a batch.
         types_T: (T,) int8, 0 in the first text of a pair and 1 in the second; None where the tokenizer has no such types, and
             for single texts, whose types are all 0.
+        answers_T: (T,) int8, 1 for the tokens of answers, of conversations; else None.
     """
 
     ids_T: Tensor
     offsets: Tensor
     pad_id: int
     types_T: Tensor | None = None
+    answers_T: Tensor | None = None
 
     def to(self, device: torch.device) -> TokenStore:
         """The same sequences on a device: their batches are made there, of rows that are there."""
-        types_T = None if self.types_T is None else self.types_T.to(device)
-        return TokenStore(self.ids_T.to(device), self.offsets.to(device), self.pad_id, types_T)
+        more = (None if one is None else one.to(device) for one in (self.types_T, self.answers_T))
+        return TokenStore(self.ids_T.to(device), self.offsets.to(device), self.pad_id, *more)
 
     @property
     def lengths(self) -> Tensor:
         """(N,) tokens of each text."""
         return self.offsets.diff()
+
+    @property
+    def answers(self) -> Tensor:
+        """(N,) tokens of answers of each conversation; 0 for texts."""
+        if self.answers_T is None:
+            return torch.zeros_like(self.offsets[1:])
+        sums = torch.cat([torch.zeros(1, dtype=torch.int64), self.answers_T.cumsum(0, dtype=torch.int64)])
+        return sums[self.offsets].diff()
 
     def lengths_of(self, rows: Tensor) -> Tensor:
         """(B,) tokens of some texts."""
@@ -70,7 +81,7 @@ class TokenStore:
 
         Returns:
             "input_ids" and "attention_mask", each (B, L) int64; the mask is 1 where there is text. Of pairs also
-            "token_type_ids", 0 where there is padding.
+            "token_type_ids", 0 where there is padding; of conversations "labels", the ids of answers and -100 elsewhere.
         """
         starts, lengths = self.offsets[rows], self.lengths_of(rows)
         steps_L = torch.arange(pad_to or int(lengths.max()), device=rows.device)
@@ -80,6 +91,8 @@ class TokenStore:
         batch = {"input_ids": ids_BL, "attention_mask": mask_BL.long()}
         if self.types_T is not None:
             batch["token_type_ids"] = self.types_T[places_BL].long().masked_fill_(~mask_BL, 0)
+        if self.answers_T is not None:
+            batch["labels"] = ids_BL.masked_fill(~(mask_BL & (self.answers_T[places_BL] > 0)), NO_LABEL)
         return batch
 
 
@@ -235,6 +248,18 @@ def _encode(
     given = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
     encoded = backend.encode_batch_fast(given)
     return [one.ids for one in encoded], [one.type_ids for one in encoded] if types else None
+
+
+def encode_plain(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The ids of texts that have their special tokens in them: none is added, nothing is cut."""
+    backend = _backend(tokenizer)
+    if backend is None:
+        with _silent():  # a line for each text that is longer than the model takes
+            return [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    return [one.ids for one in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from fedtune.data.contract import IntArray, fault_of_text
 from fedtune.data.formats import Columns, Table
 from fedtune.errors import UsageError, shown
 
-_TEXTS = ("text", "second_text", "title")
+_TEXTS = ("text", "second_text", "title", "prompt", "answer", "input", "system")
 _NO_LABEL = frozenset(("nan", "NaN", "<NA>"))  # how pandas writes a missing value as text; no class has such a name
 _NO_ID = _NO_LABEL | {"None", "null", "NULL", "\\N"}  # others write these for a missing author
 _MULTI = "one label for each text; multi-label data are not offered"
@@ -40,7 +40,10 @@ def check_schema(schema: Any, wanted: Columns, where: str) -> None:
         text = kinds.is_string(kind) or kinds.is_large_string(kind) or kinds.is_string_view(kind) or kinds.is_null(kind)
         number = kinds.is_integer(kind) or kinds.is_floating(kind) or kinds.is_boolean(kind)
         listed = kinds.is_list(kind) or kinds.is_large_list(kind) or kinds.is_fixed_size_list(kind)
-        if not text and (role in _TEXTS or not number):
+        if role == "messages" and not listed and not kinds.is_struct(kind):
+            allowed = "a column of lists of messages, each with role and content"
+            raise UsageError(role, name, f"{allowed} (in {where} this column holds {shown(str(kind))[1:-1]})")
+        if role != "messages" and not text and (role in _TEXTS or not number):
             allowed = _MULTI if role == "label" and listed else _wanted_of(role)
             raise UsageError(role, name, f"{allowed} (in {where} this column holds {shown(str(kind))[1:-1]})")
 

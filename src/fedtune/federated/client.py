@@ -16,16 +16,7 @@ import torch
 
 from fedtune.errors import ClientError, Elsewhere, RunError, UsageError
 from fedtune.federated.memory import ClientMemory
-from fedtune.federated.messages import (
-    ClientReport,
-    Context,
-    Reply,
-    Request,
-    Stage,
-    bytes_of,
-    decoded,
-    encoded,
-)
+from fedtune.federated.messages import ClientReport, Context, Reply, Request, Stage, bytes_of, decoded, encoded
 from fedtune.federated.optimisation import Filter, Optimisation, training_only
 from fedtune.federated.passes import one_pass
 from fedtune.federated.pieces import Pieces
@@ -66,6 +57,8 @@ class Client:
         assign_(self._weights, self.server)
         assign_(self.buffers, request.groups.get("buffers", {}))
         assign_(self.own, self.personal)
+        base = request.groups.get("base", {})
+        assign_({name: worker.training.module.get_parameter(name).detach() for name in base}, base)
         restore_counters(worker.training.module, worker.counters)
         if worker.still is not None:
             worker.still.begin()
@@ -182,6 +175,8 @@ class Client:
         """What the client has changed, w_k - w by name, in place: its last act, as the module holds the update from then on."""
         self._weights, self.buffers = self._tensors()  # a module may have put others in their place
         self._same_as(self._weights)
+        trains = self._worker.client.trains
+        self._weights = {name: tensor for name, tensor in self._weights.items() if trains(name, self.request.round)}
         if self.own:
             self.memory["personal"] = snapshot(self.own)
         if self._worker.still is not None:
@@ -211,15 +206,24 @@ class ClientUpdate(abc.ABC):
 
     `makes` names the groups that it sends. `weighting` is "uniform" where all clients must weigh the same. `personal` is
     "model" where it keeps one of the client's own (`Client.keep`), "part" where it works with that which stays with the client.
+    One for `adapters` is refused for a module without; `ranks` are those of the clients' adapters, dealt out by seed. One that
+    `alternates` trains other tensors from round to round (`trains`).
     """
 
     makes: ClassVar[tuple[str, ...]] = ("update",)
     weighting: ClassVar[str | None] = None
     personal: ClassVar[str | None] = None
+    adapters: ClassVar[bool] = False
+    alternates: ClassVar[bool] = False
+    ranks: tuple[int, ...] = ()
 
     @abc.abstractmethod
     def __call__(self, client: Client) -> Groups:
         """Train, and return what the client sends: "update" and what the algorithm adds."""
+
+    def trains(self, name: str, round: int) -> bool:
+        """Whether a tensor is trained in a round, and travels up; the server keeps the others as they are."""
+        return True
 
 
 @dataclass(frozen=True)
@@ -258,13 +262,15 @@ class Worker:
             RunError: its training had to stop; round, client and step are named.
         """
         device, number = self.training.module.device, request.client
+        adapters, rank = context.adapters, context.adapters.rank_of(number)
         groups = decoded(request.groups, self.down, context)
+        groups["weights"] = adapters.received(groups["weights"], rank)
         home = next(iter(groups["weights"].values())).device
         request = replace(request, groups=groups if home == device else mapped(groups, lambda _, tensor: tensor.to(device)))
         memory = mapped(self.memory.load(number, request.round), lambda _, tensor: tensor.to(device))
         client = Client(self, request, memory, context)
         try:
-            with seeded(context.seed, "client", request.round, number):
+            with seeded(context.seed, "client", request.round, number), adapters.at_rank(self.training.module, rank):
                 groups = self.client(client)
         except (UsageError, Elsewhere):
             raise
@@ -277,6 +283,8 @@ class Worker:
         if client.buffers:
             subtract_(client.buffers, request.groups["buffers"])
             groups = groups | {"buffers": client.buffers}
+        if rank is not None:
+            groups = groups | {"update": adapters.sent(groups["update"], rank)}
         self.memory.save(number, request.round, client.memory)
         if home != device:
             groups = mapped(groups, lambda _, tensor: tensor.to(home))

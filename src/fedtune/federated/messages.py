@@ -1,7 +1,7 @@
 """What travels between the server and its clients.
 
-A message has groups of tensors by name: "weights" go down, an "update" comes up, "buffers" (of batch norms) go both ways, and
-an algorithm may add groups of its own.
+A message has groups of tensors by name: "weights" go down, an "update" comes up, "buffers" (of batch norms) go both ways,
+"base" (weights that nobody trains, and the server moves) goes down, and an algorithm may add groups of its own.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from fedtune.federated.adapters import Adapters
 from fedtune.federated.pieces import Pieces
 from fedtune.randomness import stream
 from fedtune.tensors import Groups, Tensors, num_bytes
+
+_AS_THEY_ARE = ("buffers", "base")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Context:
         client: whose message it is; None on the server.
         answered: in a server step, the clients whose replies count.
         weights: in a server step, what the server sent.
+        adapters: those of the module.
     """
 
     seed: int
@@ -48,6 +52,7 @@ class Context:
     client: int | None = None
     answered: tuple[int, ...] = ()
     weights: Tensors = field(default_factory=dict, compare=False, repr=False)
+    adapters: Adapters = field(default_factory=Adapters, compare=False, repr=False)
 
     def of(self, client: int) -> Context:
         """The same for one client's message."""
@@ -136,19 +141,19 @@ class Stage(abc.ABC):
 
 
 def encoded(groups: Groups, stages: tuple[Stage, ...], context: Context) -> Groups:
-    """Groups after all stages, buffers apart, which travel as they are."""
-    rest = {name: group for name, group in groups.items() if name != "buffers"}
+    """Groups after all stages, buffers and the base apart, which travel as they are."""
+    rest = {name: group for name, group in groups.items() if name not in _AS_THEY_ARE}
     for stage in stages:
         rest = stage.encode(rest, context)
-    return rest | {name: groups[name] for name in groups if name == "buffers"}
+    return rest | {name: groups[name] for name in groups if name in _AS_THEY_ARE}
 
 
 def decoded(groups: Groups, stages: tuple[Stage, ...], context: Context) -> Groups:
     """Groups before `encoded`."""
-    rest = {name: group for name, group in groups.items() if name != "buffers"}
+    rest = {name: group for name, group in groups.items() if name not in _AS_THEY_ARE}
     for stage in reversed(stages):
         rest = stage.decode(rest, context)
-    return rest | {name: groups[name] for name in groups if name == "buffers"}
+    return rest | {name: groups[name] for name in groups if name in _AS_THEY_ARE}
 
 
 def bytes_of(groups: Groups) -> int:

@@ -25,10 +25,17 @@ class Aggregator(abc.ABC):
 
     `takes` names the groups that it can work with; None: any. `keeps` names those that it returns for itself, and finds in the
     next round's `state.memory`, under its name. `weighting` is how clients weigh. `least` is how many replies it needs.
+
+    One for adapters (`adapters`) works with A and B of each layer together, so that no server step may follow; `unequal` says
+    whether clients may have ranks of their own, `moves_base` that it moves the weights of adapted layers (`federated.base`).
+    Beside "update" it may return "set": tensors that take the place of those that the server has.
     """
 
     takes: ClassVar[tuple[str, ...] | None] = None
     keeps: ClassVar[tuple[str, ...]] = ()
+    adapters: ClassVar[bool] = False
+    unequal: ClassVar[bool] = False
+    moves_base: ClassVar[bool] = False
     weighting: str = "uniform"
     least: int = 1
 
@@ -116,6 +123,7 @@ class Algorithm:
         down: the same on their way to the clients.
         personal: what stays with each client: patterns of names of tensors ("network.classifier.*"), or names of
             `federated.personal.PRESETS` ("head").
+        frozen: what is not trained in this run, and so does not travel: patterns or names as for `personal`.
 
     Raises:
         UsageError: two server steps of one class, whose memories would be one; or parts that do not go together.
@@ -127,6 +135,7 @@ class Algorithm:
     up: tuple[Stage, ...] = ()
     down: tuple[Stage, ...] = ()
     personal: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         names = [type(step).__name__ for step in self.server]
@@ -146,6 +155,14 @@ class Algorithm:
         if (keeps == "model" and self.personal) or (keeps == "part" and not self.personal):
             allowed = "nothing, as its clients keep a whole model" if self.personal else "what stays with each client"
             raise UsageError("algorithm.personal", list(self.personal), f"for {client}, {allowed}")
+        if self.client.alternates and self.aggregator.keeps:
+            allowed = f"for {client}, which trains other tensors in the next round, one that keeps nothing, as Mean"
+            raise UsageError("algorithm.aggregator", aggregator, allowed)
+        if self.aggregator.adapters and self.server:
+            raise UsageError("algorithm.server", ", ".join(names), f"for {aggregator}, no step: it sets A and B together")
+        if self.client.ranks and not self.aggregator.unequal:
+            allowed = f"for {aggregator}, none, as it needs equal ranks (Stacking, Resized and Padded do not)"
+            raise UsageError("algorithm.client.ranks", list(self.client.ranks), allowed)
         handled = {"update", *(group for step in self.server for group in step.needs)}
         if left := set(sent) - handled:
             steps = ", ".join(names) or "no step"

@@ -23,12 +23,15 @@ PRESETS = {
 }
 
 
-def personal_names(patterns: Iterable[str], names: Iterable[str]) -> frozenset[str]:
+def personal_names(
+    patterns: Iterable[str], names: Iterable[str], argument: str = "algorithm.personal", left: str = "shared"
+) -> frozenset[str]:
     """Those of the names that any of the patterns means.
 
     Args:
         patterns: as of a shell ("network.classifier.*"), or names of `PRESETS`.
         names: of the tensors that would travel.
+        argument, left: what an error names, and what is done with the other tensors.
 
     Raises:
         UsageError: a pattern means none of them, or all are meant, so that nothing is left to be shared.
@@ -39,10 +42,10 @@ def personal_names(patterns: Iterable[str], names: Iterable[str]) -> frozenset[s
         if not meant:
             some = ", ".join(names[:: max(1, len(names) // 3)][:4])
             allowed = f"{', '.join(PRESETS)}, or a pattern of names as {some}"
-            raise UsageError("algorithm.personal", pattern, allowed)
+            raise UsageError(argument, pattern, allowed)
         found |= meant
     if found and len(found) == len(names):
-        raise UsageError("algorithm.personal", list(patterns), "a part of the tensors: these are all, nothing would be shared")
+        raise UsageError(argument, list(patterns), f"a part of the tensors: these are all, nothing would be {left}")
     return frozenset(found)
 
 

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-
-import torch
-from torch import Tensor
+from dataclasses import dataclass, field, replace
 
 from fedtune.errors import RunError
 from fedtune.federated.agreement import RunningAgreement
+from fedtune.federated.base import bytes_needed, counted, moving
 from fedtune.federated.messages import ClientReport, Context, Failure, Position, Reply, Request, bytes_of, decoded, encoded
 from fedtune.federated.parts import Algorithm, Runtime
-from fedtune.federated.pieces import Pieces, moved
+from fedtune.federated.pieces import Pieces
+from fedtune.federated.stacks import Stacks
 from fedtune.federated.state import RoundResult, ServerState
-from fedtune.federated.sums import ExactSum, grid_bits
-from fedtune.tensors import Groups, Tensors, distance, mapped, without
+from fedtune.federated.steps import lengths, moved_weights, stepped
+from fedtune.federated.sums import BUFFER_LIMIT, BufferSum, ExactSum
+from fedtune.tensors import Groups, Tensors, distance, without
 
 HONEST_LIMIT = 1024.0  # of the updates whose mean is compared with the aggregate
-BUFFER_LIMIT = 2.0**32  # the running variance of a batch norm may change by much more than a weight does
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,10 @@ class RoundOptions:
         local_epochs: by which schedules over epochs advance.
         buffers: the names of buffers among the server's weights.
         personal: the names of what stays with each client; the server keeps its first values, and sends none.
-        agreement: whether the cosines and the drift of the clients' updates are found.
+        agreement: whether the cosines and the drift of the clients' updates are found, and the error of adapters.
         min_clients: as many replies must count; None for all of the cohort.
         on_reply: called with each report, as replies come in.
+        resting: of adapters, those factors that are frozen.
     """
 
     local_epochs: int = 1
@@ -42,6 +43,7 @@ class RoundOptions:
     agreement: bool = True
     min_clients: int | None = None
     on_reply: Callable[[ClientReport], None] = lambda report: None
+    resting: Tensors = field(default_factory=dict, repr=False)
 
 
 def run_round(
@@ -53,23 +55,29 @@ def run_round(
         RunError: too few replies count, a client's training had to stop, or nothing is left to average.
     """
     began = time.perf_counter()
-    sent = encoded(_sent(state, algorithm, options), algorithm.down, context)
-    requests = [Request(context.round, client, state.position, context.cohort, sent) for client in context.cohort]
-    inbox = _Inbox(state, algorithm, context, runtime, options)
-    groups = algorithm.aggregator(inbox.replies(requests), state, context, runtime)
-    if "update" not in groups:
-        raise RunError(f"round {context.round}: {type(algorithm.aggregator).__name__} returned no update, but {sorted(groups)}")
+    requests = _requests(state, algorithm, context, options)
+    with _stacks(state, context, runtime, options) as stacks:
+        inbox = _Inbox(state, algorithm, context, runtime, options, stacks)
+        groups = algorithm.aggregator(inbox.replies(requests), state, context, runtime)
+        if "update" not in groups:
+            name = type(algorithm.aggregator).__name__
+            raise RunError(f"round {context.round}: {name} returned no update, but {sorted(groups)}")
+        error = None if stacks is None else stacks.error(groups)
     mean = Pieces(groups["update"])
     agreement, diagnostics = inbox.agreement.result(mean, runtime), inbox.distance(mean)
+    diagnostics |= {} if error is None else {"adapter_error": error}
     answered = tuple(sorted(report.client for report in runtime.gather(inbox.reports)))
-    here = replace(context, answered=answered, weights=_sent(state, algorithm, options)["weights"])
-    groups, memory = _stepped(groups, state, algorithm, here)
+    here = replace(context, answered=answered, weights=_sent(state, algorithm, context, options)["weights"])
+    groups, memory = stepped(groups, state, algorithm, here)
+    diagnostics |= lengths(memory)
+    if base := moving(algorithm, context.adapters):
+        memory |= counted(state, here, groups)
     if options.buffers - options.personal:
         groups |= inbox.buffers.mean(runtime)
     reports = sorted(runtime.gather(inbox.reports), key=lambda report: report.client)
     after = ServerState(
         round=context.round,
-        weights=_weights(state.weights, groups, mean),
+        weights=moved_weights(state.weights, groups, mean, context),
         position=Position(
             state.position.steps + max(report.num_steps for report in reports), state.position.epochs + options.local_epochs
         ),
@@ -83,9 +91,9 @@ def run_round(
         failures=inbox.failures,
         seconds_aggregate=time.perf_counter() - began - inbox.seconds,
         bytes_up=sum(runtime.gather([inbox.bytes_up])),
-        bytes_down=bytes_of(sent) * len(context.cohort),
+        bytes_down=sum(map(_bytes_down, requests)) + bytes_needed(state, context, base),
         injected=runtime.injected(context),
-        diagnostics=diagnostics | _lengths(memory),
+        diagnostics=diagnostics,
     )
 
 
@@ -93,11 +101,17 @@ class _Inbox:
     """Takes replies, checks and counts them, and hands on those that count."""
 
     def __init__(
-        self, state: ServerState, algorithm: Algorithm, context: Context, runtime: Runtime, options: RoundOptions
+        self,
+        state: ServerState,
+        algorithm: Algorithm,
+        context: Context,
+        runtime: Runtime,
+        options: RoundOptions,
+        stacks: Stacks | None,
     ) -> None:
         self._state, self._algorithm, self._context, self._runtime, self._options = state, algorithm, context, runtime, options
         self.agreement = RunningAgreement(len(context.cohort), options.agreement)
-        self.buffers = _Buffers(context.max_weight)
+        self.buffers, self._stacks = BufferSum(context.max_weight), stacks
         self._lying = runtime.lying(context)
         self._honest = ExactSum(lambda _: HONEST_LIMIT, context.max_weight)
         self.reports: list[ClientReport] = []
@@ -115,6 +129,8 @@ class _Inbox:
             yield checked
             checked.pieces["update"].finish()  # an aggregator may have looked at the tensors only
         began = time.perf_counter()
+        if self._stacks is not None:
+            self._stacks.complete()
         self.failures = sorted(self._runtime.gather(self.failures), key=lambda failure: failure.client)
         self.seconds += time.perf_counter() - began  # in which other workers train
         self._runtime.discard(self._context.round, [failure.client for failure in self.failures])
@@ -132,9 +148,10 @@ class _Inbox:
         self.bytes_up += reply.bytes_up
         context, aggregator = self._context, self._algorithm.aggregator
         groups = decoded(reply.groups, self._algorithm.up, context.of(reply.client))
-        wrong = self._misshapen(groups) or self._overweight(reply)
+        wrong = self._misshapen(groups, reply.client) or self._overweight(reply)
         if wrong:
             return Failure(reply.client, wrong)
+        groups["update"] = context.adapters.widened(groups["update"], context.adapters.rank_of(reply.client))
         pieces = {name: reply.pieces[name] if name in reply.pieces else Pieces(group) for name, group in groups.items()}
         for name, group in pieces.items():
             wrong = wrong or _beyond(name, group, BUFFER_LIMIT if name == "buffers" else aggregator.limit(name))
@@ -146,6 +163,8 @@ class _Inbox:
             self.buffers.add(groups.pop("buffers"), weight)
             del pieces["buffers"]
         self.agreement.add(reply.client, pieces["update"], weight)
+        if self._stacks is not None:
+            self._stacks.add(reply.client, groups["update"], weight)
         if self._lying and reply.client not in self._lying and not _beyond("update", pieces["update"], HONEST_LIMIT):
             self._honest.add({"update": Pieces(groups["update"])}, weight)
         reply = replace(reply, groups=groups, report=report, pieces=pieces)
@@ -153,10 +172,12 @@ class _Inbox:
         self._options.on_reply(report)
         return reply
 
-    def _misshapen(self, groups: Groups) -> str | None:
+    def _misshapen(self, groups: Groups, client: int) -> str | None:
         """What is wrong with the names and shapes of an update, if anything."""
-        others = self._options.buffers | self._options.personal
-        expected = {name: tensor.shape for name, tensor in without(self._state.weights, others).items()}
+        adapters, trains = self._context.adapters, self._algorithm.client.trains
+        others = self._options.buffers | self._options.personal | moving(self._algorithm, adapters)
+        weights = adapters.narrowed(without(self._state.weights, others), adapters.rank_of(client))
+        expected = {name: tensor.shape for name, tensor in weights.items() if trains(name, self._context.round)}
         found = {name: tensor.shape for name, tensor in groups.get("update", {}).items()}
         different = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
         if not different:
@@ -195,42 +216,34 @@ class _Inbox:
             )
 
 
-class _Buffers:
-    """Exact sums of buffers, of values up to 2^32 and very small ones: on a coarse grid, what is left on a finer one, …
-
-    The last step is below 2^-126, the least normal number of fp32.
-    """
-
-    def __init__(self, max_weight: int) -> None:
-        self._limits = [BUFFER_LIMIT]
-        while self._step(-1, max_weight) > 2.0**-126:
-            self._limits.append(self._step(-1, max_weight))
-        self._steps = [self._step(place, max_weight) for place in range(len(self._limits))]
-        self._sums = ExactSum(lambda group: self._limits[int(group)], max_weight)
-
-    def _step(self, place: int, max_weight: int) -> float:
-        return 2.0 ** -grid_bits(self._limits[place], max_weight)
-
-    def add(self, buffers: Tensors, weight: int) -> None:
-        """Take in one client's."""
-        left = {name: tensor.double() for name, tensor in buffers.items()}
-        groups: dict[str, Pieces] = {}
-        for place, step in enumerate(self._steps):
-            on_grid = {name: tensor.div(step).round_().mul_(step) for name, tensor in left.items()}
-            left = {name: tensor - on_grid[name] for name, tensor in left.items()}
-            groups[str(place)] = Pieces(on_grid)
-        self._sums.add(groups, weight)
-
-    def mean(self, runtime: Runtime) -> Groups:
-        """Their mean."""
-        found = self._sums.mean(runtime)
-        first, *rest = (found[str(place)] for place in range(len(self._steps)))
-        return {"buffers": {name: sum((one[name] for one in rest), start=tensor) for name, tensor in first.items()}}
+@contextlib.contextmanager
+def _stacks(state: ServerState, context: Context, runtime: Runtime, options: RoundOptions) -> Iterator[Stacks | None]:
+    """For the error of adapters: what keeps the factors of those that the server has."""
+    known = without(state.weights, options.personal) | options.resting
+    layers = tuple(layer for layer in context.adapters.layers if options.agreement and {layer.a, layer.b} <= known.keys())
+    if not layers:
+        yield None
+        return
+    with Stacks(replace(context.adapters, layers=layers), known, runtime, len(context.cohort)) as found:
+        yield found
 
 
-def _sent(state: ServerState, algorithm: Algorithm, options: RoundOptions) -> Groups:
-    """What goes to every client of the round."""
-    travel = without(state.weights, options.personal)
+def _requests(state: ServerState, algorithm: Algorithm, context: Context, options: RoundOptions) -> list[Request]:
+    """One for each client of the round; what goes to those of one rank is the same."""
+    adapters, groups = context.adapters, _sent(state, algorithm, context, options)
+    if base := {name: state.weights[name] for name in moving(algorithm, adapters)}:
+        groups["base"] = base
+    ranks = {client: adapters.rank_of(client) for client in context.cohort}
+    sent = {
+        rank: encoded(groups | {"weights": adapters.narrowed(groups["weights"], rank)}, algorithm.down, context)
+        for rank in dict.fromkeys(ranks.values())
+    }
+    return [Request(context.round, client, state.position, context.cohort, sent[ranks[client]]) for client in context.cohort]
+
+
+def _sent(state: ServerState, algorithm: Algorithm, context: Context, options: RoundOptions) -> Groups:
+    """What goes to every client of the round, but for weights that nobody trains."""
+    travel = without(state.weights, options.personal | moving(algorithm, context.adapters))
     sent = {"weights": without(travel, options.buffers)}
     if buffers := {name: tensor for name, tensor in travel.items() if name in options.buffers}:
         sent["buffers"] = buffers
@@ -257,40 +270,6 @@ def _beyond(group: str, pieces: Pieces, limit: float) -> str | None:
     return None
 
 
-def _stepped(groups: Groups, state: ServerState, algorithm: Algorithm, context: Context) -> tuple[Groups, dict[str, Groups]]:
-    """The aggregate after all server steps, and what they remember, in the types of the weights, fp32 at least."""
-    aggregator = algorithm.aggregator
-    memory = {type(aggregator).__name__: {group: groups[group] for group in aggregator.keeps}} if aggregator.keeps else {}
-    groups = {group: tensors for group, tensors in groups.items() if group not in aggregator.keeps}
-    for step in algorithm.server:
-        name = type(step).__name__
-        groups, kept = step(groups, state.memory.get(name, {}), context)
-        memory[name] = kept
-
-    def as_weights(name: str, tensor: Tensor) -> Tensor:
-        if name not in state.weights:
-            return tensor
-        return tensor.to(torch.promote_types(state.weights[name].dtype, torch.float32))
-
-    return groups, {name: mapped(kept, as_weights) for name, kept in memory.items()}
-
-
-def _lengths(memory: dict[str, Groups]) -> dict[str, float]:
-    """The Euclidean length of each group that server steps remember."""
-    return {
-        f"{name}_norm": math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))
-        for groups in memory.values()
-        for name, tensors in groups.items()
-    }
-
-
-def _weights(weights: Tensors, groups: Groups, mean: Pieces) -> Tensors:
-    """The server's next weights; `mean` may be the pieces of the update."""
-    left = [name for name in groups if name not in ("update", "buffers")]
-    if left:
-        raise RunError(f"the algorithm has no server step for the groups {', '.join(left)}")
-    new: Tensors = {}
-    for group in groups.values():
-        pieces = mean if mean.are(group) else Pieces(group)
-        new |= moved({name: weights[name] for name in group}, pieces)
-    return {name: new.get(name, tensor) for name, tensor in weights.items()}
+def _bytes_down(request: Request) -> int:
+    """Bytes of a request, but for weights that nobody trains."""
+    return bytes_of({name: group for name, group in request.groups.items() if name != "base"})

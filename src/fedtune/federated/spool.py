@@ -90,17 +90,30 @@ class Spool:
     def blocks(self, rows: Sequence[int] | None = None) -> Iterator[tuple[slice, Tensor]]:
         """Columns, and the (n, columns) values there, fp32 or fp64 as they came; of some rows, or of all of them."""
         clients = self.clients if rows is None else [self.clients[row] for row in rows]
-        mine = [client for client in clients if client in self._rows]
         columns = max(1, _BLOCK // max(1, len(clients)))
         for start in range(0, self.width, columns):
             place = slice(start, min(start + columns, self.width))
-            values = self._read(mine, place)
-            if len(mine) < len(clients):  # each row is one worker's, and zeros elsewhere: the sums of their bits are the rows
-                all_rows = np.zeros((len(clients), values.shape[1]), dtype=self._type)
-                all_rows[[row for row, client in enumerate(clients) if client in self._rows]] = values
-                values = all_rows
-            self._runtime.add_up_([torch.from_numpy(values).view(torch.int64 if self._type.itemsize == 8 else torch.int32)])
-            yield place, torch.from_numpy(values)
+            yield place, self._gathered(clients, place)
+
+    def tensor(self, name: str) -> Tensor | None:
+        """(n, …) one tensor of all clients, fp32 or fp64 as it came; None where updates have no such."""
+        if name not in self._like:
+            return None
+        names = list(self._like)
+        before = sum(self._like[one][0].numel() for one in names[: names.index(name)])
+        shape = self._like[name][0]
+        return self._gathered(self.clients, slice(before, before + shape.numel())).view(-1, *shape)
+
+    def _gathered(self, clients: Sequence[int], place: slice) -> Tensor:
+        """(clients, columns) of the rows of all workers."""
+        mine = [client for client in clients if client in self._rows]
+        values = self._read(mine, place)
+        if len(mine) < len(clients):  # each row is one worker's, and zeros elsewhere: the sums of their bits are the rows
+            all_rows = np.zeros((len(clients), values.shape[1]), dtype=self._type)
+            all_rows[[row for row, client in enumerate(clients) if client in self._rows]] = values
+            values = all_rows
+        self._runtime.add_up_([torch.from_numpy(values).view(torch.int64 if self._type.itemsize == 8 else torch.int32)])
+        return torch.from_numpy(values)
 
     def _read(self, clients: list[int], place: slice) -> np.ndarray[tuple[int, int], np.dtype[np.floating]]:
         """(clients, columns) of this worker's rows."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from typing import Any
 
 import pytorch_lightning as pl
@@ -20,10 +21,13 @@ class Still:
 
     In-place changes are seen at every client by torch's count of them; those that it does not count (through `.data`), and
     those of plain attributes, at the first client.
+
+    Args:
+        moving: names of frozen parameters that each client gets from the server, so that they must not move within one.
     """
 
-    def __init__(self, module: pl.LightningModule) -> None:
-        self._module = module
+    def __init__(self, module: pl.LightningModule, moving: Collection[str] = ()) -> None:
+        self._module, self._moving = module, moving
         self._versions = {name: tensor._version for name, tensor in frozen(module).items()}
         self._before: tuple[dict[str, str], dict[str, Any]] | None = None
         self._looked = False
@@ -32,6 +36,8 @@ class Still:
         """Before a client."""
         if self._before is None:
             self._before = self._digests(), self._attributes()
+        if self._moving:
+            self._versions |= {name: one._version for name, one in frozen(self._module).items() if name in self._moving}
 
     def check(self, where: str) -> None:
         """After a client.
@@ -43,7 +49,9 @@ class Still:
         moved = [name for name, version in self._versions.items() if name in now and now[name]._version != version]
         if self._before is not None and (moved or not self._looked):  # what was counted may have changed no value
             found = self._digests()
-            moved = [name for name, value in self._before[0].items() if name in found and found[name] != value]
+            given = [name for name in moved if name in self._moving] if self._looked else []  # since `begin`
+            still = {name: value for name, value in self._before[0].items() if not (self._looked and name in self._moving)}
+            moved = given + [name for name, value in still.items() if name in found and found[name] != value]
             self._versions = {name: tensor._version for name, tensor in now.items()}
             if not self._looked:
                 self._looked = True

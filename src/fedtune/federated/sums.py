@@ -15,12 +15,13 @@ from torch import Tensor
 
 from fedtune.errors import RunError
 from fedtune.federated.pieces import Pieces, Place, blocks, row_pieces
-from fedtune.tensors import Groups
+from fedtune.tensors import Groups, Tensors
 
 Value = TypeVar("Value")
 Key = tuple[str, str]  # group, name
 MANTISSA_64, MANTISSA_32 = 51, 22  # bits of a value on the grid that one addition in fp64, in fp32, can put there
 _WORD = 62  # bits of a sum
+BUFFER_LIMIT = 2.0**32  # the running variance of a batch norm may change by much more than a weight does
 
 
 class Workers(Protocol):
@@ -190,6 +191,39 @@ class ExactSum:
         """Make the sums those of all workers, also of those to which no client fell."""
         join(self._totals, workers)
         self._weight = sum(workers.gather([self._weight]))
+
+
+class BufferSum:
+    """Exact sums of buffers, of values up to 2^32 and very small ones: on a coarse grid, what is left on a finer one, …
+
+    The last step is below 2^-126, the least normal number of fp32.
+    """
+
+    def __init__(self, max_weight: int) -> None:
+        self._limits = [BUFFER_LIMIT]
+        while self._step(-1, max_weight) > 2.0**-126:
+            self._limits.append(self._step(-1, max_weight))
+        self._steps = [self._step(place, max_weight) for place in range(len(self._limits))]
+        self._sums = ExactSum(lambda group: self._limits[int(group)], max_weight)
+
+    def _step(self, place: int, max_weight: int) -> float:
+        return 2.0 ** -grid_bits(self._limits[place], max_weight)
+
+    def add(self, buffers: Tensors, weight: int) -> None:
+        """Take in one client's."""
+        left = {name: tensor.double() for name, tensor in buffers.items()}
+        groups: dict[str, Pieces] = {}
+        for place, step in enumerate(self._steps):
+            on_grid = {name: tensor.div(step).round_().mul_(step) for name, tensor in left.items()}
+            left = {name: tensor - on_grid[name] for name, tensor in left.items()}
+            groups[str(place)] = Pieces(on_grid)
+        self._sums.add(groups, weight)
+
+    def mean(self, workers: Workers) -> Groups:
+        """Their mean."""
+        found = self._sums.mean(workers)
+        first, *rest = (found[str(place)] for place in range(len(self._steps)))
+        return {"buffers": {name: sum((one[name] for one in rest), start=tensor) for name, tensor in first.items()}}
 
 
 def is_limit(limit: float) -> bool:

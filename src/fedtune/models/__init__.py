@@ -8,10 +8,13 @@ from typing import Any
 from fedtune.errors import UsageError
 from fedtune.models.albert import AlbertClassifier
 from fedtune.models.bert import BertClassifier
+from fedtune.models.causal_lm import CausalLM, causal_class
 from fedtune.models.classifier import TextClassifier
 from fedtune.models.distilbert import DistilBertClassifier
-from fedtune.models.options import check_options
+from fedtune.models.modernbert import ModernBertClassifier
+from fedtune.models.options import check_causal_options, check_options
 from fedtune.models.pretrained import load_config
+from fedtune.models.roberta import RobertaClassifier
 from fedtune.models.sizes import check_config
 from fedtune.models.weights import check_files
 
@@ -19,6 +22,8 @@ FAMILIES: dict[str, type[TextClassifier]] = {
     "bert": BertClassifier,
     "distilbert": DistilBertClassifier,
     "albert": AlbertClassifier,
+    "roberta": RobertaClassifier,
+    "modernbert": ModernBertClassifier,
 }
 
 
@@ -31,11 +36,21 @@ def build_classifier(name: str, num_labels: int, **options: Any) -> TextClassifi
     return family_of(name)(name, num_labels, **options)
 
 
+def build_causal_lm(name: str, **options: Any) -> CausalLM:
+    """The causal language model of that name, with `options` as for `CausalLM`.
+
+    Raises:
+        UsageError: the model cannot be found, or is none.
+    """
+    return CausalLM(name, **options)
+
+
 def family_of(name: str) -> type[TextClassifier]:
     """The class of the family that the model's configuration names. Raises `UsageError` as `build_classifier`."""
     family = load_config(name).model_type
     if family not in FAMILIES:
-        raise UsageError("name", name, f"a model of one of the families {', '.join(FAMILIES)} (this is {family!r})")
+        allowed = f"a model of one of the families {', '.join(FAMILIES)}, for texts and labels (this is {family!r})"
+        raise UsageError("name", name, allowed)
     return FAMILIES[family]
 
 
@@ -51,5 +66,15 @@ def check_classifier(name: str, options: Mapping[str, Any]) -> None:
     family_of(name)
     check_config(name, load_config(name))
     check_options({"num_labels": 2, **options})
+    if options["init"] == "pretrained":
+        check_files(name)
+
+
+def check_causal_lm(name: str, options: Mapping[str, Any]) -> None:
+    """As `check_classifier`, for a `CausalLM` and its options."""
+    config = load_config(name)
+    causal_class(name, config)
+    check_config(name, config)
+    check_causal_options(options)
     if options["init"] == "pretrained":
         check_files(name)

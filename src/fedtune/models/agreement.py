@@ -19,6 +19,9 @@ from fedtune.models.weights import check_kept_head
 _UNUSED = re.compile(r"[\[<]?(unused|extra_id_|madeupword|reserved|special_token)", re.IGNORECASE)  # may be given a meaning
 
 
+_KINDS = {"texts": "a task of texts and labels", "instructions": "a task of instructions and answers"}
+
+
 def tokenizer_for(model: str, other: str | None, max_length: int) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, or the other one that is asked for, where the model takes sequences of this length.
 
@@ -60,19 +63,25 @@ def check_size(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, mod
 
 
 def check_data(module: Any, data: Any) -> None:
-    """Data and a `TextClassifier` are for the same tokens, lengths and classes. Data of another kind are not looked at.
+    """Data and a module of ours are for the same tokens, lengths and classes. Data of another kind are not looked at.
 
     Args:
         data: a `FederatedDataModule`.
 
     Raises:
-        UsageError: more classes than the module has, or others; ids beyond its embeddings; another vocabulary than that of its
-            pretrained weights; longer sequences than it has positions.
+        UsageError: texts to be classified for a causal model, or conversations for a classifier; more classes than the module
+            has, or others; ids beyond its embeddings; another vocabulary than that of its pretrained weights; longer sequences
+            than it has positions.
     """
     options = dict(getattr(data, "hparams", {}))
     if not {"model", "tokenizer", "max_length"} <= options.keys() or not hasattr(type(data), "tokens"):
         return
-    if hasattr(type(data), "label_names"):
+    kind = getattr(data, "kind", "texts") if hasattr(type(data), "kind") else "texts"
+    if kind != module.kind:
+        raise UsageError(
+            "task", options.get("task"), f"{_KINDS[module.kind]} (this one has {kind}), for {type(module).__name__}"
+        )
+    if kind == "texts" and hasattr(type(data), "label_names"):
         _check_classes(module, data)
     longest = max_tokens(module.network.config)
     if longest is not None and options["max_length"] > longest:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import pytorch_lightning as pl
@@ -18,14 +18,19 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fedtune.errors import UsageError
-from fedtune.models import weights
+from fedtune.models import adapter_files, weights
+from fedtune.models.adapters import Lora, is_adapter, lora_of, plain_name
 from fedtune.models.agreement import check_data
 from fedtune.models.options import check_options, set_labels
 from fedtune.models.packed import PackedBatch
 from fedtune.models.padding_free import FORWARD
-from fedtune.models.pretrained import cause, content_of, load_config, max_tokens
+from fedtune.models.pretrained import cause, load_config, max_tokens
 from fedtune.models.sizes import check_config, check_room
+from fedtune.models.training import forget_activations, optimizers_of
 from fedtune.randomness import seeded
+
+# arguments that came later, and the values at which they do nothing: there a configuration is what it was before
+_LATER = {"keep_head": False, "lora": None, "gradient_checkpointing": False}
 
 
 class TextClassifier(pl.LightningModule, abc.ABC):
@@ -53,6 +58,10 @@ class TextClassifier(pl.LightningModule, abc.ABC):
         keep_head: take the head from the model's files, too, where it is for the same classes. It is fresh otherwise, also
             where the files have one.
         label_names: names of the C classes in their order, for the configuration of the network; the data tell them in `fit`.
+        lora: low-rank adapters of linear layers, which are trained with the head while all else is frozen: a
+            `fedtune.models.adapters.Lora`, or a dictionary of its arguments, as {"rank": 8, "alpha": 16}. The layers of
+            `freeze_layers` have none.
+        gradient_checkpointing: activations within the layers are computed again in the backward pass: less memory, more time.
 
     Raises:
         UsageError: a value outside of what is allowed, a model that cannot be read or is of another family.
@@ -62,6 +71,8 @@ class TextClassifier(pl.LightningModule, abc.ABC):
     Logged in validation and test: `loss_nats` (mean cross-entropy, a uniform guess has ln C), `accuracy`, `macro_f1`.
     """
 
+    kind: ClassVar[str] = "texts"  # of data
+    task_type: ClassVar[str] = "SEQ_CLS"  # as peft calls it
     model_type: ClassVar[str]
     model_class: ClassVar[type[PreTrainedModel]]
     head: ClassVar[tuple[str, ...]] = ("classifier",)  # the parts of the network that make up its head
@@ -84,13 +95,22 @@ class TextClassifier(pl.LightningModule, abc.ABC):
         padding_free: bool = True,
         keep_head: bool = False,
         label_names: Sequence[str] | None = None,
+        lora: Lora | Mapping[str, Any] | None = None,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        adapters = adapter_files.opened(lora_of(lora), self.model_type)
+        lora = None if adapters is None else adapters.plain()  # hyperparameters are plain values
         self.save_hyperparameters()
         check_options(self.hparams)
         with seeded(seed, "model"):
             self.network = self._build()
         self._freeze()
+        if adapters is not None:
+            frozen = self.layers()[:freeze_layers]
+            adapter_files.begin(self.network, adapters, self.model_type, seed, self.trained_whole, frozen)
+        if gradient_checkpointing:
+            forget_activations(self.network)
         self.accuracy = MulticlassAccuracy(num_labels, average="micro")
         self.macro_f1 = MulticlassF1Score(num_labels, average="macro")
 
@@ -110,17 +130,25 @@ class TextClassifier(pl.LightningModule, abc.ABC):
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, as the command line takes them (number and names of labels follow from the task)."""
         asked = {name: value for name, value in self.hparams.items() if name not in ("num_labels", "label_names")}
-        return asked if asked["keep_head"] else {name: value for name, value in asked.items() if name != "keep_head"}
+        return {name: value for name, value in asked.items() if name not in _LATER or value != _LATER[name]}
 
     @functools.cached_property
     def content(self) -> dict[str, str]:
         """What names the content of the files that the weights come from, by file; nothing for random weights."""
-        return content_of(self.hparams["name"]) if self.hparams["init"] == "pretrained" else {}
+        return adapter_files.content_of_model(self.hparams)
 
     @property
     def from_files(self) -> frozenset[str]:
         """The tensors of the state that are as those files have them, as long as they are frozen."""
-        return frozenset(f"network.{name}" for name in self.network.state_dict() if name not in self._fresh)
+        names = [name for name in self.network.state_dict() if not is_adapter(name)]
+        return frozenset(f"network.{name}" for name in names if plain_name(name) not in self._fresh)
+
+    @property
+    def trained_whole(self) -> list[str]:
+        """The parts of the network that are trained beside adapters: the head, and what else the files of the model lack."""
+        heads = tuple(f"{part}." for part in self.head)
+        fresh = [] if self.hparams["init"] == "random" else sorted(name for name in self._fresh if not name.startswith(heads))
+        return [*self.head, *dict.fromkeys(name.rpartition(".")[0] for name in fresh)]
 
     def setup(self, stage: str) -> None:
         """In a `Trainer`, check that its data module is for this module."""
@@ -172,18 +200,7 @@ class TextClassifier(pl.LightningModule, abc.ABC):
 
     def configure_optimizers(self) -> Any:
         """The optimizer over what is trained, with the warm-up as a schedule over steps."""
-        options = self.hparams
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": options["weight_decay"]},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        kind = torch.optim.AdamW if options["optimizer"] == "adamw" else torch.optim.SGD
-        optimizer = kind(groups, lr=options["learning_rate"], fused=True)
-        if not options["warmup_steps"]:
-            return {"optimizer": optimizer}
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / options["warmup_steps"]))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return optimizers_of(self)
 
     def _evaluate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         logits_BC, labels_B = self._logits(batch), batch["labels"]

@@ -1,4 +1,4 @@
-"""The networks of the three families on packed batches: the same logits and gradients, to rounding, for less work.
+"""The networks of the families of the paper on packed batches: the same logits and gradients, to rounding, for less work.
 
 Embeddings, linear layers, activations and norms work on single tokens; in a padded batch of short texts much of what they do
 is for padding. And a classifier reads first tokens only, so the last layer is computed for them alone. What is called are the

@@ -15,6 +15,7 @@ from fedtune.errors import RunError, UsageError, one_of, shown
 from fedtune.files import printable
 from fedtune.models.conversion import bert_to_distilbert
 from fedtune.models.folders import check_content, check_kinds, other_than_its_file
+from fedtune.models.smollm2 import SIZES, smollm2
 from fedtune.tensors import Tensors
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ MODELS: dict[str, Pretrained] = {
     "minilm-distilbert": Pretrained(
         minilm, "distilbert", _BASE | _MINILM | {"dim": 384, "n_layers": 6, "hidden_dim": 1536}, bert_to_distilbert
     ),
+    "smollm2": Pretrained(smollm2, "llama", SIZES),
 }
 
 

@@ -22,8 +22,9 @@ _COUNTS = {
     "vocab_size": 2**24,
     "max_position_embeddings": 2**20,
     "type_vocab_size": 2**16,
+    "local_attention": 2**20,
 }  # the greatest of each: more than any model has, and few enough to be counted
-_RANGES = {"layer_norm_eps": 1e3, "initializer_range": 1e3}  # numbers from 0 to this one
+_RANGES = {"layer_norm_eps": 1e3, "norm_eps": 1e3, "initializer_range": 1e3}  # numbers from 0 to this one
 _TIMES, _BESIDE = 4, 10**7  # a network may have so many times the numbers of its files, and so many beside them
 
 

@@ -207,14 +207,15 @@ def _check_names(name: str, weights: Tensors, prefix: str) -> None:
 
 
 def _check_pooler(name: str, network: PreTrainedModel, found: dict[str, Any], weights: Tensors) -> None:
-    """A pooler is fresh where the files have none; one that does not fit, or in part, is a fault of theirs."""
-    prefix = f"{network.base_model_prefix}.pooler."
-    absent = [*found["missing_keys"], *(key[0] for key in found["mismatched_keys"])]
-    absent = sorted(key for key in absent if key.startswith(prefix))
-    theirs = sorted(key for key in weights if "pooler" in key.lower())
-    if absent and theirs:
-        allowed = f"weights that fit the configuration (these lack {', '.join(absent[:3])}, but have {', '.join(theirs[:3])})"
-        raise UsageError("name", name, allowed)
+    """A pooler, or ModernBERT's `head`, is fresh where the files have none; one that does not fit, or in part, is a fault of
+    theirs."""
+    every = [*found["missing_keys"], *(key[0] for key in found["mismatched_keys"])]
+    for prefix, mark in ((f"{network.base_model_prefix}.pooler.", "pooler"), ("head.", ".head.")):
+        absent = sorted(key for key in every if key.startswith(prefix))
+        theirs = sorted(key for key in weights if mark in f".{key.lower()}")
+        if absent and theirs:
+            lacking = f"these lack {', '.join(absent[:3])}, but have {', '.join(theirs[:3])}"
+            raise UsageError("name", name, f"weights that fit the configuration ({lacking})")
 
 
 def _check_fit(name: str, network: PreTrainedModel, found: dict[str, Any], heads: tuple[str, ...], keep_head: bool) -> set[str]:

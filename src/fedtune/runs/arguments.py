@@ -74,9 +74,12 @@ def check_data(loop: Any, data: Any) -> None:
         raise UsageError("evaluate_on", loop.evaluate_on, "test, with evaluation by clients")
     if loop.clients_per_round is not None and loop.clients_per_round > data.num_clients:
         raise UsageError("clients_per_round", loop.clients_per_round, f"at most num_clients, {data.num_clients}")
-    check_clients(faults_of(loop.faults), data.num_clients)
-
-    _check_cohort(loop, algorithm_of(loop.algorithm).aggregator, data.num_clients)
+    faults, algorithm = faults_of(loop.faults), algorithm_of(loop.algorithm)
+    check_clients(faults, data.num_clients)
+    knowing = [type(fault).__name__ for fault in faults if fault.knows]
+    if algorithm.client.ranks and knowing:
+        raise UsageError("faults", knowing[0], "with clients of different ranks, one that needs no mean of their updates")
+    _check_cohort(loop, algorithm.aggregator, data.num_clients)
 
 
 def _check_cohort(loop: Any, aggregator: Aggregator, num_clients: int) -> None:

@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 from fedtune.errors import UsageError, one_of
 from fedtune.federated.messages import ClientReport
 from fedtune.storage.records import RoundRecord
+from fedtune.storage.summary import MODES
 
 
 @dataclass
@@ -94,13 +95,21 @@ class FederatedCallback:
 class MonitorCheck(FederatedCallback):
     """Ends a run whose rounds don't log the metric to monitor; the accuracy, which is the default, may be missing."""
 
-    def __init__(self, monitor: str) -> None:
-        self._monitor = monitor
-
     def on_round_end(self, run: Run, module: pl.LightningModule, record: RoundRecord) -> None:
         """Look at the metrics of the round."""
-        if record.metrics and self._monitor not in ("accuracy", *record.metrics):
-            raise one_of("monitor", self._monitor, record.metrics)
+        monitor = run.config["loop"]["monitor"]
+        if record.metrics and monitor not in ("accuracy", *record.metrics):
+            raise one_of("monitor", monitor, record.metrics)
+
+
+def watched(module: Any, monitor: str, mode: str) -> tuple[str, str]:
+    """The metric of a run that says which round is the best, and "max" or "min": those that were asked for, or a module's own.
+
+    The accuracy is the default; a module that logs none may say in its attribute `monitor` what stands in its place.
+    """
+    own = getattr(module, "monitor", None) if monitor == "accuracy" else None
+    known = isinstance(own, tuple) and len(own) == 2 and isinstance(own[0], str) and own[1] in MODES
+    return (own[0], own[1]) if known and own is not None else (monitor, mode)
 
 
 @contextlib.contextmanager

@@ -19,11 +19,12 @@ def conclude(loop: Any, run: Run, directory: RunDirectory, test: Mapping[str, fl
     found: dict[str, Any] = {**baselines.records, "majority_accuracy": majority("test") if majority else None}
     if "centralised" in found:
         found["centralised_test"] = baselines.centralised_test
-    known = summarise(run.history, loop.evaluate_on, test, found, loop.monitor, loop.mode)
+    monitor, mode = run.config["loop"]["monitor"], run.config["loop"]["mode"]
+    known = summarise(run.history, loop.evaluate_on, test, found, monitor, mode)
     run.summary.update(with_known_baselines(known, directory.read_json("summary.json")))
     run.summary["peak_memory_bytes"] = max(ranks.gather([peak_memory_bytes(baselines.evaluator.training.fabric.device)]))
     run.summary.update(ranks.from_first(lambda: dict(run.summary)))
     if directory.path is not None:
         with writing(directory.path / "curves.png"):
-            plot_run(directory.path, run.history, baselines.records, loop.evaluate_on, loop.monitor)
+            plot_run(directory.path, run.history, baselines.records, loop.evaluate_on, monitor)
     directory.write_json("summary.json", run.summary)

@@ -1,12 +1,13 @@
-"""A run's model as a Transformers folder: configuration, tokenizer, weights, and a short card with the run's numbers."""
+"""A run's model as a Transformers folder, or its adapters as a folder of peft: weights, tokenizer, a card with its numbers."""
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedtune.errors import RunError, UsageError, one_of, shown
-from fedtune.files import content, present, regular, said, settled, synchronise, write_text
-from fedtune.models import build_classifier
-from fedtune.models.pretrained import content_of, load_tokenizer
+from fedtune.files import present, regular, said, settled, synchronise, write_text
+from fedtune.models import adapter_files, build_classifier
+from fedtune.models.adapters import Lora, merge_
+from fedtune.models.pretrained import MODELS, content_of, load_tokenizer, locate
 from fedtune.models.weights import quiet
+from fedtune.runs.card import card, summary_of
 from fedtune.storage import checkpoint, start
 from fedtune.storage.config import read_config
 from fedtune.storage.records import RoundRecord, read_rounds
@@ -28,8 +31,15 @@ WHICH = ("last", "best")
 _BEST = "best.safetensors"  # what the callback `BestWeights` keeps
 
 
-def export(run: str | Path, folder: str | Path, which: str = "last", label_names: Sequence[str] | None = None) -> Path:
-    """Write the model of a run as a folder that Transformers opens, with the same logits as the run's module.
+def export(
+    run: str | Path,
+    folder: str | Path,
+    which: str = "last",
+    label_names: Sequence[str] | None = None,
+    merge: bool = False,
+) -> Path:
+    """Write the model of a run as a folder that Transformers opens, with the same logits as the run's module; of a run with
+    low-rank adapters, these and the head alone, as a folder for peft's `PeftModel.from_pretrained`.
 
     The folder is whole or not there. Attention is computed as in the run on a CPU ("eager", in config.json); another way, which
     differs by rounding, is an argument of `from_pretrained`: attn_implementation="sdpa".
@@ -40,13 +50,15 @@ def export(run: str | Path, folder: str | Path, which: str = "last", label_names
         which: the weights of the "last" round, which the test metrics are of, or those of the "best" round by the run's
             monitor, where they are still there: in a checkpoint, or kept by the callback `BestWeights`.
         label_names: names of the classes, where the run does not know them.
+        merge: add adapters to the weights that they belong to, and write the whole model.
 
     Returns:
         the folder.
 
     Raises:
         UsageError: no directory of such a run, weights that are no longer there, a folder that is not empty or cannot be
-            written, a model whose files have changed since.
+            written, a model whose files have changed since; a run whose adapters say nothing without its own base, or that has
+            none to merge.
         RunError: the run's files are damaged.
     """
     run, folder = (Path(os.path.expanduser(one)) for one in (run, folder))
@@ -54,33 +66,71 @@ def export(run: str | Path, folder: str | Path, which: str = "last", label_names
         raise one_of("which", which, WHICH)
     _check_target(folder)
     config = _config_of(run)
+    if merge and config["model"].get("lora") is None:
+        raise UsageError("merge", merge, "False, as the run has no adapters")
     names = _names_of(config, run, label_names)
     number, weights = _weights_of(run, config, which)
-    network = _module_of(run, config, names, weights).network
-    tokenizer = _tokenizer_of(config, network)
-    card = _card(run, config, names, number, which)
+    module = _module_of(run, config, names, weights)
+    base = None if merge or module.hparams["lora"] is None else _base_of(module, weights)
+    tokenizer = _tokenizer_of(config, module.network)
+    text = card(run, config, names, number, which, base)
     try:
-        _write(folder.resolve(), network, tokenizer, card)
+        _write(folder.resolve(), functools.partial(_save, module, base), tokenizer, text)
     except (OSError, SafetensorError) as error:
         raise UsageError("folder", str(folder), f"a directory that can be written ({error})") from error
     return folder
 
 
-def _write(folder: Path, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
+def _write(folder: Path, save: Callable[[Path], None], tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     """Write the files under another name, and rename the whole."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
-        with quiet():
-            network.save_pretrained(temporary)
+        save(temporary)
         tokenizer.save_pretrained(temporary)
-        _complete_config(temporary / "config.json")
-        write_text(temporary / "README.md", card)
+        write_text(temporary / "README.md", text)
         settled(temporary)
         os.replace(temporary, folder)
         synchronise(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _save(module: Any, base: str | None, folder: Path) -> None:
+    """Write the adapters that belong to a base, or the whole network."""
+    if base is not None:
+        lora = Lora(**module.hparams["lora"])
+        adapter_files.save(module.network, folder, lora, base, module.task_type, module.trained_whole)
+        return
+    merge_(module.network)
+    with quiet():
+        module.network.save_pretrained(folder)
+    _complete_config(folder / "config.json")
+
+
+def _base_of(module: Any, weights: Tensors) -> str:
+    """The folder or hub id of the model that the adapters of a module belong to.
+
+    Raises:
+        UsageError: there is none with the weights that the run has beside them.
+    """
+    name = module.hparams["name"]
+    moved = next((one for one in weights if _of_base(one)), None)
+    if moved is not None:
+        why = f"the run moved weights of its base ({moved})"
+    elif module.hparams["init"] != "pretrained":
+        why = "the base of the run has random weights"
+    elif name in MODELS and MODELS[name].convert is not None:
+        why = f"{name} is made of the files of another family"
+    else:
+        place = locate(name)
+        return str(Path(place).resolve()) if Path(place).is_dir() else place
+    raise UsageError("merge", False, f"True, for the whole model: {why}, which adapters alone cannot say")
+
+
+def _of_base(name: str) -> bool:
+    """Whether a weight of a checkpoint is one that an adapter is added to."""
+    return name.endswith(".base_layer.weight")
 
 
 def _check_target(folder: Path) -> None:
@@ -121,7 +171,7 @@ def _weights_of(run: Path, config: Mapping[str, Any], which: str) -> tuple[int, 
         state = checkpoint.latest(run / "checkpoints")
         if state is None:
             raise UsageError("run", str(run), "a run with a complete round")
-        ended = _summary_of(run).get("rounds")
+        ended = summary_of(run).get("rounds")
         if type(ended) is int and state.round != ended:
             there = f"whose weights are missing or damaged; the last ones are of round {state.round}"
             raise RunError(f"{run} ended with round {ended}, {there}")
@@ -161,8 +211,10 @@ def _module_of(run: Path, config: Mapping[str, Any], names: Sequence[str], weigh
     """The run's module with these weights; what does not travel is what the run began with."""
     options = dict(config["model"])
     name = options.pop("name")
+    if options.get("lora") is not None:
+        options["lora"] = {**options["lora"], "adapter": None}  # what it began with is in start/
     before = (config.get("content") or {}).get("model") or {}
-    now = content_of(name) if before else {}
+    now = content_of(name) if options.get("init", "pretrained") == "pretrained" else {}
     for file in ("config.json", "tokenizer_config.json"):
         if before.get(file) != now.get(file):
             raise UsageError("run", str(run), f"a run whose model, {name}, has the {file} that it had then")
@@ -170,7 +222,8 @@ def _module_of(run: Path, config: Mapping[str, Any], names: Sequence[str], weigh
     if digests.keys() <= kept.keys():  # nothing is needed of the weights in the model's files
         options |= {"init": "random", "keep_head": False}
     module = build_classifier(name, len(names), label_names=list(names), **options)
-    wrong = misfit(weights, travelling(module))
+    moved = {one: tensor for one, tensor in weights.items() if _of_base(one)}
+    wrong = misfit({one: tensor for one, tensor in weights.items() if one not in moved}, travelling(module))
     if wrong:
         raise UsageError("run", str(run), f"a run whose weights fit {name} with {len(names)} classes ({wrong})")
     still = resting(module)
@@ -184,7 +237,10 @@ def _module_of(run: Path, config: Mapping[str, Any], names: Sequence[str], weigh
     changed = next((one for one, tensor in still.items() if digest({one: tensor}) != digests[one]), None)
     if changed is not None:
         raise UsageError("run", str(run), f"a run whose model, {name}, has the files that it had then; {changed} is another")
-    assign_(travelling(module), weights)
+    wrong = misfit(moved, {one: still[one] for one in moved if one in still})
+    if wrong:
+        raise UsageError("run", str(run), f"a run whose weights fit the base of {name} ({wrong})")
+    assign_(travelling(module) | {one: still[one] for one in moved}, weights)
     return module.eval()
 
 
@@ -202,35 +258,3 @@ def _tokenizer_of(config: Mapping[str, Any], network: PreTrainedModel) -> PreTra
 def _complete_config(file: Path) -> None:
     content = json.loads(file.read_text(encoding="utf-8"))
     write_text(file, json.dumps(content | {"attn_implementation": "eager"}, indent=2, sort_keys=True) + "\n")
-
-
-def _card(run: Path, config: Mapping[str, Any], names: Sequence[str], number: int, which: str) -> str:
-    """What the model is, and the run's numbers."""
-    data, loop, versions = (config.get(part) or {} for part in ("data", "loop", "versions"))
-    lines = [
-        f"Trained by fedtune {versions.get('fedtune')} from `{config['model']['name']}` on the task `{data.get('task')}`, "
-        f"divided among {data.get('num_clients')} clients (split `{data.get('split')}`). "
-        f"The weights are those after round {number}, the {which} one.",
-        f"Classes: {', '.join(names)}. Texts were cut at {data.get('max_length')} tokens.",
-    ]
-    if data.get("mask") is False:
-        lines.append("It was trained without an attention mask: in the run's own evaluation padding was attended to.")
-    record, summary = read_rounds(run / "rounds.jsonl", number)[-1], _summary_of(run)
-    final = summary if summary.get("rounds") == number else {}  # its test metrics are of the last round
-    rows = [("metric", f"{loop.get('evaluate_on')} part", "test part"), ("---", "---", "---")]
-    rows += [(name, _shown(value), _shown(final.get(name))) for name, value in record.metrics.items()]
-    lines.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
-    head = "---\nlibrary_name: transformers\npipeline_tag: text-classification\n---\n"
-    return head + f"\n# {data.get('task')}: a run of fedtune\n\n" + "\n\n".join(lines) + "\n"
-
-
-def _summary_of(run: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(content(run / "summary.json"))
-    except (OSError, ValueError, RecursionError):  # a run that goes on
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, (int, float)) else ""

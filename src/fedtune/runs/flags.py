@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,10 +17,12 @@ from fedtune.data.classification import FederatedDataModule
 from fedtune.data.registry import TASKS
 from fedtune.data.splits import DEFAULTS, SPLITS, WHOLE
 from fedtune.errors import UsageError, one_of
-from fedtune.models import TextClassifier, build_classifier, check_classifier
-from fedtune.models.options import check_options
-from fedtune.models.pretrained import MODELS, content_of
+from fedtune.models import CausalLM, TextClassifier
+from fedtune.models.adapter_files import content_of_model
+from fedtune.models.adapters import lora_of
+from fedtune.models.pretrained import MODELS
 from fedtune.runs.arguments import check_data
+from fedtune.runs.kinds import build_model, check_model, kind_of, more_options
 from fedtune.runs.loop import FederatedLoop
 from fedtune.runs.options import RunOptions
 from fedtune.runs.parser import ConfigFile, Parser, check_plain
@@ -43,7 +46,17 @@ def add_run_arguments(run: Parser) -> None:
     """Give a parser the arguments of `fedtune run`."""
     run.add_argument("--config", action=ConfigFile, help="YAML or JSON file with any of the values below")
     add_data_arguments(run)
-    run.add_class_arguments(TextClassifier, "model", skip={"num_labels", "label_names"})
+    run.add_class_arguments(TextClassifier, "model", skip={"num_labels", "label_names", "lora"})
+    run.add_argument(
+        "--model.lora",
+        type=dict[str, Any] | None,
+        default=None,
+        help="low-rank adapters: a dictionary of rank, alpha, targets, rslora, dropout, adapter (a directory to begin with); "
+        "{} for all defaults. They are flags, too: --model.lora.rank 8 --model.lora.targets '[query, value]'",
+    )
+    for name, option in more_options().items():
+        kind = typing.get_type_hints(CausalLM.__init__)[name]
+        run.add_argument(f"--model.{name}", type=kind, default=option.default, help="of a CausalLM alone")
     run.add_class_arguments(FederatedLoop, "loop", skip={"run_dir", "logger", "callbacks", "algorithm"})
     run.add_argument(
         "--loop.algorithm",
@@ -52,7 +65,7 @@ def add_run_arguments(run: Parser) -> None:
         help=f"one of {', '.join(ALGORITHMS)}; its parameters and parts are flags, too: --loop.algorithm.beta 0.5, "
         "--loop.algorithm.aggregator.weighting uniform, --loop.algorithm.up+=Quantise",
     )
-    run.deep += ("loop.algorithm",)
+    run.deep += ("loop.algorithm", "model.lora")
     run.add_argument("--seed", type=int | None, default=None, help="sets data.seed, model.seed and loop.seed")
     run.add_argument("--run_dir", type=str | None, default=None, help="directory of the run; nothing is written without it")
     run.add_argument(
@@ -116,6 +129,9 @@ def resolved(options: Namespace) -> dict[str, dict[str, Any]]:
     if options.seed is not None:
         for part in SECTIONS:
             found[part]["seed"] = options.seed
+    with flags("model"):
+        lora = lora_of(found["model"]["lora"])
+        found["model"]["lora"] = None if lora is None else lora.plain()
     with flags("loop"):
         found["loop"]["algorithm"] = specification_of(algorithm_of(found["loop"]["algorithm"]))
         check_plain("algorithm", found["loop"]["algorithm"])
@@ -152,7 +168,7 @@ def content_of_run(arguments: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]
         data = FederatedDataModule(**arguments["data"], model=model["name"])
         task = data.digest
     with flags("model"):
-        return {"task": task, "model": content_of(model["name"]) if model["init"] == "pretrained" else {}}
+        return {"task": task, "model": content_of_model(model)}
 
 
 def check(arguments: Mapping[str, Mapping[str, Any]]) -> None:
@@ -178,10 +194,9 @@ def check(arguments: Mapping[str, Mapping[str, Any]]) -> None:
     with flags("loop"):
         check_data(loop, made)
     with flags("model"):
-        if name in MODELS:  # a registered one may have to be fetched first
-            check_options({"num_labels": 2, **model})
-        else:
-            check_classifier(name, model)
+        kind = kind_of(data["task"])
+        if kind is not None:
+            check_model(kind, name, model, files=name not in MODELS)  # a registered one may have to be fetched first
 
 
 def fit(arguments: Mapping[str, Mapping[str, Any]], **where: Any) -> FederatedLoop:
@@ -205,7 +220,9 @@ def fit(arguments: Mapping[str, Mapping[str, Any]], **where: Any) -> FederatedLo
         check_data(loop, data)
     name = model.pop("name")
     with flags("model"):
-        check_classifier(name, model)  # first what is cheap: reading and tokenising texts can take minutes
+        kind = kind_of(arguments["data"]["task"])
+        if kind is not None:
+            check_model(kind, name, model)  # first what is cheap: reading and tokenising texts can take minutes
     ranks = ranks_of(loop.runtime)
     with flags("data"):
         if ranks.size > 1:
@@ -214,7 +231,7 @@ def fit(arguments: Mapping[str, Mapping[str, Any]], **where: Any) -> FederatedLo
             model["vocab_size"] = model["vocab_size"] or len(data.tokenizer)
         data.tokenizer, data.num_labels  # noqa: B018 - reading them checks them
     with flags("model"):
-        module = build_classifier(name, data.num_labels, label_names=list(data.label_names), **model)
+        module = build_model(data, name, model)
     with flags("data"):
         data.setup()
         module.check_data(data)

@@ -13,9 +13,12 @@ import pytorch_lightning as pl
 
 from fedtune.algorithms.specification import algorithm_of, specification_of
 from fedtune.errors import UsageError
+from fedtune.federated.adapted import adapted, resting_factors
+from fedtune.federated.adapters import Adapters
+from fedtune.federated.base import moving
 from fedtune.federated.client import Worker
 from fedtune.federated.cohorts import cohort, max_weight
-from fedtune.federated.evaluation import Evaluator, by_loader, step_of
+from fedtune.federated.evaluation import Evaluator
 from fedtune.federated.messages import ClientReport, Context, Position
 from fedtune.federated.parts import Algorithm
 from fedtune.federated.personal import personal_names
@@ -25,25 +28,24 @@ from fedtune.federated.still import Still
 from fedtune.federated.trainer import check_module
 from fedtune.runs.arguments import check_arguments, check_data
 from fedtune.runs.baselines import BASELINES, Baselines
-from fedtune.runs.callbacks import FederatedCallback, MonitorCheck, Run, exceptions_reported
+from fedtune.runs.callbacks import FederatedCallback, MonitorCheck, Run, exceptions_reported, watched
 from fedtune.runs.conclusion import conclude
 from fedtune.runs.counterparts import check_callbacks
 from fedtune.runs.hardware import resolve_precision
 from fedtune.runs.loggers import mirror_of
 from fedtune.runs.options import RunOptions
-from fedtune.runs.prepared import given, look_over, prepared, watch_the_end
+from fedtune.runs.prepared import evaluated, given, look_over, prepared, watch_the_end
 from fedtune.runs.progress import Progress
 from fedtune.runs.renamed import taken
 from fedtune.runs.rounds import Rounds
 from fedtune.runs.sharing import check_same, check_weights, share
-from fedtune.runtimes.environment import place_of
 from fedtune.runtimes.faulty import faults_of, plain_faults, runtime_of
 from fedtune.runtimes.processes import ranks_of
 from fedtune.storage.config import describe, identified
 from fedtune.storage.directory import RunDirectory
 from fedtune.storage.locks import locked
 from fedtune.storage.records import RoundRecord
-from fedtune.tensors import assign_, buffers, counters, resting, restore_counters, snapshot, travelling
+from fedtune.tensors import assign_, buffers, carried, counters, resting, restore_counters, snapshot, travelling, without
 
 _NOT_CONFIG = ("callbacks", "run_dir", "logger", "runtime")  # not a plain value, or no part of what makes the numbers
 
@@ -71,7 +73,8 @@ class FederatedLoop:
             and "local" (each client alone, its own epochs). They run after the rounds; () leaves them out.
         logger: "none", "wandb" to mirror the run, or a logger of Lightning.
         callbacks: hooks into the run, see `FederatedCallback`.
-        monitor, mode: the metric of the rounds that says which is the best, and whether it should be "max" or "min".
+        monitor, mode: the metric of the rounds that says which is the best, and whether it should be "max" or "min". Where that
+            is "accuracy", and the module has an attribute `monitor` of its own, (metric, mode), as `CausalLM` has, it is that.
         limit_train_batches, limit_val_batches, limit_test_batches: at most so many batches of each loader (of a client's, in an
             epoch), or that share of them.
         check_val_every_n_rounds: the averaged model is evaluated after every so many rounds.
@@ -129,7 +132,7 @@ class FederatedLoop:
             self.max_rounds, self.check_val_every_n_rounds, self.run_dir, self.logger = 1, 1, None, "none"
             self.limit_train_batches = self.limit_val_batches = self.limit_test_batches = int(self.fast_dev_run)
             self.options = dataclasses.replace(self.options, baseline_dir=None)
-        self._callbacks = [*self.callbacks, MonitorCheck(self.monitor), *mirror_of(self.logger)]
+        self._callbacks = [*self.callbacks, MonitorCheck(), *mirror_of(self.logger)]
 
     def fit(self, module: pl.LightningModule, data: Any = None, *, datamodule: Any = None) -> list[RoundRecord]:
         """Run the rounds, then the baselines; afterwards `module` holds the averaged weights.
@@ -159,20 +162,21 @@ class FederatedLoop:
             with (
                 locked(self.run_dir if ranks.leads else None),
                 prepared(self, module, data, "fit", progress, ranks) as evaluator,
+                adapted(module, self._algorithm, data.num_clients, self.seed) as adapters,
                 exceptions_reported(self._hooked, run, module),
             ):
-                self._fit(run, evaluator, progress)
+                self._fit(run, evaluator, adapters, progress)
         return self.history
 
     def validate(self, module: pl.LightningModule, data: Any = None, *, datamodule: Any = None) -> list[dict[str, float]]:
         """Evaluate a module, as it stands, on the validation part; a dictionary for each loader, as from a `Trainer`."""
-        return self._evaluated(module, given(data, datamodule), "validation")
+        return evaluated(self, module, given(data, datamodule), "validation")
 
     def test(self, module: pl.LightningModule, data: Any = None, *, datamodule: Any = None) -> list[dict[str, float]]:
         """Evaluate a module, as it stands, on the test part; a dictionary for each loader, as from a `Trainer`."""
-        return self._evaluated(module, given(data, datamodule), "test")
+        return evaluated(self, module, given(data, datamodule), "test")
 
-    def _fit(self, run: Run, evaluator: Evaluator, progress: Progress) -> None:
+    def _fit(self, run: Run, evaluator: Evaluator, adapters: Adapters, progress: Progress) -> None:
         """Set up, rounds, test, baselines, conclude."""
         training, module, ranks = evaluator.training, evaluator.training.module, evaluator.ranks
         path = Path(self.run_dir) if self.run_dir else None
@@ -182,38 +186,29 @@ class FederatedLoop:
         module.on_fit_start()
         look_over(module, self.evaluate_on, run)
         watch_the_end(training.trainer, directory, run)
-        kept = resting(module), getattr(module, "from_files", ())
-        directory.begin(ServerState(0, snapshot(travelling(module))), bool(self.baselines), *kept)  # no name keeps the copy
+        base = moving(self._algorithm, adapters)
+        kept = without(resting(module), base), getattr(module, "from_files", ())
+        directory.begin(ServerState(0, snapshot(carried(module, base))), bool(self.baselines), *kept)  # no name keeps the copy
         share(module, ranks)
         personal = bool(self._algorithm.personal or self._algorithm.client.personal)
-        final = self._federated(Rounds(evaluator, progress, directory, self.check_val_every_n_rounds, personal), run)
+        rounds = Rounds(evaluator, progress, directory, self.check_val_every_n_rounds, personal, base)
+        final = self._federated(rounds, run, adapters)
         training.trainer.at(final.position)
         self._position = final.position
         test = evaluator.evaluate("test").metrics
         baselines = self._baselines(evaluator, progress, run)
         conclude(self, run, directory, test, baselines)  # a baseline that fails must not take the result with it
         if self.baselines:
-            baselines.play(self.baselines, ranks.from_first(directory.start))
-            assign_(travelling(module), final.weights)
+            start = ranks.from_first(directory.start)
+            assign_(carried(module, base), start.weights)
+            baselines.play(self.baselines, dataclasses.replace(start, weights=without(start.weights, base)))
+            assign_(carried(module, base), final.weights)
             conclude(self, run, directory, test, baselines)
         training.trainer.at(final.position)
         module.on_fit_end()
         for callback in self._hooked:
             callback.on_fit_end(run, module)
         share(module, ranks)  # one of them may have changed that of rank 0
-
-    def _evaluated(self, module: pl.LightningModule, data: Any, part: str) -> list[dict[str, float]]:
-        place = place_of(self.runtime)
-        progress = Progress(self.options.progress and (place is None or place.rank == 0))
-        check_module(module, data)
-        with prepared(self, module, data, "test" if part == "test" else "validate", progress) as evaluator:
-            if evaluator.loader(part) is None:
-                raise UsageError("data", type(data).__name__, f"a data module with a {part} part")
-            if step_of(module, part) is None:
-                raise UsageError("module", type(module).__name__, f"a module with {part}_step")
-            found = evaluator.evaluate(part).metrics
-        progress.line(f"{part}: " + "  ".join(f"{name} {value:.3f}" for name, value in found.items()))
-        return by_loader(found)
 
     def _new_run(self, module: pl.LightningModule, data: Any, progress: Progress) -> Run:
         """What callbacks see; the loop has the same history and summary."""
@@ -223,6 +218,7 @@ class FederatedLoop:
         own["options"] = dataclasses.asdict(self.options)
         # a continuation on other hardware must not change the precision in silence
         own["precision"] = resolve_precision(self.precision, self.accelerator)
+        own["monitor"], own["mode"] = watched(module, self.monitor, self.mode)
         self.config = describe(module, data, {name: value for name, value in own.items() if name not in _NOT_CONFIG})
         if self.run_dir is not None:
             identified(self.config)
@@ -230,7 +226,7 @@ class FederatedLoop:
         self.data, self.history, self.summary, self.baseline_runs = data, run.history, run.summary, {}
         return run
 
-    def _federated(self, rounds: Rounds, run: Run) -> ServerState:
+    def _federated(self, rounds: Rounds, run: Run, adapters: Adapters) -> ServerState:
         """The rounds of the federation."""
         training, data, algorithm = rounds.evaluator.training, run.data, self._algorithm
         hooks = [one for one in self._hooked if type(one).on_client_end is not FederatedCallback.on_client_end]
@@ -247,7 +243,7 @@ class FederatedLoop:
             rounds.directory.memory,
             self.local_epochs,
             counters=snapshot(counters(training.module)),
-            still=Still(training.module),
+            still=Still(training.module, rounds.base),
             up=algorithm.up,
             down=algorithm.down,
             on_client_end=client_ended if hooks else None,
@@ -262,12 +258,13 @@ class FederatedLoop:
             self.options.agreement,
             self.options.min_clients or (1 if lenient else None),
             rounds.progress.client,
+            resting_factors(training.module, adapters),
         )
 
         def next_round(state: ServerState) -> RoundResult:
             number = state.round + 1
             drawn = cohort(self.seed, number, data.num_clients, self.clients_per_round)
-            context = Context(self.seed, number, data.num_clients, tuple(drawn), most)
+            context = Context(self.seed, number, data.num_clients, tuple(drawn), most, adapters=adapters)
             worker.personal.update({name: state.weights[name] for name in names})  # the server's stay as they were at first
             result = run_round(state, algorithm, context, runtime, options)
             if ranks.size > 1:

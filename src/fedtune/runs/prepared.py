@@ -10,11 +10,11 @@ import pytorch_lightning as pl
 from pytorch_lightning.loggers import Logger
 
 from fedtune.errors import UsageError
-from fedtune.federated.evaluation import Evaluator, attached, step_of
+from fedtune.federated.evaluation import Evaluator, attached, by_loader, step_of
 from fedtune.federated.messages import Position
 from fedtune.federated.ranks import ALONE, Ranks
 from fedtune.federated.stages import Stages
-from fedtune.federated.trainer import Line, ModuleTrainer
+from fedtune.federated.trainer import Line, ModuleTrainer, check_module
 from fedtune.federated.training import Training, steps_in
 from fedtune.runs.callbacks import Run
 from fedtune.runs.hardware import deterministic_algorithms, fabric_of, freed_memory_kept, resolve_precision
@@ -69,6 +69,25 @@ def prepared(
         if fabric.device.type == "cuda" and hasattr(data, "keep_on"):
             data.keep_on(fabric.device)
         yield Evaluator(training, loop.evaluate_on, loop.options.evaluation, RESERVED, stages, ranks)
+
+
+def evaluated(loop: Any, module: pl.LightningModule, data: Any, part: str) -> list[dict[str, float]]:
+    """The metrics of a module, as it stands, on a part of the data; a dictionary for each loader.
+
+    Raises:
+        UsageError: the data have no such part, or the module no step for it.
+    """
+    place = place_of(loop.runtime)
+    progress = Progress(loop.options.progress and (place is None or place.rank == 0))
+    check_module(module, data)
+    with prepared(loop, module, data, "test" if part == "test" else "validate", progress) as evaluator:
+        if evaluator.loader(part) is None:
+            raise UsageError("data", type(data).__name__, f"a data module with a {part} part")
+        if step_of(module, part) is None:
+            raise UsageError("module", type(module).__name__, f"a module with {part}_step")
+        found = evaluator.evaluate(part).metrics
+    progress.line(f"{part}: " + "  ".join(f"{name} {value:.3f}" for name, value in found.items()))
+    return by_loader(found)
 
 
 def look_over(module: pl.LightningModule, evaluate_on: str, run: Run) -> None:

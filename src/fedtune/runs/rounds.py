@@ -20,7 +20,7 @@ from fedtune.runs.callbacks import FederatedCallback, Run, restore_states, state
 from fedtune.runs.progress import Progress
 from fedtune.storage.directory import RunDirectory
 from fedtune.storage.records import RoundRecord
-from fedtune.tensors import assign_, mapped, misfit, travelling
+from fedtune.tensors import assign_, carried, mapped, misfit
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Rounds:
         directory: where records and checkpoints are kept.
         evaluated_every: the module is evaluated after every so many rounds.
         personal: whether clients have models of their own, which are then evaluated, too.
+        base: the names of frozen weights that the server moves.
     """
 
     evaluator: Evaluator
@@ -40,6 +41,7 @@ class Rounds:
     directory: RunDirectory
     evaluated_every: int = 1
     personal: bool = False
+    base: frozenset[str] = frozenset()
 
     def play(
         self,
@@ -75,7 +77,7 @@ class Rounds:
             began = time.perf_counter()
             result = next_round(state)
             state = result.state
-            assign_(travelling(module), state.weights)
+            assign_(carried(module, self.base), state.weights)
             record = self._of_first(self._measured(result, time.perf_counter() - began))
             self.directory.complete(record, state)
             run.history.append(record)
@@ -117,11 +119,12 @@ class Rounds:
         """The state on the module's device (on the CPU where that has no fp64), its weights in the module, too."""
         module = self.evaluator.training.module
         device = torch.device("cpu") if module.device.type == "mps" else module.device
-        wrong = misfit(state.weights, travelling(module))
+        here = carried(module, self.base)
+        wrong = misfit(state.weights, here)
         if wrong:
             raise RunError(f"the weights of round {state.round} in {self.directory.path} do not fit the module: {wrong}")
-        assign_(travelling(module), state.weights)
-        weights = {name: tensor.to(device, copy=True) for name, tensor in travelling(module).items()}
+        assign_(here, state.weights)
+        weights = {name: tensor.to(device, copy=True) for name, tensor in here.items()}
         memory = {step: mapped(groups, lambda _, tensor: tensor.to(device)) for step, groups in state.memory.items()}
         return dataclasses.replace(state, weights=weights, memory=memory)
 

@@ -27,7 +27,15 @@ _DEEPEST = 50  # levels of a configuration
 # what runs of earlier versions have not written
 _LATER = {"model.from", "data.from", "data.num_clients"}
 # what runs of earlier versions did not have, and the value at which it does nothing: there it is left out
-NEUTRAL: dict[str, Any] = {"loop.faults": [], "loop.options.on_client_error": "stop"}
+NEUTRAL: dict[str, Any] = {
+    "loop.faults": [],
+    "loop.options.on_client_error": "stop",
+    "model.lora": None,
+    "model.gradient_checkpointing": False,
+    "model.half_base": False,
+    "model.packing": None,
+    "model.exact_match": False,
+}
 _NOT_OF_BASELINES = ("loop.algorithm.", "loop.faults", "loop.options.on_client_error")
 
 
@@ -44,7 +52,7 @@ def describe(module: Any, data: Any, loop: Mapping[str, Any]) -> dict[str, Any]:
         text["tokenizer"] = text["tokenizer"] or other
     content = {"task": getattr(data, "digest", None), "model": dict(getattr(module, "content", {}))}
     names = getattr(data, "label_names", None)
-    if names is not None:
+    if names:
         content["label_names"] = plain(names)  # for who exports the run
     return settled({"model": model, "data": text, "loop": plain(loop), "content": content})
 

@@ -109,7 +109,7 @@ def with_known_baselines(summary: dict[str, Any], before: Mapping[str, Any]) -> 
 
 def _compared(monitor: str) -> list[str]:
     """The metrics that are known of baselines."""
-    return list(dict.fromkeys(("accuracy", "macro_f1", monitor)))
+    return list(dict.fromkeys(("accuracy", "macro_f1", monitor, *(["loss_nats"] if monitor == "exact_match" else []))))
 
 
 def _names_of(monitor: str) -> dict[str, list[str]]:
