@@ -146,14 +146,14 @@ def _fill_export(found: Parser) -> None:
 
 def _run(options: Namespace) -> None:
     from fedtune.runs.flags import fit, flags, name_of, resolved
+    from fedtune.runs.launcher import launch
     from fedtune.runtimes.processes import ranks_of
     from fedtune.sweeps.worker import recorded
 
     arguments = resolved(options)
     at_least("--workers", options.workers, 1)
     if options.workers > 1 and not has_others():
-        _launch(options)
-        return
+        return launch(options.words, options.workers, options.loop.runtime)
     with flags("loop"):
         ranks = ranks_of(options.loop.runtime)
     if options.workers not in (1, ranks.size):
@@ -165,7 +165,7 @@ def _run(options: Namespace) -> None:
     else:
         loop = fit(arguments, run_dir=run_dir, logger=options.logger)
     if not ranks.leads:
-        return
+        return None
     shown = ["accuracy", "macro_f1", "majority_accuracy", "local_accuracy", "centralised_accuracy"]
     if loop.summary.get("accuracy") is None:
         shown = ["loss_nats", "perplexity", "token_accuracy", "exact_match", "local_loss_nats", "centralised_loss_nats"]
@@ -173,20 +173,7 @@ def _run(options: Namespace) -> None:
     print(f"test part: {'  '.join(values)}")
     if loop.run_dir:
         print(f"records, weights and curves: {Path(loop.run_dir).resolve()}")
-
-
-def _launch(options: Namespace) -> None:
-    """The same command, in several processes."""
-    from fedtune.runs.launcher import launch
-
-    if options.loop.runtime == "serial":
-        raise UsageError("--loop.runtime", "serial", "auto or torchrun, with --workers")
-    code, text = launch(options.words, options.workers)
-    kept = options.run_dir or options.runs_dir
-    if text is not None:
-        stop(code, text + (f"; the same command goes on from the last complete round in {kept}" if kept else ""))
-    if code:
-        raise SystemExit(code)
+    return None
 
 
 def _sweep(options: Namespace) -> None:
