@@ -42,6 +42,8 @@ CASES: dict[str, dict[str, Any]] = {
     "trimmed mean": {"algorithm": {"aggregator": {"name": "TrimmedMean", "num_malicious": 1}}},
     "ditto, two of five clients": {"algorithm": "ditto", "clients_per_round": 2, "max_rounds": 3},
     "faults": {"faults": [{"name": "Drop", "rate": 0.3}, {"name": "SignFlip", "clients": [1]}], "min_clients": 1},
+    "flora": {"algorithm": "flora"},
+    "fedex": {"algorithm": "fedex_lora"},
     "evaluated on clients": {"evaluation": "clients", "evaluate_on": "test"},
 }
 
@@ -49,7 +51,8 @@ CASES: dict[str, dict[str, Any]] = {
 def case(name: str, folder: Path, model: str, **changes: Any) -> dict[str, Any]:
     """All numbers of a run."""
     plain_sgd = {"optimizer": "sgd", "learning_rate": 0.05} if "scaffold" in name else {}
-    module, options = module_maker(model)(**plain_sgd), CASES[name] | changes
+    adapters = {"lora": {"rank": 2}} if name in ("flora", "fedex") else {}
+    module, options = module_maker(model)(**plain_sgd, **adapters), CASES[name] | changes
     module.evaluates_by_batch = name != "trimmed mean"
     loop = make_loop(run_dir=str(folder / name), **options)
     loop.fit(module, data_maker(model, make_task())(num_clients=5))
