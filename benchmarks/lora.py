@@ -2,8 +2,8 @@
 
 Adapters of the size of MiniLM's (6 layers, query and value, 384 x 384, rank 8) without the rest of the network, so that nothing
 else is measured; random data, a batch a client. Bytes and seconds: 8 clients, all in each round, 4 rounds. Memory: 1,000
-clients, all in one round, each case in a process of its own: FedSA-LoRA, whose clients keep their B, on the disk and without a run
-directory; FLoRA, whose server needs the factors of all.
+clients, all in one round, each case in a process of its own: FedSA-LoRA, whose clients keep their B, on the disk and in memory;
+FLoRA, whose server needs the factors of all.
 Run it from the project's folder: .venv/bin/python benchmarks/lora.py
 """
 

@@ -268,7 +268,8 @@ class FlippedLabels(Fault):
     lies: ClassVar[bool] = True
 
 
-FAULTS: dict[str, type[Fault]] = {
-    one.__name__: one
-    for one in (*(Drop, Late, Raise, NotFinite, WrongShape, SignFlip, Scaled, Overweight, Alie, InnerProduct, FlippedLabels),)
-}
+_ALL: tuple[type[Fault], ...] = (
+    *(Drop, Late, Raise, NotFinite, WrongShape),
+    *(SignFlip, Scaled, Overweight, Alie, InnerProduct, FlippedLabels),
+)
+FAULTS: dict[str, type[Fault]] = {one.__name__: one for one in _ALL}
