@@ -35,14 +35,14 @@ AUTHORS = (
     "Washington Irving",
     "William Shakespeare",
 )
-WORDS = 20  # of a passage
+WORDS = 25  # of a passage
 DATA: dict[str, Any] = {
     "num_clients": 4,
     "split": "by_author",
-    "skew": 0.6,
-    "batch_size": 4,
+    "skew": 1.0,
+    "batch_size": 8,
     "eval_batch_size": 16,
-    "limit": 160,
+    "limit": 256,
 }
 MODEL: dict[str, Any] = {"learning_rate": 2e-3, "lora": {"rank": 8, "alpha": 16}, "half_base": True, "exact_match": True}
 LOOP: dict[str, Any] = {"max_rounds": 3, "local_epochs": 1, "monitor": "exact_match", "mode": "max"}
