@@ -218,6 +218,18 @@ class FederatedDataModule(pl.LightningDataModule):
         texts = self._texts(self.client_test_indices[client])
         return DataLoader(texts, batch_size=self.hparams["eval_batch_size"], collate_fn=_as_is)
 
+    @functools.cached_property
+    def client_val_indices(self) -> list[IntArray]:
+        """For each client its share of the validation part, as of the test part."""
+        if self._split == "natural":
+            return shares_of_authors(self.task, self.client_indices, self.task.parts["validation"])
+        return self._divide(self.task.parts["validation"], min_size=None)
+
+    def client_val_dataloader(self, client: int) -> DataLoader[dict[str, Tensor]]:
+        """One client's share of the validation part, in the order of the split."""
+        texts = self._texts(self.client_val_indices[client])
+        return DataLoader(texts, batch_size=self.hparams["eval_batch_size"], collate_fn=_as_is)
+
     def client_dataloader(self, client: int) -> DataLoader[dict[str, Tensor]]:
         """Training batches of one client, in a new random order each time it is iterated."""
         return self._training(self.client_indices[client])

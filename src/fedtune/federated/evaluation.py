@@ -17,6 +17,7 @@ from torch import Tensor
 from fedtune.errors import RunError
 from fedtune.federated.batches import begin_epoch, call_step, is_whole, limited, loaders_of, num_batches
 from fedtune.federated.logs import LogRecorder, logging_to
+from fedtune.federated.remote import Remote, pooled
 from fedtune.federated.training import Training
 from fedtune.randomness import seeded
 
@@ -210,6 +211,7 @@ class Evaluator:
         training: the module, its device and precision, the seed of the run, the data.
         part: the part that rounds are evaluated on, "validation" or "test".
         evaluation: "pooled" (metrics over all examples), or "clients" (means over clients of means over batches).
+        remote: the clients, where they have the data and not this process.
     """
 
     training: Training
@@ -217,6 +219,7 @@ class Evaluator:
     evaluation: str = "pooled"
     reserved: frozenset[str] = frozenset()
     stages: Stages = field(default_factory=Stages)
+    remote: Remote | None = None
 
     @property
     def data(self) -> Any:
@@ -247,6 +250,8 @@ class Evaluator:
 
     def evaluate(self, part: str) -> Evaluation:
         """The metrics on a part; none where the data have no such part, or the module no step for it."""
+        if self.remote is not None:
+            return Evaluation(pooled(self.remote.evaluate(part)))
         loader = self.loader(part) if step_of(self.training.module, part) else None
         if loader is None:
             return Evaluation({})
@@ -268,6 +273,11 @@ class Evaluator:
 
     def measure(self) -> tuple[dict[str, float], list[float | None]]:
         """The metrics of a round, and the accuracy for each client where it is known."""
+        if self.remote is not None:
+            shares = self.remote.evaluate(self.part)
+            metrics = pooled(shares)
+            self.training.trainer.callback_metrics = {name: torch.tensor(value) for name, value in metrics.items()}
+            return metrics, [None if one is None else one.metrics.get("accuracy") for one in shares]
         self.training.trainer.call("on_validation_model_zero_grad")
         if self.evaluation == "pooled":
             metrics, correct_N = self.evaluate(self.part)

@@ -13,15 +13,14 @@ import pytorch_lightning as pl
 
 from fedtune.algorithms.specification import algorithm_of, specification_of
 from fedtune.errors import UsageError
-from fedtune.federated.client import Worker
 from fedtune.federated.cohorts import cohort, max_weight
 from fedtune.federated.evaluation import Evaluator, by_loader, step_of
 from fedtune.federated.messages import ClientReport, Context, Position
 from fedtune.federated.parts import Algorithm
 from fedtune.federated.personal import personal_names
+from fedtune.federated.remote import Remote
 from fedtune.federated.round import RoundOptions, run_round
 from fedtune.federated.state import RoundResult, ServerState
-from fedtune.federated.still import Still
 from fedtune.federated.trainer import check_module
 from fedtune.runs.arguments import check_arguments, check_data
 from fedtune.runs.baselines import BASELINES, Baselines
@@ -34,7 +33,7 @@ from fedtune.runs.hardware import (
 )
 from fedtune.runs.loggers import mirror_of
 from fedtune.runs.options import RunOptions
-from fedtune.runs.prepared import given, look_over, prepared, watch_the_end
+from fedtune.runs.prepared import given, look_over, prepared, watch_the_end, worker_of
 from fedtune.runs.progress import Progress
 from fedtune.runs.renamed import taken
 from fedtune.runs.rounds import Rounds
@@ -44,7 +43,7 @@ from fedtune.storage.directory import RunDirectory, writing
 from fedtune.storage.locks import locked
 from fedtune.storage.records import RoundRecord
 from fedtune.storage.summary import summarise, with_known_baselines
-from fedtune.tensors import assign_, buffers, counters, resting, restore_counters, snapshot, travelling
+from fedtune.tensors import assign_, buffers, resting, restore_counters, snapshot, travelling
 
 _NOT_CONFIG = ("callbacks", "run_dir", "logger")  # not a plain value, or no part of what makes the numbers
 
@@ -170,8 +169,11 @@ class FederatedLoop:
         """Set up, rounds, test, baselines, conclude."""
         training, module = evaluator.training, evaluator.training.module
         path = Path(self.run_dir) if self.run_dir else None
-        directory = RunDirectory(path, run.config, self.options.keep, run.data.num_clients)
-        if evaluator.loader(self.evaluate_on) is None:
+        memory = run.data.memory if isinstance(run.data, Remote) else None
+        directory = RunDirectory(path, run.config, self.options.keep, run.data.num_clients, memory)
+        if isinstance(run.data, Remote):
+            run.data.begin(directory)
+        elif evaluator.loader(self.evaluate_on) is None:
             raise UsageError("evaluate_on", self.evaluate_on, "a part that the data have")
         module.on_fit_start()
         look_over(module, self.evaluate_on, run)
@@ -231,19 +233,11 @@ class FederatedLoop:
                 callback.on_client_end(run, training.module, report)
 
         names = personal_names(algorithm.personal, travelling(training.module))
-        worker = Worker(
-            training,
-            data,
-            algorithm.client,
-            rounds.directory.memory,
-            self.local_epochs,
-            counters=snapshot(counters(training.module)),
-            still=Still(training.module),
-            up=algorithm.up,
-            down=algorithm.down,
-            on_client_end=client_ended if hooks else None,
-        )
-        runtime, most = serial(worker, self.options.on_client_error, self._faults), max_weight(data, self.local_epochs)
+        worker = worker_of(self, training, data, rounds.directory.memory, client_ended if hooks else None)
+        if isinstance(data, Remote):
+            runtime, most = data.runtime(), data.max_weight()
+        else:
+            runtime, most = serial(worker, self.options.on_client_error, self._faults), max_weight(data, self.local_epochs)
         lenient = bool(self._faults) or self.options.on_client_error == "drop"
         options = RoundOptions(
             self.local_epochs,

@@ -46,14 +46,23 @@ class RunDirectory:
         config: the resolved configuration, nested dictionaries of plain values.
         keep: checkpoints that stay.
         num_clients: clients that may have something to remember, in `memory`.
+        memory: what they remember, where it is not kept here.
 
     Raises:
         UsageError: the directory cannot be written, or belongs to a run of another configuration.
     """
 
-    def __init__(self, path: Path | None, config: Mapping[str, Any], keep: int, num_clients: int = 0) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        config: Mapping[str, Any],
+        keep: int,
+        num_clients: int = 0,
+        memory: ClientMemory | None = None,
+    ) -> None:
         self.path, self.keep = path, keep
-        self.memory: ClientMemory = MemoryInRam() if path is None else MemoryOnDisk(path / "clients", num_clients)
+        here: ClientMemory = MemoryInRam() if path is None else MemoryOnDisk(path / "clients", num_clients)
+        self.memory = memory or here
         self._start: list[ServerState] = []
         self._again, self._done = "baseline" in config, 0  # whether all can be made anew; complete rounds that were found
         if path is None:
