@@ -6,6 +6,7 @@ import secrets
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, final
 
 import pytorch_lightning as pl
@@ -31,7 +32,7 @@ from fedtune.flower.records import (
     read_share,
     request_record,
 )
-from fedtune.flower.setups import SERVER, Setup, beside_the_caller, from_file, run_values
+from fedtune.flower.setups import SERVER, Setup, from_file, run_values
 from fedtune.flower.sites import PAUSE, Site, Sites
 from fedtune.runs.loop import FederatedLoop
 from fedtune.storage.config import config_of
@@ -47,7 +48,8 @@ def server_app(setup: Setup | None = None) -> ServerApp:
     Args:
         setup: as in `client_app`, where "place" is "server"; of its data only `num_clients` and `label_names` are looked at.
     """
-    app, made = ServerApp(), setup or from_file(beside_the_caller())
+    beside = Path(sys._getframe(1).f_globals.get("__file__", ".")).resolve().parent  # an app's files lie side by side
+    app, made = ServerApp(), setup or from_file(beside)
 
     @app.main()
     def main(grid: Grid, context: AppContext) -> None:

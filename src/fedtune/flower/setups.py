@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,8 +136,3 @@ def of_site(setup: Setup, run: Mapping[str, Any], node: Mapping[str, Any]) -> Pa
     if own:
         own = {"data.num_clients": 1, "data.split": "iid"} | own
     return Parts(*setup({**run, **node, **own, "place": SITE}))
-
-
-def beside_the_caller() -> Path:
-    """The folder of the file that calls the function that calls this: an app's files lie side by side."""
-    return Path(sys._getframe(2).f_globals.get("__file__", ".")).resolve().parent
