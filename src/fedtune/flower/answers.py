@@ -72,9 +72,10 @@ class Answers:
             client = client_of(self._node)
             return {"query": self._about, "train": self._train, "evaluate": self._evaluate}[kind](content, client)
         except ClientError as error:
-            ours = error.__cause__ is None or isinstance(error.__cause__, RunError)
+            cause = error.__cause__
+            ours = cause is None or isinstance(cause, RunError)
             print(f"fedtune: {error}", file=sys.stderr)
-            return stopped_content(client, error.reason if ours else _kind(error.__cause__), ends=False)
+            return stopped_content(client, error.reason if ours else f"{type(cause).__name__} (its log says more)", ends=False)
         except (UsageError, RunError) as error:
             print(f"fedtune: {error}", file=sys.stderr)
             return stopped_content(client, str(error), ends=True)
@@ -123,7 +124,7 @@ class Answers:
 
     def _evaluate(self, content: RecordDict, client: int) -> RecordDict:
         values = values_of(content, EVALUATION)
-        memory = Memory(values["run"], values["newest"])
+        memory = Memory(values["run"], values["newest"], values["oldest"])
         evaluator, worker = self._worker(values["client"], values["num_clients"], memory)
         here = travelling(evaluator.training.module)
         assign_(here, here | groups_of(content)["weights"])
@@ -182,10 +183,6 @@ def _private(what: str) -> Iterator[None]:
         if not isinstance(error, (UsageError, RunError)):
             traceback.print_exc()
         raise RunError(f"{what}, its log says why ({type(error).__name__})") from None
-
-
-def _kind(error: BaseException) -> str:
-    return f"{type(error).__name__} (its log says more)"
 
 
 def _is_own(data: Any, num_clients: int) -> bool:

@@ -42,7 +42,16 @@ REQUEST = {
     "newest": int,
     "oldest": int,
 }
-EVALUATION = {"run": str, "client": int, "num_clients": int, "part": str, "steps": int, "epochs": int, "newest": int}
+EVALUATION = {
+    "run": str,
+    "client": int,
+    "num_clients": int,
+    "part": str,
+    "steps": int,
+    "epochs": int,
+    "newest": int,
+    "oldest": int,
+}
 REPLY = {"client": int, "round": int, "weight": int, "bytes_up": int, "kept": bool, "report": str}
 SHARE = {"client": int, "examples": int, "metrics": str, "own_accuracy": float}
 STOPPED = {"client": int, "stopped": str, "ends": bool}
@@ -179,6 +188,7 @@ def evaluation_record(part: str, position: Position, client: int, num_clients: i
             "steps": position.steps,
             "epochs": position.epochs,
             "newest": memory.newest,
+            "oldest": memory.oldest,
         }
     )
 

@@ -54,9 +54,9 @@ def run_values(config: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in config.items():
         key = name.replace("-", "_")
         if key in RUN_KEYS:
-            number = isinstance(RUN_KEYS[key], float) and type(value) in (int, float) and value > 0
-            if not number and type(value) is not type(RUN_KEYS[key]):
-                raise UsageError(name, value, "a number of seconds, above 0" if isinstance(RUN_KEYS[key], float) else "text")
+            seconds = isinstance(RUN_KEYS[key], float)
+            if (type(value) not in (int, float) or value <= 0) if seconds else not isinstance(value, str):
+                raise UsageError(name, value, "a number of seconds, above 0" if seconds else "text")
             found[key] = value
         elif name.startswith(_SECTIONS) or name in ("seed", "logger", "place"):
             found[name] = value

@@ -85,9 +85,7 @@ class Sites:
         self._asked = {message: node for message, node in self._asked.items() if node in self._online}
         if self._asked:
             for answer in self.grid.pull_messages(list(self._asked)):
-                node = self._asked.pop(answer.metadata.reply_to_message_id, None)
-                if node is not None:
-                    self._take(self._read(node, answer))
+                self._take(self._read(self._asked.pop(answer.metadata.reply_to_message_id), answer))
 
     def wait(self, clients: Collection[int], seconds: float, unanswered: bool = False) -> None:
         """Wait until the sites of these clients are there, but so long at most.
