@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -19,6 +20,8 @@ from typing import Any
 import pytest
 
 pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedtune[flower]'")
+
+from conftest import make_task
 
 import fedtune
 from fedtune.runs.flags import fit, resolve
@@ -85,7 +88,8 @@ class Federation:
 
     @property
     def environment(self) -> dict[str, str]:
-        own = {"FLWR_HOME": str(self.home), "FLWR_TELEMETRY_ENABLED": "0", "OMP_NUM_THREADS": "1", "FLWR_LOG_LEVEL": "INFO"}
+        own = {"FLWR_HOME": str(self.home), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1"}
+        own |= {"OMP_NUM_THREADS": "1"}
         others = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}  # it compiles once
         return {**others, **own, "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONUNBUFFERED": "1"}
 
@@ -114,12 +118,13 @@ class Federation:
             time.sleep(0.1)
         raise AssertionError(self.log("link"))
 
+    def register(self, client: int) -> None:
+        command = [str(BIN / "flwr"), "supernode", "register", f"node{client}.pub", "loop"]
+        subprocess.run(command, env=self.environment, cwd=self.folder, check=True, capture_output=True, timeout=PATIENCE)
+
     def node(self, client: int, *more: str) -> subprocess.Popen[bytes]:
-        own = (
-            ["--root-certificates", "ca.crt", "--auth-supernode-private-key", f"node{client}"]
-            if self.secure
-            else ["--insecure"]
-        )
+        keys = ["--root-certificates", "ca.crt", "--auth-supernode-private-key", f"node{client}"]
+        own = keys if self.secure else ["--insecure"]
         where = ["--superlink", f"127.0.0.1:{self.port}", "--port", str(free_port())]
         config = " ".join([f"partition-id={client}", f'memory="{self.folder}/memory{client}"', *more])
         return self.start(f"node{client}", "flower-supernode", *own, *where, "--node-config", config)
@@ -178,7 +183,8 @@ def rounds_of(run: Path) -> list[dict[str, Any]]:
 
 
 def test_two_sites_come_to_the_bits_of_one_process(tmp_path: Path, tiny_bert: str, task: fedtune.TextTask) -> None:
-    config = config_of(write_csv(tmp_path / "texts.csv", task), tiny_bert, algorithm="scaffold")
+    texts = write_csv(tmp_path / "texts.csv", task)
+    config = config_of(texts, tiny_bert, algorithm="scaffold", check_val_every_n_rounds=3)
     config["model"]["optimizer"] = "sgd"
     with federation(tmp_path / "flower") as sites:
         sites.link()
@@ -188,7 +194,45 @@ def test_two_sites_come_to_the_bits_of_one_process(tmp_path: Path, tiny_bert: st
     assert (tmp_path / "run" / "summary.json").exists(), said
     fit(resolve(config), run_dir=str(tmp_path / "serial"))
     assert weights_sha(tmp_path / "run") == weights_sha(tmp_path / "serial")
-    for one, other in zip(rounds_of(tmp_path / "run"), rounds_of(tmp_path / "serial"), strict=True):
-        assert one["accuracy"] == pytest.approx(other["accuracy"])
-        assert one["loss_nats"] == pytest.approx(other["loss_nats"], rel=1e-5)
-        assert one["bytes_up"] == other["bytes_up"]
+    one, other = rounds_of(tmp_path / "run")[-1], rounds_of(tmp_path / "serial")[-1]
+    assert one["accuracy"] == pytest.approx(other["accuracy"])
+    assert one["loss_nats"] == pytest.approx(other["loss_nats"], rel=1e-5)
+    assert one["bytes_up"] == other["bytes_up"]
+
+
+def certificates(folder: Path) -> None:
+    """An authority of its own, a certificate of the server, and a key for each node: docs/sites.md has the same commands."""
+    (folder / "server.ext").write_text("subjectAltName = IP:127.0.0.1, DNS:localhost\n")
+    for command in (
+        "openssl req -x509 -newkey rsa:2048 -nodes -days 30 -subj /CN=authority -keyout ca.key -out ca.crt",
+        "openssl req -newkey rsa:2048 -nodes -subj /CN=localhost -keyout server.key -out server.csr",
+        "openssl x509 -req -in server.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 30 -extfile server.ext -out server.pem",
+        "ssh-keygen -q -t ecdsa -b 384 -N '' -f node0",
+        "ssh-keygen -q -t ecdsa -b 384 -N '' -f node1",
+        "ssh-keygen -q -t ecdsa -b 384 -N '' -f node2",
+    ):
+        subprocess.run(shlex.split(command), cwd=folder, check=True, capture_output=True)
+
+
+@pytest.mark.skipif(not (shutil.which("openssl") and shutil.which("ssh-keygen")), reason="openssl and ssh-keygen make the keys")
+def test_sites_with_keys_and_data_of_their_own(tmp_path: Path, tiny_bert: str) -> None:
+    config = config_of(Path("nowhere.csv"), tiny_bert, max_rounds=1, check_val_every_n_rounds=2)
+    config["data"]["split"] = "iid"
+    with federation(tmp_path / "flower", secure=True) as sites:
+        certificates(sites.folder)
+        sites.link()
+        for client in range(2):
+            file = write_csv(
+                tmp_path / f"site{client}.csv", make_task(texts_per_author=20 + 8 * client, authors=3, seed=client)
+            )
+            sites.register(client)
+            sites.node(client, f'data.task_options.path="{file}" name="site {client}"')
+        strange = sites.node(2)  # its key is not registered
+        said = sites.run(write_app(tmp_path / "app", config), f'run-dir="{tmp_path}/run"')
+        assert strange.poll() not in (None, 0), sites.log("node2")
+    assert (tmp_path / "run" / "summary.json").exists(), said
+    assert "client 1 is at site site 1, " in said
+    (record,) = rounds_of(tmp_path / "run")
+    assert [report["client"] for report in record["clients"]] == [0, 1]
+    assert record["clients"][0]["num_examples"] < record["clients"][1]["num_examples"]
+    assert 0 < json.loads((tmp_path / "run" / "summary.json").read_text())["accuracy"] <= 1
