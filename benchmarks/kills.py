@@ -1,9 +1,10 @@
 """Question: does a run, or a sweep, that is killed at any moment end with the bits of one that was left alone?
 
 Real processes are killed at moments drawn uniformly over their length (kill -9, some SIGTERM and SIGINT) and started again with
-the same command until they end; a start after a kill may be killed, too. Runs with baselines, runs whose clients remember, and
-sweeps with two workers take turns; of a sweep the runner, a worker, or all its processes are killed. Then every file is
-compared with that of an undisturbed one (times, logs and versions aside), and there must be no other file.
+the same command until they end; a start after a kill may be killed, too. Runs with baselines, runs whose clients remember, runs
+of three processes (`--workers 3`), and sweeps with two workers take turns; of a sweep the runner, a worker, or all its
+processes are killed, of a run of three processes one of them, or the command that has started them. Then every file is compared
+with that of an undisturbed one (times, logs and versions aside), and there must be no other file.
 Run it from the project's folder: .venv/bin/python benchmarks/kills.py
 """
 
@@ -66,6 +67,8 @@ def command_line(arguments: list[str], log: Path, server: str) -> None:
     from fedtune.cli import main
 
     sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115 - it is the child's output to its end
+    for stream in (1, 2):
+        os.dup2(sys.stdout.fileno(), stream)  # that of its own processes, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["FEDTUNE_CACHE"] = str(log.parent / "cache")
     torch.set_num_threads(1)
@@ -182,6 +185,13 @@ def kill(kind: Kind, rng: random.Random, process: multiprocessing.process.BasePr
     return True
 
 
+def starter_or_rank(rng: random.Random, starter: int, folder: Path) -> list[int]:
+    """One of the processes of a run, or the command that has started them."""
+    children = Path(f"/proc/{starter}/task/{starter}/children")
+    ranks = [int(one) for one in children.read_text().split()] if children.exists() else []
+    return [rng.choice(ranks)] if ranks and rng.random() < 0.8 else [starter]
+
+
 def runner_or_workers(rng: random.Random, runner: int, folder: Path) -> list[int]:
     """The runner of a sweep, one of its workers, or all; workers are processes of our server that have a lock in the folder."""
     server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
@@ -212,6 +222,7 @@ def kinds(model: str, data: str, sweep: Path) -> Iterator[Kind]:
     yield Kind("a run with baselines", run(), only)
     remembering = {"loop__algorithm__client": json.dumps({"name": "Remembering"}), "loop__clients_per_round": 3}
     yield Kind("a run with memory of clients", run(loop__baselines="[]", loop__max_rounds=5, **remembering), only)
+    yield Kind("a run of three processes", run(workers=3, loop__clients_per_round=3, loop__algorithm="ditto"), starter_or_rank)
     parameters: dict[str, Any] = {name: {"value": value} for name, value in values.items()}
     parameters |= {"data.task_options": {"value": {"path": data}}, "data.num_clients": {"value": 3}}
     parameters["loop.algorithm"] = {"values": ["fedavg", "fedavgm"]}  # they share a baseline
@@ -267,6 +278,7 @@ def undisturbed(kind: Kind, place: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200, help="how many in all")
+    parser.add_argument("--only", help="a part of the name of a kind: no others")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="kills", help="of the file of results; - writes none")
     given = parser.parse_args()
@@ -275,6 +287,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=Path.cwd(), ignore_cleanup_errors=True) as name:
         place = Path(name)
         known = list(kinds(save_model(place / "model"), save_data(place / "data.csv"), place / "sweep.yaml"))
+        known = [kind for kind in known if given.only is None or given.only in kind.name]
         for number, kind in enumerate(known):
             undisturbed(kind, place / f"calm-{number}")
         number = 0

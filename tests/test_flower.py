@@ -204,9 +204,9 @@ def certificates(folder: Path) -> None:
     """An authority of its own, a certificate of the server, and a key for each node: docs/sites.md has the same commands."""
     (folder / "server.ext").write_text("subjectAltName = IP:127.0.0.1, DNS:localhost\n")
     for command in (
-        "openssl req -x509 -newkey rsa:2048 -nodes -days 30 -subj /CN=authority -keyout ca.key -out ca.crt",
+        "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=authority -keyout ca.key -out ca.crt",
         "openssl req -newkey rsa:2048 -nodes -subj /CN=localhost -keyout server.key -out server.csr",
-        "openssl x509 -req -in server.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 30 -extfile server.ext -out server.pem",
+        "openssl x509 -req -in server.csr -CA ca.crt -CAkey ca.key -CAcreateserial -extfile server.ext -out server.pem",
         "ssh-keygen -q -t ecdsa -b 384 -N '' -f node0",
         "ssh-keygen -q -t ecdsa -b 384 -N '' -f node1",
         "ssh-keygen -q -t ecdsa -b 384 -N '' -f node2",

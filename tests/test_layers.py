@@ -20,9 +20,10 @@ FOLDERS = {
     "runtimes": ("federated",),
     "runs": ("models", "federated", "data", "storage", "algorithms", "runtimes"),
     "reports": ("runs", "storage"),
-    "sweeps": ("runs", "storage"),
+    "sweeps": ("runs", "storage", "runtimes"),
     "testing": ("federated", "algorithms", "runtimes", "storage"),
-    "cli": ("runs", "reports", "sweeps", "data"),
+    "flower": ("runs", "data", "models", "federated", "algorithms", "storage"),
+    "cli": ("runs", "reports", "sweeps", "data", "runtimes"),
 }
 LAZY = ("datasets", "wandb", "jsonargparse", "matplotlib", "optuna")  # a machine that only trains need not have them
 COMMANDS = ("runs.parser", "runs.flags", "cli")  # with these begins the command line

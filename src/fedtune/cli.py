@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from fedtune.errors import RenamedWarning, RunError, UsageError, at_least
+from fedtune.errors import Elsewhere, RenamedWarning, RunError, UsageError, at_least
 from fedtune.files import printable, said
+from fedtune.runtimes.environment import has_others
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -23,9 +24,17 @@ STOPPED, INTERRUPTED = 2, 130
 _LONGEST, _NAME = 600, 60  # characters of a line, and of a name in a table
 
 
-def stop(code: int, text: str) -> NoReturn:
-    """End the command with one line."""
-    print(f"fedtune: {printable(text, _LONGEST)}", file=sys.stderr)
+def stop(code: int, text: str, error: BaseException | None = None) -> NoReturn:
+    """End the command with one line; of several processes of a run one says it."""
+    if isinstance(error, Elsewhere):
+        code = error.code
+    before: str | None = ""
+    if has_others():
+        from fedtune.runtimes.processes import voice
+
+        before = voice(error or RunError(text), code)
+    if before is not None:
+        print(f"fedtune: {before}{printable(text, _LONGEST)}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -33,21 +42,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Exit code 2: a value that cannot be used, or a run that had to stop; 130: interrupted; 1: a
     sweep with failed runs."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if has_others():  # torch's own lines, some with C++ frames, when another process is gone; read when torch is imported
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.showwarning = _show_warning
     given = list(sys.argv[1:] if arguments is None else arguments)
     name = given[0] if given and given[0] in _COMMANDS else _choose(given)
     hint = ""
     try:
         options = parser(name).parse_args(given[1:])
+        options["words"] = given
         logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # after the import, which sets it
         kept = options.get("run_dir") or options.get("runs_dir")
         if kept:
             hint = f"; the same command goes on from the last complete round in {kept}"
         _COMMANDS[name].act(options)
     except (UsageError, RunError) as error:
-        stop(STOPPED, " ".join(str(error).split()))
-    except KeyboardInterrupt:
-        stop(INTERRUPTED, f"interrupted{hint}")
+        stop(STOPPED, " ".join(str(error).split()), error)
+    except KeyboardInterrupt as error:
+        stop(INTERRUPTED, f"interrupted{hint}", error)
 
 
 def _choose(given: Sequence[str]) -> NoReturn:
@@ -63,6 +75,8 @@ def _choose(given: Sequence[str]) -> NoReturn:
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     """One line for a warning of ours; other libraries' warnings are not for the user of a command."""
+    if has_others(and_follows=True):
+        return
     if issubclass(category, RenamedWarning) or (category is UserWarning and "fedtune" in (_[0] if _ else "")):
         print(f"fedtune: {message}", file=sys.stderr)
 
@@ -81,6 +95,9 @@ def _fill_run(found: Parser) -> None:
     from fedtune.runs.flags import add_run_arguments
 
     add_run_arguments(found)
+    found.add_argument(
+        "--workers", type=int, default=1, help="processes on this machine that share the clients of a round, and the threads"
+    )
 
 
 def _fill_sweep(found: Parser) -> None:
@@ -123,19 +140,48 @@ def _fill_export(found: Parser) -> None:
 
 
 def _run(options: Namespace) -> None:
-    from fedtune.runs.flags import fit, name_of, resolved
+    from fedtune.runs.flags import fit, flags, name_of, resolved
+    from fedtune.runtimes.processes import ranks_of
     from fedtune.sweeps.worker import recorded
 
     arguments = resolved(options)
+    at_least("--workers", options.workers, 1)
+    if options.workers > 1 and not has_others():
+        _launch(options)
+        return
+    with flags("loop"):
+        ranks = ranks_of(options.loop.runtime)
+    if options.workers not in (1, ranks.size):
+        raise UsageError("--workers", options.workers, f"nothing, or {ranks.size}, which is how many were started")
     if options.run_dir is None and options.runs_dir is not None:
-        loop = recorded(arguments, Path(options.runs_dir) / name_of(arguments), logger=options.logger)
+        folder = Path(options.runs_dir) / name_of(arguments)
+        if ranks.leads:
+            loop = recorded(arguments, folder, logger=options.logger)
+        else:
+            loop = fit(arguments, run_dir=str(folder), logger=options.logger)
     else:
         loop = fit(arguments, run_dir=options.run_dir, logger=options.logger)
+    if not ranks.leads:
+        return
     shown = ("accuracy", "macro_f1", "majority_accuracy", "local_accuracy", "centralised_accuracy")
     values = [f"{name} {loop.summary[name]:.3f}" for name in shown if loop.summary.get(name) is not None]
     print(f"test part: {'  '.join(values)}")
     if loop.run_dir:
         print(f"records, weights and curves: {Path(loop.run_dir).resolve()}")
+
+
+def _launch(options: Namespace) -> None:
+    """The same command, in several processes."""
+    from fedtune.runs.launcher import launch
+
+    if options.loop.runtime == "serial":
+        raise UsageError("--loop.runtime", "serial", "auto or torchrun, with --workers")
+    code, text = launch(options.words, options.workers)
+    kept = options.run_dir or options.runs_dir
+    if text is not None:
+        stop(code, text + (f"; the same command goes on from the last complete round in {kept}" if kept else ""))
+    if code:
+        raise SystemExit(code)
 
 
 def _sweep(options: Namespace) -> None:
@@ -150,9 +196,9 @@ def _sweep(options: Namespace) -> None:
         sweep = grid.read(options.file, options.only)
         if options.dry_run:
             grid.check_cells(sweep, options.file)
-            runner.plan(sweep, folder, options.workers)
+            runner.plan(sweep, folder, sweep.at_a_time(options.workers))
             return
-        failed = runner.run(sweep, folder, options.workers, "wandb" if options.wandb else "none")
+        failed = runner.run(sweep, folder, sweep.at_a_time(options.workers), "wandb" if options.wandb else "none")
     if failed:
         raise SystemExit(1)
 

@@ -76,3 +76,17 @@ class ClientError(RunError):
     def __init__(self, where: str, reason: str) -> None:
         self.reason = " ".join(reason.removeprefix(where).lstrip(":, ").split())[:200]
         super().__init__(reason if reason.startswith(where) else f"{where}: {reason}")
+
+
+class Elsewhere(RunError):
+    """Another process of the run had to stop; it is the one that says why.
+
+    Args:
+        rank: which.
+        text: why, in a line.
+        code: with which exit code a command ends that one.
+    """
+
+    def __init__(self, rank: int, text: str, code: int = 2) -> None:
+        self.code = code
+        super().__init__(f"rank {rank}: {text}")

@@ -58,7 +58,8 @@ class _Robust(Aggregator):
 
     def __call__(self, replies: Iterator[Reply], state: ServerState, context: Context, runtime: Runtime) -> Groups:
         """Keep all updates, then make one of them."""
-        with Spool(runtime, len(context.cohort)) as spool:
+        home = next((tensor.device for tensor in state.weights.values()), torch.device("cpu"))
+        with Spool(runtime, len(context.cohort), home) as spool:
             for reply in replies:
                 spool.add(reply.client, reply.groups["update"])
             spool.complete()

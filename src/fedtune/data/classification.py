@@ -234,6 +234,10 @@ class FederatedDataModule(pl.LightningDataModule):
         """Training batches of one client, in a new random order each time it is iterated."""
         return self._training(self.client_indices[client])
 
+    def client_tokens(self, client: int) -> int:
+        """Tokens of a client's texts, as they are cut to `max_length`."""
+        return int(self.tokens.lengths_of(torch.from_numpy(self.client_indices[client])).sum())
+
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Training batches of all clients' texts, pooled."""
         return self._training(np.sort(np.concatenate(self.client_indices)))  # the same whatever the split

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fedtune.federated.pieces import Pieces
-from fedtune.federated.sums import MANTISSA_32, Total
+from fedtune.federated.sums import MANTISSA_32, Key, Total, Workers, join
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class RunningAgreement:
     def __init__(self, most: int, full: bool = True) -> None:
         self._full = full
         self._bits = min(MANTISSA_32, 30 - (most - 1).bit_length())
-        self._units: dict[str, Total] = {}
+        self._units: dict[Key, Total] = {}
         self._clients: dict[int, tuple[int, dict[str, float]]] = {}
         self._moved = 0
 
@@ -54,15 +54,19 @@ class RunningAgreement:
             return
         self._moved += 1
         for name, tensor in update.tensors.items():
-            if name not in self._units:
-                self._units[name] = Total(tensor, MANTISSA_32)
+            if ("update", name) not in self._units:
+                self._units["update", name] = Total(tensor, MANTISSA_32)
         scale = 2.0**self._bits / update.length
-        update.watched_by(lambda name, place, values: self._units[name].add(place, values, scale))
+        update.watched_by(lambda name, place, values: self._units["update", name].add(place, values, scale))
 
-    def result(self, mean: Pieces) -> Agreement:
-        """The agreement of all clients; `mean` is the weighted mean of their updates."""
+    def result(self, mean: Pieces, workers: Workers | None = None) -> Agreement:
+        """The agreement of the clients of all workers; `mean` is the weighted mean of their updates."""
         if not self._full:
             return Agreement(mean.length)
+        if workers is not None:
+            join(self._units, workers)
+            self._clients = {client: found for one in workers.gather([self._clients]) for client, found in one.items()}
+            self._moved = sum(workers.gather([self._moved]))
         clients = [self._clients[client] for client in sorted(self._clients)]
         total = sum(weight for weight, _ in clients)
         drift = {

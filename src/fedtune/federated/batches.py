@@ -29,6 +29,7 @@ class Transfer:
     def __init__(self, fabric: Fabric, module: pl.LightningModule, data: Any) -> None:
         self._fabric = fabric
         self._before, self._move, self._after = (self._hook(name, module, data) for name in _HOOKS)
+        self.on_batch: Callable[[], None] | None = None  # called with each
 
     @staticmethod
     def _hook(name: str, module: pl.LightningModule, data: Any) -> Callable[..., Any] | None:
@@ -37,6 +38,8 @@ class Transfer:
 
     def __call__(self, batch: Any, dataloader_idx: int = 0) -> Any:
         """The batch on the device."""
+        if self.on_batch is not None:
+            self.on_batch()
         if self._before is not None:
             batch = self._before(batch, dataloader_idx)
         device = self._fabric.device

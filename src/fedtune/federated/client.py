@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from fedtune.errors import ClientError, RunError, UsageError
+from fedtune.errors import ClientError, Elsewhere, RunError, UsageError
 from fedtune.federated.memory import ClientMemory
 from fedtune.federated.messages import (
     ClientReport,
@@ -266,7 +266,7 @@ class Worker:
         try:
             with seeded(context.seed, "client", request.round, number):
                 groups = self.client(client)
-        except UsageError:
+        except (UsageError, Elsewhere):
             raise
         except RunError as error:
             raise ClientError(f"round {request.round}, client {number}", str(error)) from error.__cause__ or error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,7 +17,10 @@ from torch import Tensor
 from fedtune.errors import RunError
 from fedtune.federated.batches import begin_epoch, call_step, is_whole, limited, loaders_of, num_batches
 from fedtune.federated.logs import LogRecorder, logging_to
+from fedtune.federated.ranks import ALONE, Ranks
 from fedtune.federated.remote import Remote, pooled
+from fedtune.federated.shared import is_shared, join
+from fedtune.federated.stages import Stages
 from fedtune.federated.training import Training
 from fedtune.randomness import seeded
 
@@ -46,7 +49,9 @@ def attached(training: Training) -> Iterator[None]:
             part.trainer = trainer
 
 
-def evaluate(training: Training, loader: Any, part: str = "validation", reserved: Collection[str] = ()) -> Evaluation:
+def evaluate(
+    training: Training, loader: Any, part: str = "validation", reserved: Collection[str] = (), ranks: Ranks = ALONE
+) -> Evaluation:
     """Run `validation_step` over a loader, on the test part `test_step` where there is one, without gradients or dropout.
 
     The hooks of the stage are called in a `Trainer`'s order.
@@ -55,13 +60,15 @@ def evaluate(training: Training, loader: Any, part: str = "validation", reserved
         training: of the module, which is attached.
         loader: one, or several in a list.
         reserved: names that the module must not log.
+        ranks: share out the batches, where the module allows it (`fedtune.federated.shared`); else each goes through all.
 
     Returns:
         what the module logs: numbers averaged over examples, torchmetrics computed over all examples; and what was right.
     """
     module, trainer, loaders = training.module, training.trainer, loaders_of(loader)
     stage = step_of(module, part) or "validation"
-    pass_ = _Pass(training, stage, LogRecorder(reserved))
+    shared = ranks.size > 1 and len(loaders) == 1 and is_shared(module, stage)
+    pass_ = _Pass(training, stage, LogRecorder(reserved), ranks if shared else ALONE)
     check_loader_index(module, f"{stage}_step", len(loaders))
     trainer.validating, trainer.testing = stage == "validation", stage == "test"
     try:
@@ -72,12 +79,15 @@ def evaluate(training: Training, loader: Any, part: str = "validation", reserved
             batches = sum(pass_.over(one, part, () if len(loaders) == 1 else (place,)) for place, one in enumerate(loaders))
             if not batches:
                 trainer.progress_bar_callback.print(f"the {part} part has no batch")
+            if shared:
+                pass_.correct = join(pass_.recorder, module, pass_.correct, ranks)
             pass_.hook("epoch_end")
             metrics = pass_.recorder.results()
             pass_.hook("end")
     finally:
         trainer.validating = trainer.testing = False
-    return Evaluation(metrics, torch.cat(pass_.correct).cpu() if pass_.correct and len(loaders) == 1 else None)
+    correct = [pass_.correct[index] for index in sorted(pass_.correct)]
+    return Evaluation(metrics, torch.cat(correct).cpu() if correct and len(loaders) == 1 else None)
 
 
 def check_loader_index(module: pl.LightningModule, step: str, loaders: int) -> None:
@@ -114,11 +124,14 @@ class _Pass:
 
     Args:
         stage: "validation" or "test": the step and the hooks.
+        ranks: share out the batches.
     """
 
-    def __init__(self, training: Training, stage: str, recorder: LogRecorder) -> None:
-        self._training, self._stage, self.recorder = training, stage, recorder
-        self.correct: list[Tensor] = []
+    def __init__(self, training: Training, stage: str, recorder: LogRecorder, ranks: Ranks) -> None:
+        self._training, self._stage, self.recorder, self._ranks = training, stage, recorder, ranks
+        self.correct: dict[int, Tensor] = {}  # by the number of the batch
+        if ranks.size > 1:
+            recorder.journal = []
 
     def hook(self, name: str, *values: Any) -> None:
         """Call the hook of the stage, without autocast."""
@@ -154,53 +167,20 @@ class _Pass:
         limit = training.limit(part)
         most = None if is_whole(limit) else num_batches(loader, limit, f"the {part} part")
         for index, batch in enumerate(limited(loader, most)):
+            count += 1
+            if index % self._ranks.size != self._ranks.rank:
+                continue
             with torch.autocast(training.fabric.device.type, enabled=False):
                 batch = training.transfer(batch, *number)
-            recorder.batch = batch
+            recorder.batch, recorder.index = batch, index
             self.hook("batch_start", batch, index, *number)
             output = call_step(training.trainer, f"{self._stage}_step", batch, index, *number)
             self.hook("batch_end", output, batch, index, *number)
             if isinstance(output, dict) and "correct" in output:
-                self.correct.append(output["correct"])
-            count += 1
+                self.correct[index] = output["correct"]
         recorder.end_loader()
         recorder.batch, recorder.suffix = None, ""
         return count
-
-
-class Stages:
-    """Calls `setup` of data and module once a stage, and `teardown` for each in the end.
-
-    Args:
-        parts: data and module, those that have such hooks.
-    """
-
-    def __init__(self, *parts: Any) -> None:
-        self._parts = [part for part in parts if hasattr(part, "setup")]
-        self._begun: list[str] = []
-        self.used: list[Any] = []  # iterators that were gone through
-
-    def begin(self, stage: str) -> None:
-        """`setup` of a stage that has not begun."""
-        if stage not in self._begun:
-            self._begun.append(stage)
-            for part in self._parts:
-                part.setup(stage)
-
-    @contextlib.contextmanager
-    def reported(self) -> Iterator[None]:
-        """Inside the block an error is reported to the data; at its end comes `teardown` of all stages that have begun."""
-        try:
-            yield
-        except BaseException as error:
-            for part in self._parts:
-                if isinstance(part, pl.LightningDataModule):
-                    part.on_exception(error)
-            raise
-        finally:
-            for stage in self._begun:
-                for part in (one for one in self._parts if hasattr(one, "teardown")):
-                    part.teardown(stage)
 
 
 @dataclass(frozen=True)
@@ -211,6 +191,7 @@ class Evaluator:
         training: the module, its device and precision, the seed of the run, the data.
         part: the part that rounds are evaluated on, "validation" or "test".
         evaluation: "pooled" (metrics over all examples), or "clients" (means over clients of means over batches).
+        ranks: do it together.
         remote: the clients, where they have the data and not this process.
     """
 
@@ -219,6 +200,7 @@ class Evaluator:
     evaluation: str = "pooled"
     reserved: frozenset[str] = frozenset()
     stages: Stages = field(default_factory=Stages)
+    ranks: Ranks = ALONE
     remote: Remote | None = None
 
     @property
@@ -255,8 +237,9 @@ class Evaluator:
         loader = self.loader(part) if step_of(self.training.module, part) else None
         if loader is None:
             return Evaluation({})
-        with seeded(self.training.seed, "evaluate"), self._named(part):  # a loader draws a seed, even when nothing is random
-            found = evaluate(self.training, loader, part, self.reserved)
+        # a loader draws a seed, even when nothing is random
+        with seeded(self.training.seed, "evaluate"), self._named(part), self.ranks.watched():
+            found = evaluate(self.training, loader, part, self.reserved, self.ranks)
         if part == self.part:
             self.training.trainer.callback_metrics = {name: torch.tensor(value) for name, value in found.metrics.items()}
         return found
@@ -285,21 +268,20 @@ class Evaluator:
             if of_client is None or correct_N is None or not is_whole(self.training.limit(self.part)):
                 return metrics, []
             return metrics, of_client(self.part, correct_N)
-        of_clients = self.evaluate_clients(range(self.data.num_clients))
+        of_clients = self.evaluate_clients(range(self.data.num_clients))  # each by one rank
         return _mean(of_clients), [one.get("accuracy") for one in of_clients]
 
-    def evaluate_clients(self, clients: Iterable[int]) -> list[dict[str, float]]:
+    def evaluate_clients(self, clients: Sequence[int]) -> list[dict[str, float]]:
         """For each client the mean of batches, on its share of the test part."""
-        of_clients: list[dict[str, float]] = []
+        found: dict[int, dict[str, float]] = {}
         limit = self.training.limit(self.part)
-        with seeded(self.training.seed, "evaluate"), self._named(self.part):
-            for client in clients:
+        with seeded(self.training.seed, "evaluate"), self._named(self.part), self.ranks.watched():
+            for client in self.ranks.mine(clients):
                 loader = self.data.client_test_dataloader(client)
                 batches = limited(loader, None if is_whole(limit) else num_batches(loader, limit, f"client {client}"))
-                of_clients.append(
-                    _mean([evaluate(self.training, [batch], self.part, self.reserved).metrics for batch in batches])
-                )
-        return of_clients
+                found[client] = _mean([evaluate(self.training, [batch], self.part, self.reserved).metrics for batch in batches])
+        known = dict(pair for pair in self.ranks.gather(list(found.items())))
+        return [known[client] for client in clients]
 
 
 def _mean(metrics: list[dict[str, float]]) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pytorch_lightning.utilities.data import extract_batch_size
@@ -25,6 +25,16 @@ _JOIN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 Key = tuple[str, str]  # hook, name
 
 
+class Entry(NamedTuple):
+    """One call of `self.log`: in which batch, as what, how values become one, and the value, a mean's times its weight."""
+
+    batch: int
+    key: Key
+    reduction: str
+    weight: float
+    value: Tensor | Metric
+
+
 class LogRecorder:
     """A running value for every scalar, the metric object for every `Metric`. Nothing is read from the device before the end.
 
@@ -41,6 +51,8 @@ class LogRecorder:
         self._computed: dict[Key, float] = {}
         self.batch: Any = None  # of which a mean is weighted, where the module does not say
         self.suffix = ""  # of names, where there are several loaders
+        self.index = 0  # of the batch
+        self.journal: list[Entry] | None = None  # what is logged, where other ranks log, too
 
     def log(
         self,
@@ -65,15 +77,26 @@ class LogRecorder:
             return
         key = hook, name + ("_epoch" if on_step else "") + (self.suffix if add_dataloader_idx else "")
         if isinstance(value, Metric):
-            self._metrics[key] = value
+            self.take(Entry(self.index, key, "metric", 1, value))
             return
-        reduction = self._reductions.setdefault(key, _reduction(name, reduce_fx))
+        reduction = self._reductions.get(key) or _reduction(name, reduce_fx)
         weight = (batch_size or self._batch_size()) if reduction == "mean" else 1
-        self._weights[key] = self._weights.get(key, 0.0) + weight
         now = value.detach().reshape(())
         now = now.to(torch.float32 if now.device.type == "mps" else torch.float64) * weight
-        before = self._values.get(key)
-        self._values[key] = now if before is None else _JOIN[reduction](before, now)
+        self.take(Entry(self.index, key, reduction, weight, now))
+
+    def take(self, entry: Entry) -> None:
+        """Count what was logged, or write it into the journal where there is one."""
+        _, key, reduction, weight, now = entry
+        if self.journal is not None:
+            self.journal.append(entry)
+        elif isinstance(now, Metric):
+            self._metrics[key] = now
+        else:
+            self._reductions[key] = reduction
+            self._weights[key] = self._weights.get(key, 0.0) + weight
+            before = self._values.get(key)
+            self._values[key] = now if before is None else _JOIN[reduction](before, now)
 
     def end_loader(self) -> None:
         """Compute what metrics say after one of several loaders."""

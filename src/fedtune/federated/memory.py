@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from fedtune.errors import RunError
+from fedtune.federated.ranks import ALONE, Ranks
 from fedtune.files import clear, entries, is_folder, replaced, said
 from fedtune.tensors import Groups, Tensors, checksum, joined, mapped, num_bytes, parted, read_file
 
@@ -33,8 +34,10 @@ _CURE = "put back what the run has written, or start again in a new run director
 class ClientMemory(abc.ABC):
     """Groups of tensors for each client and round, on the CPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks = ALONE) -> None:
+        self._ranks = ranks
         self._newest: dict[int, int] | None = None  # client -> round, as far as rounds are complete; None: nobody knows
+        self._written: set[int] = set()  # clients that have kept something since, in this process
 
     def load(self, client: int, round: int) -> Groups:
         """What a client remembers when it takes part in a round; nothing when it never did.
@@ -51,6 +54,11 @@ class ClientMemory(abc.ABC):
         """What a client remembers once a round is done, complete or not yet; as `load`."""
         self.settle()
         return self._read(client, round) if self._has(client, round) else self.load(client, round)
+
+    @property
+    def newest(self) -> dict[int, int] | None:
+        """As for `expect`."""
+        return self._newest
 
     def expect(self, newest: Mapping[int, int] | None) -> None:
         """Be told of which round each client has kept something last; None where nobody knows, as in an older run.
@@ -72,8 +80,11 @@ class ClientMemory(abc.ABC):
             for `expect`: the last round of which each client has kept something.
         """
         self.settle()
+        own = [client for client in clients if client in self._written and self._has(client, round)]
+        self._written.clear()
+        kept = self._ranks.gather(own)  # who has written it knows; a network's folder may show it to others later
         if self._newest is not None:
-            self._newest |= {client: round for client in clients if self._has(client, round)}
+            self._newest |= dict.fromkeys(sorted(kept), round)
         return self._newest
 
     def save(self, client: int, round: int, groups: Groups) -> None:
@@ -85,6 +96,7 @@ class ClientMemory(abc.ABC):
             RunError: the disk has no room for all clients, or cannot be written.
         """
         if groups:
+            self._written.add(client)
             self._write(client, round, mapped(groups, lambda _, tensor: tensor.detach().cpu().clone()))
 
     def discard(self, round: int, clients: Iterable[int]) -> None:
@@ -149,10 +161,10 @@ class ClientMemory(abc.ABC):
 
 @final
 class MemoryInRam(ClientMemory):
-    """Grows with the number of clients; for runs that write nothing."""
+    """Grows with the number of clients; for runs of one process that write nothing."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, ranks: Ranks = ALONE) -> None:
+        super().__init__(ranks)
         self._kept: dict[int, dict[int, Groups]] = {}
 
     def _clients(self) -> list[int]:
@@ -177,6 +189,11 @@ class MemoryInRam(ClientMemory):
         return mapped(self._kept[client][round], lambda _, tensor: tensor.clone())
 
     def _write(self, client: int, round: int, groups: Groups) -> None:
+        if self._ranks.size > 1:
+            raise RunError(
+                f"round {round}, client {client}: it has something to remember, and the next time another rank may train it; "
+                "allowed: a run_dir, in a folder that all ranks see"
+            )
         self._kept.setdefault(client, {})[round] = groups
 
     def _remove(self, client: int, rounds: list[int]) -> None:
@@ -191,10 +208,11 @@ class MemoryOnDisk(ClientMemory):
     Args:
         folder: made when the first client has something to remember.
         num_clients: how many will have, to know in time whether the disk has room for all.
+        ranks: who writes to the folder: each process what its own clients remember.
     """
 
-    def __init__(self, folder: Path, num_clients: int) -> None:
-        super().__init__()
+    def __init__(self, folder: Path, num_clients: int, ranks: Ranks = ALONE) -> None:
+        super().__init__(ranks)
         self._folder, self._num_clients, self._has_room = folder, num_clients, False
         self._writer = ThreadPoolExecutor(1, "client memory")
         self._writing: dict[int, Future[None]] = {}  # client -> what it remembers, on its way to the disk

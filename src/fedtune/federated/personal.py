@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -11,6 +12,7 @@ from fedtune.errors import UsageError
 from fedtune.federated.batches import is_whole
 from fedtune.federated.evaluation import Evaluator
 from fedtune.federated.memory import ClientMemory
+from fedtune.federated.ranks import ALONE
 from fedtune.tensors import Tensors, assign_, travelling
 
 PRESETS = {
@@ -55,15 +57,20 @@ def own_accuracy(
         weights: the server's.
         shared: the accuracy of these for each client, which is that of a client that has nothing of its own yet.
     """
-    here, found = travelling(evaluator.training.module), list(shared)
-    for client in range(evaluator.data.num_clients):
+    here, found, ranks = travelling(evaluator.training.module), dict[int, float | None](), evaluator.ranks
+    alone = replace(evaluator, ranks=ALONE)
+    memory.settle()
+    ranks.gather([])  # now all have written what their clients remember
+    for client in ranks.mine(range(evaluator.data.num_clients)):
         own = memory.after(client, round).get("personal")
         if own is not None:
             assign_({name: here[name] for name in own}, own)
-            value = _accuracy_of(evaluator, client)
+            with ranks.watched():
+                value = _accuracy_of(alone, client)
             assign_({name: here[name] for name in own}, weights)
             found[client] = value
-    return found
+    known = dict(ranks.gather(list(found.items())))
+    return [known.get(client, accuracy) for client, accuracy in enumerate(shared)]
 
 
 def _accuracy_of(evaluator: Evaluator, client: int) -> float | None:

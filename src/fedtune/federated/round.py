@@ -60,7 +60,7 @@ def run_round(
     if "update" not in groups:
         raise RunError(f"round {context.round}: {type(algorithm.aggregator).__name__} returned no update, but {sorted(groups)}")
     mean = Pieces(groups["update"])
-    agreement, diagnostics = inbox.agreement.result(mean), inbox.distance(mean)
+    agreement, diagnostics = inbox.agreement.result(mean, runtime), inbox.distance(mean)
     answered = tuple(sorted(report.client for report in runtime.gather(inbox.reports)))
     here = replace(context, answered=answered, weights=_sent(state, algorithm, options)["weights"])
     groups, memory = _stepped(groups, state, algorithm, here)
@@ -114,7 +114,9 @@ class _Inbox:
                 continue
             yield checked
             checked.pieces["update"].finish()  # an aggregator may have looked at the tensors only
+        began = time.perf_counter()
         self.failures = sorted(self._runtime.gather(self.failures), key=lambda failure: failure.client)
+        self.seconds += time.perf_counter() - began  # in which other workers train
         self._runtime.discard(self._context.round, [failure.client for failure in self.failures])
         self._quorum(len(self._runtime.gather(self.reports)))
 
@@ -170,7 +172,7 @@ class _Inbox:
 
     def distance(self, aggregate: Pieces) -> dict[str, float]:
         """How far the aggregate is from the mean of the honest clients, where others lie on purpose."""
-        if not self._lying or not self._honest.any:
+        if not self._lying or not any(self._runtime.gather([self._honest.any])):
             return {}
         honest = self._honest.mean(self._runtime)["update"]
         return {"distance_from_honest_mean": distance(honest, aggregate.tensors)}

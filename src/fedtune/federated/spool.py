@@ -28,13 +28,14 @@ class Spool:
     Args:
         runtime: whose workers have the other rows.
         most: the most rows, to know in time whether the disk has room.
+        home: the device of what is made of them, where this worker has no row.
 
     Attributes:
         clients: (n,) the numbers of the clients, ascending, once all rows are there; rows are in this order.
     """
 
-    def __init__(self, runtime: Runtime, most: int) -> None:
-        self._runtime, self._most = runtime, most
+    def __init__(self, runtime: Runtime, most: int, home: torch.device | str = "cpu") -> None:
+        self._runtime, self._most, self._home = runtime, most, torch.device(home)
         self._file = tempfile.TemporaryFile(prefix="fedtune-")  # noqa: SIM115 - closed by __exit__
         self._rows: dict[int, int] = {}  # of this worker's clients, in the file
         self._like: dict[str, tuple[torch.Size, torch.device]] = {}
@@ -80,8 +81,11 @@ class Spool:
         """All rows are there."""
         self._file.flush()
         self.clients = sorted(self._runtime.gather(list(self._rows)))
-        known = [one for one in self._runtime.gather([self._like]) if one]
-        self._like = known[0] if known else {}
+        types = self._runtime.gather([(self._type.str, {name: shape for name, (shape, _) in self._like.items()})])
+        shapes = next((one for _, one in types if one), {})
+        self._type = np.dtype(max((kind for kind, one in types if one), default="<f4"))
+        if not self._like:  # no client of this worker
+            self._like = {name: (shape, self._home) for name, shape in shapes.items()}
 
     def blocks(self, rows: Sequence[int] | None = None) -> Iterator[tuple[slice, Tensor]]:
         """Columns, and the (n, columns) values there, fp32 or fp64 as they came; of some rows, or of all of them."""
@@ -90,12 +94,13 @@ class Spool:
         columns = max(1, _BLOCK // max(1, len(clients)))
         for start in range(0, self.width, columns):
             place = slice(start, min(start + columns, self.width))
-            parts = self._runtime.gather([(mine, self._read(mine, place))])
-            if len(parts) > 1:
-                row_of = {client: row for part, values in parts for client, row in zip(part, values, strict=True)}
-                yield place, torch.from_numpy(np.stack([row_of[client] for client in clients]))
-            else:
-                yield place, torch.from_numpy(parts[0][1])
+            values = self._read(mine, place)
+            if len(mine) < len(clients):  # each row is one worker's, and zeros elsewhere: the sums of their bits are the rows
+                all_rows = np.zeros((len(clients), values.shape[1]), dtype=self._type)
+                all_rows[[row for row, client in enumerate(clients) if client in self._rows]] = values
+                values = all_rows
+            self._runtime.add_up_([torch.from_numpy(values).view(torch.int64 if self._type.itemsize == 8 else torch.int32)])
+            yield place, torch.from_numpy(values)
 
     def _read(self, clients: list[int], place: slice) -> np.ndarray[tuple[int, int], np.dtype[np.floating]]:
         """(clients, columns) of this worker's rows."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from fedtune.federated.pieces import Pieces, Place, blocks, row_pieces
 from fedtune.tensors import Groups
 
 Value = TypeVar("Value")
+Key = tuple[str, str]  # group, name
 MANTISSA_64, MANTISSA_32 = 51, 22  # bits of a value on the grid that one addition in fp64, in fp32, can put there
 _WORD = 62  # bits of a sum
 
@@ -30,6 +31,16 @@ class Workers(Protocol):
 
     def gather(self, values: list[Value]) -> list[Value]:
         """The values of all workers."""
+
+
+class Note(NamedTuple):
+    """What workers tell each other of a sum."""
+
+    shape: torch.Size
+    device: str
+    mantissa: int
+    everywhere: int
+    has_rows: bool
 
 
 class Total:
@@ -45,11 +56,12 @@ class Total:
     """
 
     def __init__(self, like: Tensor, mantissa: int = MANTISSA_64) -> None:
+        self._mantissa = mantissa
         exact, whole = (torch.float64, torch.int64) if mantissa == MANTISSA_64 else (torch.float32, torch.int32)
         self.numbers = torch.zeros(like.shape, dtype=whole, device=like.device)
         self._anchor = torch.tensor(3.0 * 2**mantissa, dtype=exact, device=like.device)
-        self._everywhere = 0  # how many times something was added to all numbers: so many anchors are still in them
-        self._rows: Tensor | None = None  # (rows,) whether something was added to some rows only, and to which
+        self.everywhere = 0  # how many times something was added to all numbers: so many anchors are still in them
+        self.rows: Tensor | None = None  # (rows,) whether something was added to some rows only, and to which
 
     def add(self, place: Place, values: Tensor, scale: float, times: int = 1) -> None:
         """Add the whole numbers nearest to values * scale at a place of `Pieces`, so many times."""
@@ -58,31 +70,52 @@ class Total:
         bits, anchor = found.view(self.numbers.dtype), self._anchor.view(self.numbers.dtype)
         if isinstance(place, slice):
             self.numbers.view(-1)[place].add_(bits, alpha=times)
-            self._everywhere += times if place.start == 0 else 0
+            self.everywhere += times if place.start == 0 else 0
         else:
             self.numbers[place] = self.numbers[place].add_(bits.sub_(anchor), alpha=times)  # no row is there twice
-            self._rows = torch.zeros_like(self.numbers[:, 0], dtype=torch.bool) if self._rows is None else self._rows
-            self._rows[place] = True
+            self.rows = torch.zeros_like(self.numbers[:, 0], dtype=torch.bool) if self.rows is None else self.rows
+            self.rows[place] = True
+
+    def notes(self) -> Note:
+        """What others need to know to add theirs."""
+        return Note(self.numbers.shape, self.numbers.device.type, self._mantissa, self.everywhere, self.rows is not None)
 
     def pieces(self) -> Iterator[tuple[Place, Tensor]]:
         """Places and whole numbers; where nothing was added they are zeros, and left out if those are rows."""
-        if self._rows is not None and not self._everywhere:
-            for rows in row_pieces(self._rows.nonzero().view(-1), self.numbers):
+        if self.rows is not None and not self.everywhere:
+            for rows in row_pieces(self.rows.nonzero().view(-1), self.numbers):
                 yield rows, self.numbers[rows]
             return
-        anchors = self._anchor.view(self.numbers.dtype) * self._everywhere  # wraps around, as the sums have
+        anchors = self._anchor.view(self.numbers.dtype) * self.everywhere  # wraps around, as the sums have
         flat = self.numbers.view(-1)
         for place in blocks(self.numbers):
             yield place, flat[place] - anchors
 
-    def join(self, workers: Workers) -> None:
-        """Add up what all workers have."""
-        workers.add_up_([self.numbers])
-        self._everywhere = sum(workers.gather([self._everywhere]))
-        if any(workers.gather([self._rows is not None])):
-            rows = torch.zeros_like(self.numbers[:, 0]) if self._rows is None else self._rows.to(self.numbers.dtype)
-            workers.add_up_([rows])
-            self._rows = rows > 0
+
+def join(totals: dict[Key, Total], workers: Workers) -> None:
+    """Make sums those of all workers, also of those to which no client fell: in one message, but for small ones.
+
+    Args:
+        totals: of this worker, by name; those that only others have are added.
+    """
+    notes = workers.gather([{key: total.notes() for key, total in totals.items()}])
+    if len(notes) == 1:
+        return
+    for key, note in ((key, note) for one in notes for key, note in one.items()):
+        if key not in totals:
+            totals[key] = Total(torch.empty(note.shape, device=note.device), note.mantissa)
+    added, rows = [], {}
+    for key in sorted(totals):
+        known = [one[key] for one in notes if key in one]
+        totals[key].everywhere = sum(note.everywhere for note in known)
+        added.append(totals[key].numbers)
+        if any(note.has_rows for note in known):
+            found = totals[key].rows
+            numbers = totals[key].numbers
+            rows[key] = torch.zeros_like(numbers[:, 0]) if found is None else found.to(numbers.dtype)
+    workers.add_up_([*added, *rows.values()])
+    for key, counts in rows.items():
+        totals[key].rows = counts > 0
 
 
 class ExactSum:
@@ -95,7 +128,7 @@ class ExactSum:
 
     def __init__(self, limit: Callable[[str], float], max_weight: int) -> None:
         self._limit, self._max_weight, self._weight = limit, max_weight, 0
-        self._totals: dict[tuple[str, str], Total] = {}
+        self._totals: dict[Key, Total] = {}
 
     @torch.no_grad()
     def add(self, groups: Mapping[str, Pieces], weight: int, factor: float = 1.0) -> None:
@@ -155,13 +188,7 @@ class ExactSum:
 
     def _join(self, workers: Workers) -> None:
         """Make the sums those of all workers, also of those to which no client fell."""
-        shapes = {key: total.numbers.shape for key, total in self._totals.items()}
-        for others in workers.gather([shapes]):
-            for key, shape in others.items():
-                if key not in self._totals:
-                    self._totals[key] = Total(torch.empty(shape))
-        for key in sorted(self._totals):
-            self._totals[key].join(workers)
+        join(self._totals, workers)
         self._weight = sum(workers.gather([self._weight]))
 
 

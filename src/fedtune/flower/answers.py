@@ -97,7 +97,7 @@ class Answers:
             if hasattr(data, "setup"):
                 data.setup("fit")
             if hasattr(module, "check_data"):
-                module.check_data(data)  # type: ignore[operator] - a module of torch may have anything
+                module.check_data(data)  # type: ignore[operator]  # torch says that an attribute may be a tensor
             most, indices = max_weight(data, loop.local_epochs), getattr(data, "client_indices", None)
         own = int(data.num_clients) == 1
         if not own and client >= int(data.num_clients):

@@ -19,14 +19,15 @@ class MemoryAtSites(ClientMemory):
         self._pruned: set[int] = set()
 
     def note(self, client: int, round: int) -> None:
-        """A client has kept something of a round."""
+        """A client has kept something of a round that is under way."""
+        self._written.add(client)
         self._kept.setdefault(client, set()).add(round)
 
-    def newest(self, client: int, round: int) -> int:
+    def last(self, client: int, round: int) -> int:
         """The last round below this one of which a client has kept something that counts; 0: there is none."""
         return max((number for number in self._kept.get(client, ()) if number < round), default=0)
 
-    def oldest(self, client: int) -> int:
+    def first(self, client: int) -> int:
         """The first round of which a client must still know something; 0: nobody has said so."""
         return min(self._kept.get(client, ()), default=0) if client in self._pruned else 0
 
@@ -40,7 +41,7 @@ class MemoryAtSites(ClientMemory):
         return round in self._kept.get(client, ())
 
     def _confirm(self, client: int, round: int) -> bool:
-        self.note(client, round)  # of an earlier start; where it is lost, the client says so
+        self._kept.setdefault(client, set()).add(round)  # where it is lost, the client says so
         return True
 
     def _where(self, client: int, round: int) -> str:

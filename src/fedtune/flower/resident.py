@@ -10,14 +10,11 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import importlib
 import os
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +24,7 @@ from flwr.app import RecordDict
 
 from fedtune.flower.wire import receive, send
 
-_CODE = "import sys; from fedtune.flower.resident import serve; serve(*sys.argv[1:])"
+_CODE = "import sys; from fedtune.flower.serve import serve; serve(*sys.argv[1:])"
 
 
 @dataclass(frozen=True)
@@ -93,45 +90,3 @@ def _start(app: App, place: Path, idle: float) -> None:
         listening.listen(16)
         words = [str(listening.fileno()), str(place), str(app.folder), app.module, str(idle), str(os.getppid())]
         subprocess.Popen([sys.executable, "-c", _CODE, *words], pass_fds=[listening.fileno()], stdin=subprocess.DEVNULL)
-
-
-def serve(number: str, place: str, folder: str, module: str, idle: str, parent: str) -> None:
-    """Answer messages, one after the other; the arguments are what `_start` says."""
-    _end_with(int(parent), Path(place))
-    sys.path.insert(0, folder)
-    importlib.import_module(module)
-    from fedtune.flower.answers import Answers
-    from fedtune.flower.client import made
-
-    setup, known = made(), dict[str, Answers]()
-    with socket.socket(fileno=int(number)) as listening:
-        listening.settimeout(float(idle))
-        while True:
-            try:
-                there, _ = listening.accept()
-            except TimeoutError:
-                break
-            with there, contextlib.suppress(ConnectionError):
-                about, content = receive(there)
-                key = repr((about["run"], about["node"]))
-                if key not in known:
-                    for other in known.values():
-                        other.close()
-                    known = {key: Answers(setup, about["run"], about["node"])}
-                send(there, None, known[key].answer(about["kind"], content))
-    Path(place).unlink(missing_ok=True)
-
-
-def _end_with(parent: int, place: Path) -> None:
-    """End this process, wherever it is, when the one that started it has gone."""
-
-    def watch() -> None:
-        while True:
-            try:
-                os.kill(parent, 0)
-            except ProcessLookupError:
-                place.unlink(missing_ok=True)
-                os._exit(1)
-            time.sleep(1.0)
-
-    threading.Thread(target=watch, daemon=True).start()

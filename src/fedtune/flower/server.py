@@ -206,7 +206,7 @@ class FlowerRuntime(Runtime):
 
     def _memory_of(self, client: int, round: int = sys.maxsize) -> Memory:
         """What of a client's memory counts before a round; by default now."""
-        return Memory(self.run, self._memory.newest(client, round), self._memory.oldest(client))
+        return Memory(self.run, self._memory.last(client, round), self._memory.first(client))
 
     def _answers(
         self, records: Mapping[int, ConfigRecord], arrays: Mapping[str, ArrayRecord], kind: str

@@ -160,6 +160,8 @@ class TextClassifier(pl.LightningModule, abc.ABC):
         self.log("train_loss_nats", loss, batch_size=len(batch["labels"]))
         return loss
 
+    evaluates_by_batch = True  # `validation_step` leaves nothing behind but what its metrics count
+
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Log `loss_nats`, `accuracy` and `macro_f1`; returns {"correct": (B,) bool}."""
         return self._evaluate(batch)

@@ -13,6 +13,7 @@ from fedtune.federated.remote import Remote
 from fedtune.runs.baselines import BASELINES
 from fedtune.runs.callbacks import FederatedCallback
 from fedtune.runs.options import RunOptions
+from fedtune.runtimes.environment import place_of
 from fedtune.runtimes.faulty import check_clients, faults_of, plain_faults
 from fedtune.storage.summary import MODES
 
@@ -36,6 +37,7 @@ def check_arguments(loop: Any) -> None:
     for name in ("max_rounds", "local_epochs", "accumulate_grad_batches", "check_val_every_n_rounds"):
         _whole(name, getattr(loop, name), 1)
     _whole("seed", loop.seed, 0)
+    place_of(loop.runtime)
     if loop.clients_per_round is not None:
         _whole("clients_per_round", loop.clients_per_round, 1)
     if loop.gradient_clip_val is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from fedtune.federated.cohorts import cohort
 from fedtune.federated.evaluation import Evaluator
 from fedtune.federated.messages import Position
 from fedtune.federated.optimisation import Optimisation, flatten, restore
+from fedtune.federated.ranks import ALONE
 from fedtune.federated.state import RoundResult, ServerState
 from fedtune.federated.training import Training, pooled_steps, steps_in, train, train_epochs
 from fedtune.randomness import seeded
@@ -64,19 +66,22 @@ class Baselines:
         """Do the named ones, from the state that the federation began with, which the module's counters have now."""
         module = self.evaluator.training.module
         first = snapshot(counters(module))
-        if "centralised" in names:
-            self.records["centralised"] = self._centralised(start)
+        ranks = self.evaluator.ranks
+        if "centralised" in names:  # one training, which cannot be shared out
+            self.records["centralised"], self.centralised_test = ranks.from_first(lambda: self._centralised(start))
         if "local" in names:
             self.records["local"] = self._local(start, first)
         restore_counters(module, first)
 
-    def _centralised(self, start: ServerState) -> list[RoundRecord]:
-        """As many rounds on the pooled data, each with as many examples as the federated one."""
+    def _centralised(self, start: ServerState) -> tuple[list[RoundRecord], dict[str, float]]:
+        """As many rounds on the pooled data, each with as many examples as the federated one; and metrics on the test part."""
+        evaluator = dataclasses.replace(self.evaluator, ranks=ALONE)
         training, data = self.evaluator.training, self.evaluator.data
         examples = [record.num_examples for record in self.run.history]
 
         def next_round(state: ServerState) -> RoundResult:
-            return centralised(training, state, data.train_dataloader(), examples[state.round], self.local_epochs)
+            with self.evaluator.ranks.watched():
+                return centralised(training, state, data.train_dataloader(), examples[state.round], self.local_epochs)
 
         def steps() -> float:
             return pooled_steps(training, data.train_dataloader(), sum(examples))
@@ -86,11 +91,10 @@ class Baselines:
             self._directory("centralised", start, split_matters=not self.everyone) as (directory, run),
             self.progress.phase("centralised", len(examples), 1),
         ):
-            rounds = Rounds(self.evaluator, self.progress, directory, self.evaluated_every)
+            rounds = Rounds(evaluator, self.progress, directory, self.evaluated_every)
             final = rounds.play(run, lambda: start, next_round)
         assign_(travelling(training.module), final.weights)
-        self.centralised_test = self.evaluator.evaluate("test").metrics
-        return run.history
+        return run.history, evaluator.evaluate("test").metrics
 
     def _local(self, start: ServerState, first: Tensors) -> list[dict[str, Any]]:
         """Some clients, each alone, with the epochs that it had in the federation, or a round's; those done before are read.
@@ -99,7 +103,8 @@ class Baselines:
         """
         taken = Counter(client for record in self.run.history for client in record.cohort)
         training, clients = self.evaluator.training, self._sample()
-        part = "test" if self.evaluator.loader("test") is not None else self.evaluator.part
+        ranks, evaluator = self.evaluator.ranks, dataclasses.replace(self.evaluator, ranks=ALONE)
+        part = "test" if evaluator.loader("test") is not None else evaluator.part
         with (
             self._directory("local", start, split_matters=True, clients=clients, part=part) as (directory, _),
             self.progress.phase("local", 1, len(clients)),
@@ -108,16 +113,22 @@ class Baselines:
                 self.progress.line(
                     f"local: {len(clients)} of {self.evaluator.data.num_clients} clients, drawn (options.local_clients)"
                 )
-            done = directory.read("local.jsonl", "client", clients)
-            for client in clients[len(done) :]:
-                epochs, loader = self.local_epochs * max(1, taken[client]), self.evaluator.data.client_dataloader(client)
-                restore_counters(training.module, first)
-                training.trainer.plan(epochs, functools.partial(steps_in, training, loader, epochs))
-                record = local(training, start.weights, client, loader, epochs)
-                record[part] = self.evaluator.evaluate(part).metrics
-                directory.append("local.jsonl", record)
-                done.append(record)
-                self.progress.local(record)
+            done = ranks.from_first(lambda: directory.read("local.jsonl", "client", clients))
+            left = clients[len(done) :]
+            for place in range(0, len(left), ranks.size):  # a client a rank
+                own = []
+                for client in ranks.mine(left[place : place + ranks.size]):
+                    epochs, loader = self.local_epochs * max(1, taken[client]), evaluator.data.client_dataloader(client)
+                    restore_counters(training.module, first)
+                    training.trainer.plan(epochs, functools.partial(steps_in, training, loader, epochs))
+                    with ranks.watched():
+                        record = local(training, start.weights, client, loader, epochs)
+                        record[part] = evaluator.evaluate(part).metrics
+                    own.append(record)
+                for record in ranks.gather(own):
+                    directory.append("local.jsonl", record)
+                    done.append(record)
+                    self.progress.local(record)
         return done
 
     def _sample(self) -> list[int]:
@@ -138,7 +149,8 @@ class Baselines:
             about["of"] = self.run.run_dir
         about |= more
         config = baseline_config(self.run.config if split_matters else self._pooled(), about, split_matters)
-        path = None if self.folder is None else self.folder / f"{name}-{fingerprint(config)}"
+        leads = self.evaluator.ranks.leads
+        path = None if self.folder is None or not leads else self.folder / f"{name}-{fingerprint(config)}"
         with locked(path, wait=True):
             yield RunDirectory(path, config, self.keep), Run(config, self.run.data, len(self.run.history))
 

@@ -50,9 +50,14 @@ class FederatedCallback:
     What a callback must not forget when the run is interrupted it returns in `state_dict`, in plain values; a run that goes on
     hands it to `load_state_dict` before `on_fit_start`. Where a crash came between a round and what its callbacks did about it,
     `on_round_end` is called again for that round; `replayed = False` says that this callback sees to that itself.
+
+    Where several processes do the run (`runtime`), hooks are called in each of them, `on_client_end` in the one where the
+    client was trained; `everywhere = False` says that a callback is for rank 0 alone, as one that writes. `run.print` prints
+    there alone.
     """
 
     replayed: ClassVar[bool] = True
+    everywhere: ClassVar[bool] = True
 
     @property
     def state_key(self) -> str:

@@ -26,6 +26,7 @@ from fedtune.runs.parser import ConfigFile, Parser, check_plain
 from fedtune.runs.renamed import in_configuration
 from fedtune.runs.wandb import LOGGERS
 from fedtune.runtimes.faulty import faults_of, plain_faults
+from fedtune.runtimes.processes import ranks_of
 from fedtune.storage.config import KEPT, fingerprint, settled, without
 
 SECTIONS = ("data", "model", "loop")
@@ -209,7 +210,10 @@ def build(
     name = model.pop("name")
     with flags("model"):
         check_classifier(name, model)
+    ranks = ranks_of(loop.runtime)
     with flags("data"):
+        if ranks.size > 1:
+            ranks.first_here(data.setup)  # the others find the tokens in the cache
         if model["init"] == "random" and arguments["data"]["tokenizer"] is not None:
             model["vocab_size"] = model["vocab_size"] or len(data.tokenizer)
         if label_names is None:

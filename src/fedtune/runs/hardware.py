@@ -14,6 +14,7 @@ import torch
 from lightning_fabric import Fabric
 
 from fedtune.errors import UsageError, one_of
+from fedtune.runtimes.environment import Place
 
 Resolved = Literal["32-true", "bf16-mixed"]
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
@@ -65,10 +66,20 @@ def deterministic_algorithms(wanted: bool | str | None) -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-def fabric_of(accelerator: str, precision: Resolved) -> Fabric:
-    """Lightning's Fabric on one device. Raises `UsageError` where the machine lacks the accelerator."""
+def fabric_of(accelerator: str, precision: Resolved, place: Place | None = None) -> Fabric:
+    """Lightning's Fabric on one device, with several GPUs on that of this rank.
+
+    Raises:
+        UsageError: the machine lacks the accelerator, or has fewer GPUs than ranks.
+    """
+    devices: int | list[int] = 1
+    if place is not None and accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        if count > 1 and place.local_rank >= count:
+            raise UsageError("accelerator", accelerator, f"at most {count} ranks on this machine, a GPU each; or cpu")
+        devices = [place.local_rank if count > 1 else 0]  # Slurm may show each rank its own GPU alone
     try:
-        return Fabric(accelerator=accelerator, devices=1, precision=precision)
+        return Fabric(accelerator=accelerator, devices=devices, precision=precision)
     except (ValueError, RuntimeError, ImportError) as error:
         raise UsageError("accelerator", accelerator, f"one that this machine has: auto, cpu ({error})") from error
 

@@ -20,6 +20,8 @@ from fedtune.storage.records import RoundRecord
 class LoggerMirror(FederatedCallback):
     """Gives every number of a round's record to a logger of Lightning; the step is the round. One that fails is left alone."""
 
+    everywhere = False
+
     def __init__(self, logger: Logger) -> None:
         self._logger, self._fails = logger, False
 

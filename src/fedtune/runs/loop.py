@@ -25,27 +25,26 @@ from fedtune.federated.trainer import check_module
 from fedtune.runs.arguments import check_arguments, check_data
 from fedtune.runs.baselines import BASELINES, Baselines
 from fedtune.runs.callbacks import FederatedCallback, MonitorCheck, Run, exceptions_reported
+from fedtune.runs.conclusion import conclude
 from fedtune.runs.counterparts import check_callbacks
-from fedtune.runs.figures import plot_run
-from fedtune.runs.hardware import (
-    peak_memory_bytes,
-    resolve_precision,
-)
+from fedtune.runs.hardware import resolve_precision
 from fedtune.runs.loggers import mirror_of
 from fedtune.runs.options import RunOptions
 from fedtune.runs.prepared import given, look_over, prepared, watch_the_end, worker_of
 from fedtune.runs.progress import Progress
 from fedtune.runs.renamed import taken
 from fedtune.runs.rounds import Rounds
-from fedtune.runtimes.faulty import faults_of, plain_faults, serial
+from fedtune.runs.sharing import check_same, check_weights, share
+from fedtune.runtimes.environment import place_of
+from fedtune.runtimes.faulty import faults_of, plain_faults, runtime_of
+from fedtune.runtimes.processes import ranks_of
 from fedtune.storage.config import describe, identified
-from fedtune.storage.directory import RunDirectory, writing
+from fedtune.storage.directory import RunDirectory
 from fedtune.storage.locks import locked
 from fedtune.storage.records import RoundRecord
-from fedtune.storage.summary import summarise, with_known_baselines
 from fedtune.tensors import assign_, buffers, resting, restore_counters, snapshot, travelling
 
-_NOT_CONFIG = ("callbacks", "run_dir", "logger")  # not a plain value, or no part of what makes the numbers
+_NOT_CONFIG = ("callbacks", "run_dir", "logger", "runtime")  # not a plain value, or no part of what makes the numbers
 
 
 @dataclass(eq=False)
@@ -77,6 +76,8 @@ class FederatedLoop:
         check_val_every_n_rounds: the averaged model is evaluated after every so many rounds.
         fast_dev_run: one round with so many batches (True: one) of every loader, and nothing written, to see that all works.
         options: details, see `RunOptions`.
+        runtime: "serial" (one process is one client after the other), "torchrun" (the processes that torchrun, or Slurm, has
+            started share the clients of a round; the same numbers, to the bit), or "auto": what the environment says.
 
     Raises:
         UsageError: a value outside of what is allowed; in `fit` also a run directory of another configuration.
@@ -109,6 +110,7 @@ class FederatedLoop:
     monitor: str = "accuracy"
     mode: str = "max"
     options: RunOptions = field(default_factory=RunOptions)
+    runtime: str = "auto"
 
     config: dict[str, Any] = field(default_factory=dict, init=False)
     data: Any = field(default=None, init=False, repr=False)
@@ -145,16 +147,20 @@ class FederatedLoop:
                 `run_dir` cannot be used, or the module needs what only a `Trainer` does.
             RunError: the run had to stop; every complete round is kept.
         """
-        data, progress = given(data, datamodule), Progress(self.options.progress)
-        check_module(module, data)
-        check_data(self, data)
-        run = self._new_run(module, data, progress)
-        with (
-            locked(self.run_dir),
-            prepared(self, module, data, "fit", progress) as evaluator,
-            exceptions_reported(self._callbacks, run, module),
-        ):
-            self._fit(run, evaluator, progress)
+        ranks, data = ranks_of(self.runtime), given(data, datamodule)
+        with ranks.together():
+            check_module(module, data)
+            check_data(self, data)
+            progress = Progress(self.options.progress and ranks.leads)
+            run = self._new_run(module, data, progress)
+            check_same(run.config, ranks)
+            self._hooked = [one for one in self._callbacks if ranks.leads or one.everywhere]
+            with (
+                locked(self.run_dir if ranks.leads else None),
+                prepared(self, module, data, "fit", progress, ranks) as evaluator,
+                exceptions_reported(self._hooked, run, module),
+            ):
+                self._fit(run, evaluator, progress)
         return self.history
 
     def validate(self, module: pl.LightningModule, data: Any = None, *, datamodule: Any = None) -> list[dict[str, float]]:
@@ -167,10 +173,10 @@ class FederatedLoop:
 
     def _fit(self, run: Run, evaluator: Evaluator, progress: Progress) -> None:
         """Set up, rounds, test, baselines, conclude."""
-        training, module = evaluator.training, evaluator.training.module
+        training, module, ranks = evaluator.training, evaluator.training.module, evaluator.ranks
         path = Path(self.run_dir) if self.run_dir else None
         memory = run.data.memory if isinstance(run.data, Remote) else None
-        directory = RunDirectory(path, run.config, self.options.keep, run.data.num_clients, memory)
+        directory = RunDirectory(path, run.config, self.options.keep, run.data.num_clients, ranks, memory)
         if isinstance(run.data, Remote):
             run.data.begin(directory)
         elif evaluator.loader(self.evaluate_on) is None:
@@ -180,24 +186,27 @@ class FederatedLoop:
         watch_the_end(training.trainer, directory, run)
         kept = resting(module), getattr(module, "from_files", ())
         directory.begin(ServerState(0, snapshot(travelling(module))), bool(self.baselines), *kept)  # no name keeps the copy
+        share(module, ranks)
         personal = bool(self._algorithm.personal or self._algorithm.client.personal)
         final = self._federated(Rounds(evaluator, progress, directory, self.check_val_every_n_rounds, personal), run)
         training.trainer.at(final.position)
         self._position = final.position
         test = evaluator.evaluate("test").metrics
         baselines = self._baselines(evaluator, progress, run)
-        self._conclude(run, directory, test, baselines)  # a baseline that fails must not take the result with it
+        conclude(self, run, directory, test, baselines)  # a baseline that fails must not take the result with it
         if self.baselines:
-            baselines.play(self.baselines, directory.start())
+            baselines.play(self.baselines, ranks.from_first(directory.start))
             assign_(travelling(module), final.weights)
-            self._conclude(run, directory, test, baselines)
+            conclude(self, run, directory, test, baselines)
         training.trainer.at(final.position)
         module.on_fit_end()
-        for callback in self._callbacks:
+        for callback in self._hooked:
             callback.on_fit_end(run, module)
+        share(module, ranks)  # one of them may have changed that of rank 0
 
     def _evaluated(self, module: pl.LightningModule, data: Any, part: str) -> list[dict[str, float]]:
-        progress = Progress(self.options.progress)
+        place = place_of(self.runtime)
+        progress = Progress(self.options.progress and (place is None or place.rank == 0))
         check_module(module, data)
         with prepared(self, module, data, "test" if part == "test" else "validate", progress) as evaluator:
             if evaluator.loader(part) is None:
@@ -226,18 +235,19 @@ class FederatedLoop:
     def _federated(self, rounds: Rounds, run: Run) -> ServerState:
         """The rounds of the federation."""
         training, data, algorithm = rounds.evaluator.training, run.data, self._algorithm
-        hooks = [one for one in self._callbacks if type(one).on_client_end is not FederatedCallback.on_client_end]
+        hooks = [one for one in self._hooked if type(one).on_client_end is not FederatedCallback.on_client_end]
 
         def client_ended(report: ClientReport) -> None:
             for callback in hooks:
                 callback.on_client_end(run, training.module, report)
 
-        names = personal_names(algorithm.personal, travelling(training.module))
-        worker = worker_of(self, training, data, rounds.directory.memory, client_ended if hooks else None)
+        names, ended = personal_names(algorithm.personal, travelling(training.module)), client_ended if hooks else None
+        ranks, worker = rounds.evaluator.ranks, worker_of(self, training, data, rounds.directory.memory, ended)
         if isinstance(data, Remote):
             runtime, most = data.runtime(), data.max_weight()
         else:
-            runtime, most = serial(worker, self.options.on_client_error, self._faults), max_weight(data, self.local_epochs)
+            runtime = runtime_of(worker, ranks, self.options.on_client_error, self._faults)
+            most = max_weight(data, self.local_epochs)
         lenient = bool(self._faults) or self.options.on_client_error == "drop"
         options = RoundOptions(
             self.local_epochs,
@@ -254,11 +264,13 @@ class FederatedLoop:
             context = Context(self.seed, number, data.num_clients, tuple(drawn), most)
             worker.personal.update({name: state.weights[name] for name in names})  # the server's stay as they were at first
             result = run_round(state, algorithm, context, runtime, options)
+            if ranks.size > 1:
+                check_weights(result.state.weights, number, ranks)
             restore_counters(training.module, worker.counters)  # those of the last client mean nothing to the average
             return result
 
         with rounds.progress.phase("federated", self.max_rounds, self.clients_per_round or data.num_clients):
-            return rounds.play(run, rounds.directory.start, next_round, self._callbacks)
+            return rounds.play(run, rounds.directory.start, next_round, self._hooked)
 
     def _baselines(self, evaluator: Evaluator, progress: Progress, run: Run) -> Baselines:
         folder = (self.options.baseline_dir and os.path.expanduser(self.options.baseline_dir)) or (
@@ -271,20 +283,6 @@ class FederatedLoop:
         )
         self.baseline_runs = found.records
         return found
-
-    def _conclude(self, run: Run, directory: RunDirectory, test: dict[str, float], baselines: Baselines) -> None:
-        """Sum up what is known by now."""
-        majority = getattr(run.data, "majority_accuracy", None)
-        found: dict[str, Any] = {**baselines.records, "majority_accuracy": majority("test") if majority else None}
-        if "centralised" in found:
-            found["centralised_test"] = baselines.centralised_test
-        known = summarise(run.history, self.evaluate_on, test, found, self.monitor, self.mode)
-        run.summary.update(with_known_baselines(known, directory.read_json("summary.json")))
-        run.summary["peak_memory_bytes"] = peak_memory_bytes(baselines.evaluator.training.fabric.device)
-        if directory.path is not None:
-            with writing(directory.path / "curves.png"):
-                plot_run(directory.path, run.history, baselines.records, self.evaluate_on, self.monitor)
-        directory.write_json("summary.json", run.summary)
 
 
 FederatedLoop.__init__ = taken(FederatedLoop.__init__)  # type: ignore[method-assign]  # old names, for one version

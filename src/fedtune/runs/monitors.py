@@ -151,7 +151,7 @@ class BestWeights(_Watching):
     """
 
     fresh: ClassVar[dict[str, Any]] = {"best_round": None, "best_score": None}
-    only_one = True
+    everywhere, only_one = False, True
 
     def __init__(self, monitor: str | None = None, mode: str | None = None, restore: bool = False) -> None:
         super().__init__(monitor, mode)

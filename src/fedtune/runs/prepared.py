@@ -11,16 +11,19 @@ from pytorch_lightning.loggers import Logger
 
 from fedtune.errors import UsageError
 from fedtune.federated.client import Worker
-from fedtune.federated.evaluation import Evaluator, Stages, attached, step_of
+from fedtune.federated.evaluation import Evaluator, attached, step_of
 from fedtune.federated.memory import ClientMemory
 from fedtune.federated.messages import ClientReport, Position
+from fedtune.federated.ranks import ALONE, Ranks
 from fedtune.federated.remote import Remote
+from fedtune.federated.stages import Stages
 from fedtune.federated.still import Still
 from fedtune.federated.trainer import Line, ModuleTrainer
 from fedtune.federated.training import Training, steps_in
 from fedtune.runs.callbacks import Run
 from fedtune.runs.hardware import deterministic_algorithms, fabric_of, freed_memory_kept, resolve_precision
 from fedtune.runs.progress import Progress
+from fedtune.runtimes.environment import place_of
 from fedtune.storage.directory import RunDirectory
 from fedtune.storage.records import RESERVED
 from fedtune.tensors import counters, resting, sharing, snapshot, travelling
@@ -35,13 +38,18 @@ def given(data: Any, datamodule: Any) -> Any:
 
 
 @contextlib.contextmanager
-def prepared(loop: Any, module: pl.LightningModule, data: Any, stage: str, progress: Progress) -> Iterator[Evaluator]:
+def prepared(
+    loop: Any, module: pl.LightningModule, data: Any, stage: str, progress: Progress, ranks: Ranks = ALONE
+) -> Iterator[Evaluator]:
     """Inside the block module and data are set up for a stage ("fit", "validate" or "test"), and the module is attached."""
-    fabric = fabric_of(loop.accelerator, resolve_precision(loop.precision, loop.accelerator))
+    fabric = fabric_of(loop.accelerator, resolve_precision(loop.precision, loop.accelerator), place_of(loop.runtime))
     clip = loop.gradient_clip_val, loop.gradient_clip_algorithm
     limits = loop.limit_train_batches, loop.limit_val_batches, loop.limit_test_batches
     options = *clip, loop.accumulate_grad_batches, *limits, loop.options.fast_dropout
     training = Training(fabric, module, loop.seed, data, *options)
+    if ranks.size > 1:
+        ranks.on_device(fabric.device)
+        training.transfer.on_batch = ranks.step
     trainer = training.trainer
     trainer.default_root_dir, trainer.progress_bar_callback = loop.run_dir or ".", Line(progress.line)
     trainer.limit_train_batches, trainer.limit_val_batches, trainer.limit_test_batches = limits
@@ -58,14 +66,14 @@ def prepared(loop: Any, module: pl.LightningModule, data: Any, stage: str, progr
     with attached(training), deterministic_algorithms(loop.deterministic), freed_memory_kept(), stages.reported():
         for part in (data, module):
             if hasattr(part, "prepare_data"):
-                part.prepare_data()
+                ranks.first_here(part.prepare_data)
         stages.begin(stage)
         module.configure_model()
         fabric.to_device(module)
         if fabric.device.type == "cuda" and hasattr(data, "keep_on"):
             data.keep_on(fabric.device)
         remote = data if isinstance(data, Remote) else None
-        yield Evaluator(training, loop.evaluate_on, loop.options.evaluation, RESERVED, stages, remote)
+        yield Evaluator(training, loop.evaluate_on, loop.options.evaluation, RESERVED, stages, ranks, remote)
 
 
 def worker_of(

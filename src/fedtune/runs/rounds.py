@@ -58,11 +58,14 @@ class Rounds:
             UsageError: the directory has more rounds than the run wants.
             RunError: a round had to stop; every complete one is kept.
         """
-        module = self.evaluator.training.module
-        found, run.history[:] = self.directory.resume()
-        state = self._loaded(start() if found is None else found)
+        module, ranks = self.evaluator.training.module, self.evaluator.ranks
+        found, run.history[:] = ranks.from_first(self.directory.resume)
+        newest = ranks.from_first(lambda: self.directory.memory.newest)
+        if not ranks.leads:
+            self.directory.memory.expect(newest)
+        state = self._loaded(ranks.from_first(start) if found is None else found)
         if state.round > run.max_rounds:
-            allowed = f"{state.round} or more, the rounds that {self.directory.path} has"
+            allowed = f"{state.round} or more, the rounds that {run.run_dir} has"
             raise UsageError("max_rounds", run.max_rounds, allowed)
         self.progress.resumed(state.round)
         self._restore(run, callbacks)
@@ -73,20 +76,22 @@ class Rounds:
             result = next_round(state)
             state = result.state
             assign_(travelling(module), state.weights)
-            record = self._measured(result, time.perf_counter() - began)
+            record = self._of_first(self._measured(result, time.perf_counter() - began))
             self.directory.complete(record, state)
             run.history.append(record)
             self.progress.round(record)
             run.logged.clear()
             for callback in callbacks:
                 callback.on_round_end(run, module, record)
+            run.should_stop = any(ranks.gather([run.should_stop]))
             self._keep(run, callbacks)
         return state
 
     def _restore(self, run: Run, callbacks: Sequence[FederatedCallback]) -> None:
         """Begin, or go on, with callbacks that know what they knew after the last round."""
         module, done = self.evaluator.training.module, len(run.history)
-        known = [one for one in self.directory.read("callbacks.jsonl", "round", itertools.count(1)) if one["round"] <= done]
+        lines = self.evaluator.ranks.from_first(lambda: self.directory.read("callbacks.jsonl", "round", itertools.count(1)))
+        known = [one for one in lines if one["round"] <= done]
         self.directory.rewrite("callbacks.jsonl", known)
         restore_states(callbacks, json.loads(known[-1]["states"]) if known else {})
         for callback in callbacks:
@@ -133,6 +138,10 @@ class Rounds:
             self.progress.line(f"round {result.state.round}: {name} is {metrics[name]}, no finite number; records have null")
         times = {"train": seconds - result.seconds_aggregate, "evaluate": time.perf_counter() - began}
         return dataclasses.replace(RoundRecord.of(result, metrics, client_accuracy, times), own_accuracy=own)
+
+    def _of_first(self, record: RoundRecord) -> RoundRecord:
+        """The record of rank 0: in its own each rank has other times."""
+        return self.evaluator.ranks.from_first(lambda: record)
 
     def _own(self, state: ServerState, shared: list[float | None]) -> list[float | None]:
         """The accuracy of each client's own model."""

@@ -35,6 +35,7 @@ class WandbMirror(FederatedCallback):
         UsageError: wandb is not installed.
     """
 
+    everywhere = False
     replayed = False  # it mirrors the last round again whenever it starts
 
     def __init__(self) -> None:

@@ -13,11 +13,13 @@ from fedtune.errors import RunError, UsageError, one_of
 from fedtune.federated.client import Worker
 from fedtune.federated.messages import Context, Failure, Reply, Request, Stage, bytes_of, decoded, encoded
 from fedtune.federated.parts import Runtime
+from fedtune.federated.ranks import Ranks
 from fedtune.federated.sums import Value
 from fedtune.federated.values import made, plain
 from fedtune.randomness import stream
 from fedtune.runtimes.faults import FAULTS, Fault, FlippedLabels, Moments
 from fedtune.runtimes.serial import Serial
+from fedtune.runtimes.torchrun import Torchrun
 
 
 def faults_of(given: Any) -> tuple[Fault, ...]:
@@ -60,18 +62,24 @@ def _fault(given: Any) -> Fault:
     return found
 
 
-def serial(worker: Worker, errors: str = "stop", faults: Sequence[Fault] = ()) -> Runtime:
-    """All clients in this process, some of which fail or lie.
+def runtime_of(worker: Worker, ranks: Ranks, errors: str = "stop", faults: Sequence[Fault] = ()) -> Runtime:
+    """All clients in this process, or dealt out to the ranks, some of which fail or lie.
 
     Args:
-        worker: is the clients.
+        worker: is the clients, or this rank's.
         errors: as in `Serial`.
         faults: what goes wrong.
+
+    Raises:
+        UsageError: several ranks, and a fault that knows all honest updates.
     """
-    if not faults:
-        return Serial(worker, errors)
-    data = Poisoned(worker.data)
-    return Faulty(Serial(replace(worker, data=data), errors), faults, data, worker.up)
+    data = Poisoned(worker.data) if faults else worker.data
+    worker = replace(worker, data=data)
+    inner = Serial(worker, errors) if ranks.size == 1 else Torchrun(worker, ranks, errors)
+    knowing = [type(fault).__name__ for fault in faults if fault.knows]
+    if knowing and ranks.size > 1:
+        raise UsageError("faults", knowing[0], "in one process (runtime serial), as it is made from all honest updates")
+    return Faulty(inner, faults, data, worker.up) if faults else inner
 
 
 @final
@@ -110,7 +118,7 @@ class Faulty(Runtime):
             reason = struck[request.client].before()
             if reason is None:
                 waiting.append(request)
-            else:
+            elif self.leads:  # one worker says it
                 yield Failure(request.client, reason)
         for reply in self._inner.replies(waiting, context):
             yield self._faulty(reply, struck[reply.client], honest, context) if isinstance(reply, Reply) else reply
@@ -160,6 +168,9 @@ class Poisoned:
 
     def __init__(self, data: Any) -> None:
         self._data, self.clients = data, set[int]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._data, name)
 
     def client_dataloader(self, client: int) -> Any:
         """The client's batches."""

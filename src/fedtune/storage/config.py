@@ -19,7 +19,7 @@ from fedtune.storage.plain import Unnamed, class_of, plain
 from fedtune.version import __version__
 
 # how and where a run is kept and shown; no number depends on it
-KEPT = {"loop.options.keep", "loop.options.progress", "loop.options.baseline_dir", "loop.monitor", "loop.mode"}
+KEPT = {"loop.options.keep", "loop.options.progress", "loop.options.baseline_dir", "loop.monitor", "loop.mode", "loop.runtime"}
 # what may differ between the start of a run and its continuation: no number of a finished round depends on it
 _FREE = {"run_dir", "logger", "loop.max_rounds", "loop.baselines", "loop.options.local_clients", "content.label_names"} | KEPT
 _DEEPEST = 50  # levels of a configuration
@@ -113,6 +113,14 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     keys = [key for key in {**old, **new} if key not in _FREE | unknown and not key.startswith("versions")]
     changed = [key for key in keys if _written(old.get(key)) != _written(new.get(key))]
     return [f"{key}: {shown(old.get(key))} -> {shown(new.get(key))}" for key in changed]
+
+
+def comparable(config: Mapping[str, Any]) -> dict[str, str]:
+    """What must be the same in all processes of a run, by name; not what has no name but an address."""
+    values = {key: value for key, value in dotted(config).items() if key not in _FREE and not key.startswith("versions")}
+    return {
+        key: _written(value) for key, value in values.items() if not any(isinstance(one, Unnamed) for one in _within(value))
+    }
 
 
 def _written(value: Any) -> str:

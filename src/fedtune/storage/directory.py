@@ -12,6 +12,7 @@ from typing import Any
 
 from fedtune.errors import RunError, UsageError, shown
 from fedtune.federated.memory import ClientMemory, MemoryInRam, MemoryOnDisk
+from fedtune.federated.ranks import ALONE, Ranks
 from fedtune.federated.state import ServerState
 from fedtune.files import (
     append_line,
@@ -46,6 +47,7 @@ class RunDirectory:
         config: the resolved configuration, nested dictionaries of plain values.
         keep: checkpoints that stay.
         num_clients: clients that may have something to remember, in `memory`.
+        ranks: the processes of the run. Rank 0 alone writes; with the others each keeps what its own clients remember.
         memory: what they remember, where it is not kept here.
 
     Raises:
@@ -58,11 +60,13 @@ class RunDirectory:
         config: Mapping[str, Any],
         keep: int,
         num_clients: int = 0,
+        ranks: Ranks = ALONE,
         memory: ClientMemory | None = None,
     ) -> None:
-        self.path, self.keep = path, keep
-        here: ClientMemory = MemoryInRam() if path is None else MemoryOnDisk(path / "clients", num_clients)
-        self.memory = memory or here
+        self._leads, self.keep = ranks.leads, keep
+        here = MemoryInRam(ranks) if path is None else MemoryOnDisk(path / "clients", num_clients, ranks)
+        self.memory: ClientMemory = memory or here
+        path = self.path = path if ranks.leads else None
         self._start: list[ServerState] = []
         self._again, self._done = "baseline" in config, 0  # whether all can be made anew; complete rounds that were found
         if path is None:
@@ -83,7 +87,7 @@ class RunDirectory:
             resting, from_files: as in `storage.start`.
         """
         if self.path is None:
-            self._start = [state] * (1 + again)
+            self._start = [state] * (1 + again) * self._leads
             return
         kept = self.path / "start"
         if not checkpoint.rounds(kept) and (self._leftovers() or checkpoint.rounds(self.path / "checkpoints")):
@@ -161,6 +165,8 @@ class RunDirectory:
     def complete(self, record: RoundRecord, state: ServerState) -> None:
         """Keep a finished round: its record, then the name of its checkpoint, which is what makes it count."""
         newest = self.memory.completed(state.round, record.cohort)
+        if not self._leads:
+            return
         if self.path is None:
             self.memory.prune(state.round, record.cohort)
             return

@@ -19,16 +19,26 @@ from fedtune.sweeps.worker import status
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerProcess
 
+    from fedtune.runs.launcher import MeetingPoint
+
 
 @dataclass
 class Running:
-    """A run in a process, and what it said last."""
+    """A run in a process, and what it said last; where it has others, these, and where they meet."""
 
     cell: Cell
     process: ForkServerProcess
     line: Connection
     slot: int
     note: str = "starting"
+    others: list[tuple[ForkServerProcess, Connection]] = field(default_factory=list)
+    point: MeetingPoint | None = None
+
+    def terminate(self) -> None:
+        """End it, which is safe at any moment: a run goes on from its last complete round."""
+        for process in (self.process, *(other for other, _ in self.others)):
+            process.terminate()
+            process.join()
 
 
 @dataclass

@@ -18,6 +18,7 @@ from fedtune.sweeps.bayes import Search, axis
 from fedtune.sweeps.cell import Cell
 from fedtune.sweeps.command import PROGRAMS, flags_of, words_of
 from fedtune.sweeps.hyperband import Hyperband, rule_of
+from fedtune.sweeps.several import EACH, check_each, runs_at_a_time
 from fedtune.yaml_files import parse_or_text
 from fedtune.yaml_files import read as read_yaml
 
@@ -25,7 +26,7 @@ METHODS = ("grid", "random", "bayes")
 GOALS = ("minimize", "maximize")
 METRICS = ("accuracy", "macro_f1", "loss_nats")  # of every run
 _TEXTS = ("name", "description", "project", "entity")
-_KEYS = ("method", "metric", "parameters", "run_cap", "early_terminate", "program", "command", *_TEXTS)
+_KEYS = ("method", "metric", "parameters", "run_cap", "early_terminate", "program", "command", *_TEXTS, EACH)
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Sweep:
         environment: where the runs go in W&B, where they are mirrored.
         search: proposes the cells, for the method bayes.
         early: when a run is stopped that is behind the others.
+        workers_per_run: processes that share the clients of each run.
     """
 
     name: str
@@ -48,6 +50,11 @@ class Sweep:
     environment: dict[str, str] = field(default_factory=dict)
     search: Search | None = None
     early: Hyperband | None = None
+    workers_per_run: int = 1
+
+    def at_a_time(self, workers: int) -> int:
+        """Runs at a time, with so many processes in all."""
+        return runs_at_a_time(workers, self.workers_per_run)
 
     def is_reached(self, value: Any) -> bool:
         """Whether a value of the metric is as good as the target."""
@@ -63,7 +70,7 @@ def read(file: str | Path, only: Sequence[str] = ()) -> Sweep:
         file: YAML with `method` ("grid", "random" with `run_cap`, or "bayes" with `run_cap` and `metric`), `parameters` and,
             optionally, `run_cap`, `name`, `command`, `metric` {name, goal, target}, `early_terminate` (hyperband). A parameter
             has `value`, `values`, a `distribution` with its bounds, or `parameters` of its own; dotted names are the same as
-            nested ones. `seed` sets all three seeds. Flags in `command` hold for each run.
+            nested ones. `seed` sets all three seeds. Flags in `command` hold for each run. `workers_per_run` is our own key.
         only: "key=value" each; cells without that value are left out. The key may be shortened to its last part.
 
     Raises:
@@ -95,7 +102,7 @@ def read(file: str | Path, only: Sequence[str] = ()) -> Sweep:
         environment = {f"WANDB_{key.upper()}": content[key] for key in ("project", "entity") if key in content}
         name = str(content.get("name", Path(file).stem))
         early = rule_of(content["early_terminate"], metric) if "early_terminate" in content else None
-        return Sweep(name, list(cells.values()), metric, target, environment, search, early)
+        return Sweep(name, list(cells.values()), metric, target, environment, search, early, content.get(EACH, 1))
 
 
 def check(content: Mapping[str, Any], with_wandb: bool = False) -> dict[str, Any]:
@@ -121,6 +128,7 @@ def check(content: Mapping[str, Any], with_wandb: bool = False) -> dict[str, Any
     if content.get("program", PROGRAMS[0]) not in PROGRAMS:
         raise UsageError("program", content["program"], f"{PROGRAMS[0]}, or none: the runs are those of fedtune run")
     _check_cap(content, with_wandb)
+    check_each(content)
     metric, _ = _metric(content.get("metric"), with_wandb)
     if not with_wandb:
         _check_compared(content)

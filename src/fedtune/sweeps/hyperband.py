@@ -111,6 +111,8 @@ class Stopping(FederatedCallback):
         journal: has more of them, where runs are proposed one after another.
     """
 
+    everywhere = False
+
     def __init__(self, rule: Hyperband, folder: Path, runs: Sequence[str], journal: Path | None = None) -> None:
         self._rule, self._folder, self._runs, self._journal = rule, folder, tuple(runs), journal
         self.reason: str | None = None  # why the run was stopped

@@ -12,6 +12,7 @@ import time
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -19,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedtune.files import printable, write_text
+from fedtune.runs.launcher import MeetingPoint, threads_of
 from fedtune.storage.locks import is_locked, locked
 from fedtune.sweeps.board import Board, Running, duration, estimate
 from fedtune.sweeps.cell import Cell
@@ -30,6 +32,7 @@ from fedtune.sweeps.worker import status, work
 # each run has a process of its own, forked from a server that has done the imports
 _PROCESSES = multiprocessing.get_context("forkserver")
 _IMPORTS = ["fedtune.runs.flags", "transformers.models.bert.modeling_bert"]
+_PATIENCE = 10.0  # seconds that the others of a run have to end after its first process
 _SHARED = "baselines"  # beside the runs: what they are compared with, for those that can share it
 
 
@@ -68,7 +71,8 @@ def run(sweep: Sweep, folder: Path, workers: int = 1, logger: str = "none") -> i
 
     Args:
         folder: one directory a run is made in it, named by the hash of the run's configuration.
-        workers: runs at a time; threads, and GPUs where there are several, are divided among them.
+        workers: runs at a time, each with `sweep.workers_per_run` processes; threads,
+            and GPUs where there are several, are divided among them.
         logger: as in `FederatedLoop`.
 
     Returns:
@@ -91,8 +95,7 @@ def run(sweep: Sweep, folder: Path, workers: int = 1, logger: str = "none") -> i
             _all(board, console, logger)
         finally:
             for one in board.running:
-                one.process.terminate()  # safe at any moment: a run goes on from its last complete round
-                one.process.join()
+                one.terminate()
     for name, error in board.failed.items():
         console.print(f"failed: {name}: {printable(error)}", soft_wrap=True)
     console.print(board.summary(), soft_wrap=True)
@@ -161,24 +164,37 @@ def _all(board: Board, console: Console, logger: str) -> None:
 
 
 def _start(cell: Cell, board: Board, logger: str) -> Running:
-    import torch
-
-    slot = min(set(range(board.workers)) - {one.slot for one in board.running})
-    environment = {"WANDB_RUN_GROUP": board.sweep.name} | os.environ  # the server may have been started with another one
-    environment |= board.sweep.environment
-    if torch.cuda.device_count() > 1:
-        environment["CUDA_VISIBLE_DEVICES"] = gpu(slot, torch.cuda.device_count())
-    threads = max(1, len(os.sched_getaffinity(0)) // board.workers)
-    setting = {"environment": environment, "threads": threads, "logger": logger, "callbacks": _callbacks(board)}
+    slot, each = min(set(range(board.workers)) - {one.slot for one in board.running}), board.sweep.workers_per_run
+    point = MeetingPoint(each) if each > 1 else None
     arguments = {part: dict(values) for part, values in cell.arguments.items()}
     options = arguments["loop"]["options"]
     shared = options["baseline_dir"] or str(board.folder / _SHARED)
     arguments["loop"]["options"] = options | {"progress": False, "baseline_dir": shared}
-    ours, theirs = _PROCESSES.Pipe()
-    process = _PROCESSES.Process(target=work, args=(arguments, board.folder / cell.name, setting, theirs))
-    process.start()
-    theirs.close()
-    return Running(cell, process, ours, slot)
+    started = []
+    for rank in range(each):
+        ours, theirs = _PROCESSES.Pipe()
+        setting: dict[str, Any] = {
+            "environment": _environment(board, slot * each + rank),
+            "logger": logger,
+            "callbacks": _callbacks(board),
+        }
+        setting |= {"threads": threads_of(board.workers * each), "point": point.environment(rank) if point else {}}
+        process = _PROCESSES.Process(target=work, args=(arguments, board.folder / cell.name, setting, theirs))
+        process.start()
+        theirs.close()
+        started.append((process, ours))
+    return Running(cell, *started[0], slot, others=started[1:], point=point)
+
+
+def _environment(board: Board, place: int) -> dict[str, str]:
+    """Of a process, which has the GPU of its place."""
+    import torch
+
+    found = {"WANDB_RUN_GROUP": board.sweep.name} | os.environ  # the server may have been started with another one
+    found |= board.sweep.environment
+    if torch.cuda.device_count() > 1:
+        found["CUDA_VISIBLE_DEVICES"] = gpu(place, torch.cuda.device_count())
+    return found
 
 
 def _callbacks(board: Board) -> list[Stopping]:
@@ -199,6 +215,12 @@ def gpu(slot: int, count: int) -> str:
 def _close(one: Running, board: Board, console: Console, queue: list[Cell]) -> None:
     one.process.join()
     one.line.close()
+    until = time.monotonic() + _PATIENCE
+    for process, line in one.others:
+        process.join(max(0.0, until - time.monotonic()))
+        process.terminate()
+        process.join()
+        line.close()
     folder = board.folder / one.cell.name
     found = status(folder)
     if one.note.startswith("left: "):  # another sweep was faster

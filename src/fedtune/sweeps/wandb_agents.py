@@ -15,6 +15,7 @@ from fedtune.errors import RunError, UsageError
 from fedtune.runs.wandb import import_wandb, is_online
 from fedtune.sweeps.grid import check, load
 from fedtune.sweeps.runner import gpu
+from fedtune.sweeps.several import EACH, of_wandb, runs_at_a_time
 
 # the agent writes a cell's values into a JSON file, which the command line reads like any configuration
 _COMMAND = ["${env}", "fedtune", "run", "--config", "${args_json_file}", "--logger", "wandb", "--runs_dir"]
@@ -38,7 +39,9 @@ def registered(file: str, runs_dir: str) -> dict[str, Any]:
     except UsageError as error:
         raise UsageError(f"{file}: {error.argument}", error.came, error.allowed) from error
     more = [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in fixed.items()]
-    return content | {"command": [*_COMMAND, runs_dir, *more]}
+    each = content.get(EACH, 1)
+    more += [f"--workers={each}"] if each > 1 else []
+    return of_wandb(content) | {"command": [*_COMMAND, runs_dir, *more]}
 
 
 def run(file: str, runs_dir: str, workers: int, only: Sequence[str]) -> int:
@@ -54,6 +57,7 @@ def run(file: str, runs_dir: str, workers: int, only: Sequence[str]) -> int:
     if only:
         raise UsageError("--only", " ".join(only), "nothing, in a W&B sweep; take the part out of the file")
     wandb, content = import_wandb("--wandb"), registered(file, runs_dir)
+    workers = runs_at_a_time(workers, load(file).get(EACH, 1))
     project = content.get("project") or os.environ.get("WANDB_PROJECT", "fedtune")
     try:
         sweep_id = wandb.sweep(content, project=project, entity=content.get("entity"))

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.errors import RunError, UsageError
+from fedtune.errors import Elsewhere, RunError, UsageError
 from fedtune.files import content, opened, printable, read_lines, write_text
 from fedtune.runs.callbacks import FederatedCallback
 from fedtune.runs.flags import fit
+from fedtune.runtimes.environment import has_others
+from fedtune.runtimes.processes import voice
 from fedtune.storage import checks
 from fedtune.storage.directory import writing
 from fedtune.storage.locks import Busy, locked
@@ -49,6 +52,8 @@ def status(folder: Path) -> dict[str, Any]:
 class _Reporter(FederatedCallback):
     """Tells the runner how far the run is."""
 
+    everywhere = False
+
     def __init__(self, line: Connection) -> None:
         self._line = line
 
@@ -67,21 +72,21 @@ def work(arguments: Arguments, folder: Path, setting: Mapping[str, Any], line: C
     """One run, from its directory's lock to its status.
 
     Args:
-        setting: `environment`, `threads`, `logger` and `callbacks`.
+        setting: `environment`, `threads`, `logger` and `callbacks`; `point`, what a process of several is told of the others.
         line: to the runner. "left: ..." says that another process has the run.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the runner, which ends this process
     threading.Thread(target=_end_with_the_runner, args=(line,), daemon=True).start()
-    os.environ.update(setting["environment"])
+    os.environ.update(setting["environment"] | setting["point"])
     import torch
 
     torch.set_num_threads(setting["threads"])
+    if has_others(and_follows=True):
+        return _follow(arguments, folder, setting)
     try:
         with locked(folder):
             if status(folder).get("state") != "finished":
-                with opened(folder / "log.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT, "ab") as log:
-                    for stream in (1, 2):  # the streams themselves: handlers of other libraries hold on to them
-                        os.dup2(log.fileno(), stream)
+                with _logged(folder):
                     _run(arguments, folder, setting, line)
     except Busy as error:
         line.send(f"left: {error}")
@@ -89,10 +94,34 @@ def work(arguments: Arguments, folder: Path, setting: Mapping[str, Any], line: C
         line.send(f"failed: {printable(error)}")
 
 
+@contextlib.contextmanager
+def _logged(folder: Path) -> Iterator[None]:
+    """What is printed from now on goes into the run's log."""
+    with opened(folder / "log.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT, "ab") as log:
+        for stream in (1, 2):  # the streams themselves: handlers of other libraries hold on to them
+            os.dup2(log.fileno(), stream)
+        yield
+
+
+def _follow(arguments: Arguments, folder: Path, setting: Mapping[str, Any]) -> None:
+    """What another process than the first of a run does: its clients. The first one has the lock, and says how it ended."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with _logged(folder):
+        try:
+            fit(arguments, run_dir=str(folder), logger=setting["logger"], callbacks=setting["callbacks"])
+        except Elsewhere:
+            pass
+        except Exception as error:
+            voice(error, 1)  # tells the others
+            traceback.print_exc()
+
+
 def _run(arguments: Arguments, folder: Path, setting: Mapping[str, Any], line: Connection) -> None:
     try:
         recorded(arguments, folder, logger=setting["logger"], callbacks=[_Reporter(line), *setting["callbacks"]])
     except Exception as error:
+        if has_others():
+            voice(error, 1)
         traceback.print_exc()
         if status(folder).get("state") != "failed":  # it could not be written
             line.send(f"failed: {printable(error)}")
