@@ -79,6 +79,9 @@ class Answers:
         except (UsageError, RunError) as error:
             print(f"fedtune: {error}", file=sys.stderr)
             return stopped_content(client, str(error), ends=True)
+        except Exception as error:
+            traceback.print_exc()
+            return stopped_content(client, f"{type(error).__name__} (its log says more)", ends=False)
 
     def close(self) -> None:
         """Let go of module and data."""

@@ -24,6 +24,7 @@ from flwr.app import RecordDict
 
 from fedtune.flower.wire import receive, send
 
+_LONGEST = 60  # characters; the name of a socket has 100 or so
 _CODE = "import sys; from fedtune.flower.serve import serve; serve(*sys.argv[1:])"
 
 
@@ -58,8 +59,7 @@ def asked(app: App, node: int, idle: float, about: dict[str, Any], content: Reco
 def _connected(app: App, node: int, idle: float) -> Iterator[socket.socket]:
     place = _place(app, node)
     with socket.socket(socket.AF_UNIX) as there:
-        with Path(f"{place}.lock").open("w") as lock:  # of two messages at once, one starts it
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(place):  # of two messages at once, one starts it
             try:
                 there.connect(str(place))
             except (FileNotFoundError, ConnectionRefusedError):
@@ -68,13 +68,22 @@ def _connected(app: App, node: int, idle: float) -> Iterator[socket.socket]:
         yield there
 
 
+@contextlib.contextmanager
+def locked(place: Path) -> Iterator[None]:
+    """Inside the block nobody else connects to a socket, or takes it away."""
+    with (place.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _place(app: App, node: int) -> Path:
     """The socket of a node, in a folder of this user alone.
 
     Raises:
         PermissionError: the folder is somebody else's.
     """
-    folder = Path(tempfile.gettempdir()) / f"fedtune-{os.getuid()}"
+    temporary = tempfile.gettempdir()
+    folder = Path(temporary if len(temporary) < _LONGEST else "/tmp") / f"fedtune-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o077:
         raise PermissionError(f"{folder} is not a folder of this user alone")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fedtune.flower.answers import Answers
 from fedtune.flower.client import made
+from fedtune.flower.resident import locked
 from fedtune.flower.wire import receive, send
 
 
@@ -27,8 +28,14 @@ def serve(number: str, place: str, folder: str, module: str, idle: str, parent: 
         while True:
             try:
                 there, _ = listening.accept()
-            except TimeoutError:
+            except TimeoutError:  # it ends, after those who had connected by now
+                with locked(Path(place)):
+                    Path(place).unlink(missing_ok=True)
+                listening.setblocking(False)
+                continue
+            except BlockingIOError:
                 break
+            there.setblocking(True)
             with there, contextlib.suppress(ConnectionError):
                 about, content = receive(there)
                 key = repr((about["run"], about["node"]))
@@ -37,7 +44,6 @@ def serve(number: str, place: str, folder: str, module: str, idle: str, parent: 
                         other.close()
                     known = {key: Answers(setup, about["run"], about["node"])}
                 send(there, None, known[key].answer(about["kind"], content))
-    Path(place).unlink(missing_ok=True)
 
 
 def _end_with(parent: int, place: Path) -> None:
