@@ -30,6 +30,7 @@ def command(given: argparse.Namespace, workers: int, run_dir: Path) -> list[str]
     flags: dict[str, Any] = {"data.task": "authors", "data.num_clients": given.clients, "loop.max_rounds": given.rounds}
     flags |= {"model.name": given.model, "loop.baselines": "[]", "loop.options.progress": "false", "run_dir": run_dir}
     flags |= {"data.limit": given.texts} if given.texts else {}
+    flags |= {"data.max_length": given.max_length}
     flags |= {"workers": workers} if workers > 1 else {}
     return [sys.executable, "-m", "fedtune", "run", *(f"--{name}={value}" for name, value in flags.items())]
 
@@ -74,6 +75,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--texts", type=int, default=0, help="at most so many training texts; 0: all")
+    parser.add_argument("--max_length", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--name", default="ranks", help="of the file of results; - writes none")
     given = parser.parse_args()

@@ -358,7 +358,7 @@ def test_a_traceback_is_for_our_mistakes(run: Run, tiny: list[str], monkeypatch:
     def broken(*_: Any) -> None:
         raise AssertionError("ours")
 
-    monkeypatch.setattr("fedtune.runs.loop.summarise", broken)
+    monkeypatch.setattr("fedtune.runs.conclusion.summarise", broken)
     with pytest.raises(AssertionError, match="ours"):
         run("run", *tiny, "--loop.baselines=[]")
 

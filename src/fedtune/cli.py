@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import io
 import logging
 import os
 import sys
@@ -49,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name = given[0] if given and given[0] in _COMMANDS else _choose(given)
     hint = ""
     try:
-        options = parser(name).parse_args(given[1:])
+        with contextlib.redirect_stderr(io.StringIO()) if has_others(and_follows=True) else contextlib.nullcontext():
+            options = parser(name).parse_args(given[1:])  # the command line is the same on all ranks
         options["words"] = given
         logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # after the import, which sets it
         kept = options.get("run_dir") or options.get("runs_dir")
@@ -75,9 +78,8 @@ def _choose(given: Sequence[str]) -> NoReturn:
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     """One line for a warning of ours; other libraries' warnings are not for the user of a command."""
-    if has_others(and_follows=True):
-        return
-    if issubclass(category, RenamedWarning) or (category is UserWarning and "fedtune" in (_[0] if _ else "")):
+    ours = issubclass(category, RenamedWarning) or (category is UserWarning and "fedtune" in (_[0] if _ else ""))
+    if ours and not has_others(and_follows=True):
         print(f"fedtune: {message}", file=sys.stderr)
 
 
@@ -141,47 +143,32 @@ def _fill_export(found: Parser) -> None:
 
 def _run(options: Namespace) -> None:
     from fedtune.runs.flags import fit, flags, name_of, resolved
+    from fedtune.runs.launcher import launch
     from fedtune.runtimes.processes import ranks_of
     from fedtune.sweeps.worker import recorded
 
     arguments = resolved(options)
     at_least("--workers", options.workers, 1)
     if options.workers > 1 and not has_others():
-        _launch(options)
-        return
+        return launch(options.words, options.workers, options.loop.runtime)
     with flags("loop"):
         ranks = ranks_of(options.loop.runtime)
     if options.workers not in (1, ranks.size):
         raise UsageError("--workers", options.workers, f"nothing, or {ranks.size}, which is how many were started")
-    if options.run_dir is None and options.runs_dir is not None:
-        folder = Path(options.runs_dir) / name_of(arguments)
-        if ranks.leads:
-            loop = recorded(arguments, folder, logger=options.logger)
-        else:
-            loop = fit(arguments, run_dir=str(folder), logger=options.logger)
+    named = options.run_dir is None and options.runs_dir is not None
+    run_dir = str(Path(options.runs_dir) / name_of(arguments)) if named else options.run_dir
+    if named and ranks.leads:
+        loop = recorded(arguments, Path(run_dir), logger=options.logger)
     else:
-        loop = fit(arguments, run_dir=options.run_dir, logger=options.logger)
+        loop = fit(arguments, run_dir=run_dir, logger=options.logger)
     if not ranks.leads:
-        return
+        return None
     shown = ("accuracy", "macro_f1", "majority_accuracy", "local_accuracy", "centralised_accuracy")
     values = [f"{name} {loop.summary[name]:.3f}" for name in shown if loop.summary.get(name) is not None]
     print(f"test part: {'  '.join(values)}")
     if loop.run_dir:
         print(f"records, weights and curves: {Path(loop.run_dir).resolve()}")
-
-
-def _launch(options: Namespace) -> None:
-    """The same command, in several processes."""
-    from fedtune.runs.launcher import launch
-
-    if options.loop.runtime == "serial":
-        raise UsageError("--loop.runtime", "serial", "auto or torchrun, with --workers")
-    code, text = launch(options.words, options.workers)
-    kept = options.run_dir or options.runs_dir
-    if text is not None:
-        stop(code, text + (f"; the same command goes on from the last complete round in {kept}" if kept else ""))
-    if code:
-        raise SystemExit(code)
+    return None
 
 
 def _sweep(options: Namespace) -> None:

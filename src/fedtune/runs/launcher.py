@@ -18,11 +18,12 @@ from datetime import timedelta
 
 from torch.distributed import PrefixStore, TCPStore
 
+from fedtune.errors import RunError, UsageError
 from fedtune.runtimes.environment import STARTER
 
 _ADDRESS = "127.0.0.1"
 _PATIENCE = 30.0  # seconds that the others have to end by themselves
-_BADLY = 1
+_BADLY = 2
 
 
 class MeetingPoint:
@@ -51,12 +52,16 @@ def threads_of(workers: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // workers)
 
 
-def launch(arguments: Sequence[str], workers: int) -> tuple[int, str | None]:
+def launch(arguments: Sequence[str], workers: int, runtime: str = "auto") -> None:
     """Run `fedtune` with some arguments in so many processes.
 
-    Returns:
-        the exit code, and what is left to be said.
+    Raises:
+        UsageError: a runtime of one process.
+        RunError: one of them was killed, and nobody has said so.
+        SystemExit: with the code of the first that ended badly, after it has said why.
     """
+    if runtime == "serial":
+        raise UsageError("--loop.runtime", runtime, "auto or torchrun, with --workers")
     point = MeetingPoint(workers)
     shared = {"OMP_NUM_THREADS": str(threads_of(workers))} | dict(os.environ) | {STARTER: str(os.getpid())}
     command = [sys.executable, "-m", "fedtune", *arguments]
@@ -66,13 +71,14 @@ def launch(arguments: Sequence[str], workers: int) -> tuple[int, str | None]:
     with _passed_on(processes):
         rank = _first_to_fail(processes)
         if rank is None:
-            return 0, None
+            return
         code = processes[rank].returncode
         speaks = code < 0 and point.speak()
         _end(processes, at_once=code < 0)
-    if code > 0:
-        return code, None
-    return _BADLY, f"rank {rank} was ended by {signal.Signals(-code).name}" if speaks else None
+    if speaks:
+        name = signal.Signals(-code).name
+        raise RunError(f"rank {rank} was ended by {name}; the next start goes on from the last complete round")
+    raise SystemExit(code if code > 0 else _BADLY)
 
 
 def _first_to_fail(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
