@@ -113,7 +113,7 @@ class Answers:
             "max_weight": most,
             "num_clients": int(data.num_clients),
             "data": digest_of_data(data),
-            "facts": json.dumps(facts_of(module, loop, getattr(data, "label_names", None))),
+            "facts": json.dumps(facts_of(module, loop, data)),
         }
         return RecordDict({ABOUT: ConfigRecord(values)})
 

@@ -84,8 +84,8 @@ class FlowerClients(Remote):
         self.config = dict(config_of(data)) or {"num_clients": self.num_clients}
         self._module, self._loop, self._deadline, self._wait = module, loop, deadline, wait
         self.label_names = getattr(data, "label_names", None)
-        facts = facts_of(module, loop, self.label_names)
-        self._sites = Sites(grid, self.num_clients, facts, lambda text: print(text, flush=True))
+        facts = facts_of(module, loop, data)
+        self._sites = Sites(grid, self.num_clients, facts, self.label_names or (), lambda text: print(text, flush=True))
         self._notes: dict[str, Any] = {}
         self._last: list[Share | None] = []
         self._carrier = FlowerRuntime(self._sites, self.memory, deadline, loop.options.on_client_error == "drop")

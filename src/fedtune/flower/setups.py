@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 
 from fedtune import yaml_files
+from fedtune.data.classification import FederatedDataModule
 from fedtune.errors import UsageError, one_of
 from fedtune.runs.flags import build, resolve
 from fedtune.runs.loop import FederatedLoop
@@ -18,6 +20,7 @@ SERVER, SITE = "server", "site"
 # what an app's configuration may have beside flags of `fedtune run`, and what a site may say of itself
 RUN_KEYS = {"config": "config.yaml", "run_dir": "", "deadline": 3600.0, "wait": 300.0}
 NODE_KEYS = ("partition-id", "client", "name", "memory")
+_ASIDE = ("num-partitions",)  # what others say of a site, and nobody needs here
 _SECTIONS = ("data.", "model.", "loop.", "content.")
 
 
@@ -36,12 +39,27 @@ class Parts(NamedTuple):
 Setup = Callable[[dict[str, Any]], tuple[pl.LightningModule, Any, FederatedLoop]]
 
 
-class Named(NamedTuple):
-    """What the server knows of data that it does not have."""
+@dataclass(frozen=True)
+class Named:
+    """What the server knows of data that it does not have.
+
+    Args:
+        data: as a site would read them; here nothing of them is read.
+    """
 
     num_clients: int
     label_names: tuple[str, ...]
-    config: dict[str, Any]
+    data: FederatedDataModule
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Of the data."""
+        return self.data.config
+
+    @property
+    def tokenizer(self) -> Any:
+        """It belongs to the model, not to the data."""
+        return self.data.tokenizer
 
 
 def run_values(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,7 +90,7 @@ def node_values(config: Mapping[str, Any]) -> dict[str, Any]:
         UsageError: another name.
     """
     for name, value in config.items():
-        if name not in (*NODE_KEYS, "num-partitions") and not name.startswith("data."):
+        if name not in (*NODE_KEYS, *_ASIDE) and not name.startswith("data."):
             raise one_of(name, value, NODE_KEYS, also=", or an option of its own data, as data.task_options.path")
     return dict(config)
 
@@ -98,7 +116,7 @@ def from_file(folder: Path) -> Setup:
     """
 
     def setup(config: dict[str, Any]) -> Parts:
-        values = run_values({name: value for name, value in config.items() if name not in NODE_KEYS})
+        values = run_values({name: value for name, value in config.items() if name not in (*NODE_KEYS, *_ASIDE)})
         file = folder / values["config"]
         content = yaml_files.read(str(file), "config", "a YAML or JSON file that can be read")
         if not isinstance(content, dict):
@@ -114,9 +132,8 @@ def from_file(folder: Path) -> Setup:
         if not isinstance(names, list) or len(names) < 2 or not all(isinstance(name, str) for name in names):
             allowed = "the names of the classes in their order, which the server must know without data: {label_names: [a, b]}"
             raise UsageError(f"{values['config']}: content", content.get("content"), allowed)
-        module, _, loop = build(arguments, label_names=names, **where)
-        data = arguments["data"] | {"model": arguments["model"]["name"]}
-        return Parts(module, Named(data["num_clients"], tuple(names), data), loop)
+        module, data, loop = build(arguments, label_names=names, **where)
+        return Parts(module, Named(data.num_clients, tuple(names), data), loop)
 
     return setup
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedtune.errors import RunError, UsageError, shown
+from fedtune.flower.facts import NAMES
 from fedtune.flower.records import ABOUT, SITE, is_stopped, values_of
 
 PAUSE = 0.3  # seconds between two looks at the mail
@@ -51,11 +52,14 @@ class Sites:
         grid: Flower's.
         num_clients: of the federation.
         facts: what must be the same at each of them.
+        names: of the classes, for a message.
         say: prints a line.
     """
 
-    def __init__(self, grid: Grid, num_clients: int, facts: dict[str, str], say: Callable[[str], None]) -> None:
-        self.grid, self.num_clients, self._facts, self._say = grid, num_clients, facts, say
+    def __init__(
+        self, grid: Grid, num_clients: int, facts: dict[str, str], names: Sequence[str], say: Callable[[str], None]
+    ) -> None:
+        self.grid, self.num_clients, self._facts, self._names, self._say = grid, num_clients, facts, names, say
         self._sites: dict[int, Site] = {}  # by client
         self._asked: dict[str, int] = {}  # message -> node
         self._known: set[int] = set()
@@ -150,7 +154,8 @@ class Sites:
         found = Site(node, **values)
         different = [name for name in self._facts if facts.get(name) != self._facts[name]]
         if different:
-            raise UsageError(found.name, f"other {' and '.join(different)}", "the same as the server's")
+            names = f"; the server has {', '.join(self._names)}" if NAMES in different and self._names else ""
+            raise UsageError(found.name, f"other {' and '.join(different)}", f"the same as the server's{names}")
         if not 0 <= found.client < self.num_clients:
             raise UsageError(f"node-config client of {found.name}", found.client, f"0 to {self.num_clients - 1}")
         if not found.own and found.num_clients != self.num_clients:
