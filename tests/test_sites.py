@@ -17,6 +17,7 @@ pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedtune[
 
 from conftest import make_loop, make_task, without_times
 from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.app import Context as AppContext
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
@@ -28,6 +29,7 @@ from fedtune.federated.messages import ClientReport, Context, Position, Reply, R
 from fedtune.federated.remote import Share
 from fedtune.flower import records, sites
 from fedtune.flower.answers import Answers
+from fedtune.flower.client import client_app
 from fedtune.flower.server import FlowerClients
 from fedtune.flower.setups import Parts, Setup, node_values, run_values
 from fedtune.tensors import travelling
@@ -254,6 +256,15 @@ def test_what_does_not_agree_is_said_in_one_line(setup: Any, make_data: Any, mak
         federated(good, Post(good, {70: {"client": 7}}))
     with pytest.raises(UsageError, match=r"baselines: got .*; allowed: none with clients at other sites"):
         federated(good, Post(good, NODES), baselines=("local",))
+
+
+def test_an_app_may_answer_in_the_process_of_the_message(setup: Any) -> None:
+    app = client_app(setup())
+    message = Message(RecordDict(), 70, "query")
+    message.metadata.__dict__["_message_id"] = "1"
+    context = AppContext(1, 70, {"client": 1, "idle": 0}, RecordDict(), {})
+    about = app(message, context).content.config_records[records.ABOUT]
+    assert (about["client"], about["num_clients"], about["own"]) == (1, 3, False)
 
 
 def test_an_error_of_the_data_does_not_leave_the_site(setup: Any, make_module: Any, capfd: Any) -> None:

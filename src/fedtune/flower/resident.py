@@ -8,6 +8,7 @@ process has, too.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -93,9 +94,17 @@ def _place(app: App, node: int) -> Path:
 
 def _start(app: App, place: Path, idle: float) -> None:
     """Start the process with a socket that listens already, so that a message can wait for it there."""
-    place.unlink(missing_ok=True)
+    for one in place.parent.iterdir():
+        if one.is_socket() and not _listens(one):  # of a process that was killed
+            one.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(place))
         listening.listen(16)
         words = [str(listening.fileno()), str(place), str(app.folder), app.module, str(idle), str(os.getppid())]
         subprocess.Popen([sys.executable, "-c", _CODE, *words], pass_fds=[listening.fileno()], stdin=subprocess.DEVNULL)
+
+
+def _listens(place: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as there:
+        there.setblocking(False)
+        return there.connect_ex(str(place)) != errno.ECONNREFUSED
