@@ -22,6 +22,7 @@ FOLDERS = {
     "reports": ("runs", "storage"),
     "sweeps": ("runs", "storage", "runtimes"),
     "testing": ("federated", "algorithms", "runtimes", "storage"),
+    "flower": ("runs", "data", "models", "federated", "algorithms", "storage"),
     "cli": ("runs", "reports", "sweeps", "data", "runtimes"),
 }
 LAZY = ("datasets", "wandb", "jsonargparse", "matplotlib", "optuna")  # a machine that only trains need not have them

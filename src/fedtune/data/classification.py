@@ -210,14 +210,15 @@ class FederatedDataModule(pl.LightningDataModule):
     @functools.cached_property
     def client_test_indices(self) -> list[IntArray]:
         """For each client its share of the test part, by the same split, without `min_size`; with `natural` its authors'."""
-        if self._split == "natural":
-            return holdings.shares_of_authors(self.task, self.client_indices, self.task.parts["test"])
-        return self._divide(self.task.parts["test"], min_size=None)
+        return self._shares("test")
 
     def client_test_dataloader(self, client: int) -> DataLoader[dict[str, Tensor]]:
         """One client's share of the test part, in the order of the split."""
-        texts = self._texts(self.client_test_indices[client])
-        return DataLoader(texts, batch_size=self.hparams["eval_batch_size"], collate_fn=_as_is)
+        return self._share(self.client_test_indices[client])
+
+    def client_val_dataloader(self, client: int) -> DataLoader[dict[str, Tensor]]:
+        """The same of the validation part."""
+        return self._share(self._shares("validation")[client])
 
     def client_dataloader(self, client: int) -> DataLoader[dict[str, Tensor]]:
         """Training batches of one client, in a new random order each time it is iterated."""
@@ -271,6 +272,14 @@ class FederatedDataModule(pl.LightningDataModule):
     def _characters(self) -> IntArray:
         return holdings.characters_of(self.task)
 
+    def _shares(self, part: str) -> list[IntArray]:
+        if self._split == "natural":
+            return holdings.shares_of_authors(self.task, self.client_indices, self.task.parts[part])
+        return self._divide(self.task.parts[part], min_size=None)
+
+    def _share(self, rows: IntArray) -> DataLoader[dict[str, Tensor]]:
+        return DataLoader(self._texts(rows), batch_size=self.hparams["eval_batch_size"], collate_fn=_as_is)
+
     def _divide(self, rows: IntArray, **others: Any) -> list[IntArray]:
         columns = holdings.columns_for(self.task, self._split, rows, self._characters)
         choice = {name: self.hparams[name] for name in ("num_clients", "seed", *DEFAULTS)} | others
@@ -284,8 +293,7 @@ class FederatedDataModule(pl.LightningDataModule):
         return DataLoader(texts, batch_size=size, shuffle=shuffle, drop_last=drop, collate_fn=_as_is)
 
     def _evaluation(self, rows: IntArray) -> DataLoader[dict[str, Tensor]]:
-        texts = self._texts(self._by_length(rows))
-        return DataLoader(texts, batch_size=self.hparams["eval_batch_size"], collate_fn=_as_is)
+        return self._share(self._by_length(rows))
 
     def _by_length(self, rows: IntArray) -> IntArray:
         return rows[self.tokens.lengths[rows].argsort(stable=True).numpy()]

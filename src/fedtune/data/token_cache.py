@@ -54,6 +54,17 @@ def entry_of(
     return folder / f"tokens-{digest.hexdigest()[:32]}.safetensors"
 
 
+def digest_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Sixteen hexadecimal digits that name all that decides a tokenizer's tokens; None where nothing can name it."""
+    digest = hashlib.sha256()
+    try:
+        for fact in _settings(tokenizer):
+            _add(digest, fact)
+    except Unreadable:
+        return None
+    return digest.hexdigest()[:16]
+
+
 def _add(digest: Any, text: str) -> None:
     encoded = text.encode("utf-8", "surrogatepass")
     digest.update(len(encoded).to_bytes(8, "little") + encoded)

@@ -18,6 +18,7 @@ from fedtune.errors import RunError
 from fedtune.federated.batches import begin_epoch, call_step, is_whole, limited, loaders_of, num_batches
 from fedtune.federated.logs import LogRecorder, logging_to
 from fedtune.federated.ranks import ALONE, Ranks
+from fedtune.federated.remote import Remote, pooled
 from fedtune.federated.shared import is_shared, join
 from fedtune.federated.stages import Stages
 from fedtune.federated.training import Training
@@ -191,6 +192,7 @@ class Evaluator:
         part: the part that rounds are evaluated on, "validation" or "test".
         evaluation: "pooled" (metrics over all examples), or "clients" (means over clients of means over batches).
         ranks: do it together.
+        remote: the clients, where they have the data and not this process.
     """
 
     training: Training
@@ -199,6 +201,7 @@ class Evaluator:
     reserved: frozenset[str] = frozenset()
     stages: Stages = field(default_factory=Stages)
     ranks: Ranks = ALONE
+    remote: Remote | None = None
 
     @property
     def data(self) -> Any:
@@ -229,6 +232,8 @@ class Evaluator:
 
     def evaluate(self, part: str) -> Evaluation:
         """The metrics on a part; none where the data have no such part, or the module no step for it."""
+        if self.remote is not None:
+            return Evaluation(pooled(self.remote.evaluate(part)))
         loader = self.loader(part) if step_of(self.training.module, part) else None
         if loader is None:
             return Evaluation({})
@@ -251,6 +256,11 @@ class Evaluator:
 
     def measure(self) -> tuple[dict[str, float], list[float | None]]:
         """The metrics of a round, and the accuracy for each client where it is known."""
+        if self.remote is not None:
+            shares = self.remote.evaluate(self.part)
+            metrics = pooled(shares)
+            self.training.trainer.callback_metrics = {name: torch.tensor(value) for name, value in metrics.items()}
+            return metrics, [None if one is None else one.metrics.get("accuracy") for one in shares]
         self.training.trainer.call("on_validation_model_zero_grad")
         if self.evaluation == "pooled":
             metrics, correct_N = self.evaluate(self.part)

@@ -67,7 +67,7 @@ class ClientMemory(abc.ABC):
             RunError: some of it is not there.
         """
         self.settle()
-        missing = sorted(client for client, round in (newest or {}).items() if round not in self._rounds(client))
+        missing = sorted(client for client, round in (newest or {}).items() if not self._confirm(client, round))
         if newest and missing:
             where = self._where(missing[0], newest[missing[0]])
             raise RunError(f"{where} is missing, what {len(missing)} of {len(newest)} clients remember is lost; {_CURE}")
@@ -138,6 +138,10 @@ class ClientMemory(abc.ABC):
         """Whether a client has kept something of a round."""
 
     @abc.abstractmethod
+    def _confirm(self, client: int, round: int) -> bool:
+        """Whether what a client has kept of a round, in an earlier start, is still there."""
+
+    @abc.abstractmethod
     def _where(self, client: int, round: int) -> str:
         """What a client has kept of a round, for a message."""
 
@@ -171,6 +175,9 @@ class MemoryInRam(ClientMemory):
 
     def _has(self, client: int, round: int) -> bool:
         return round in self._kept.get(client, {})
+
+    def _confirm(self, client: int, round: int) -> bool:
+        return self._has(client, round)
 
     def _where(self, client: int, round: int) -> str:
         return f"what client {client} remembers since round {round}"
@@ -232,6 +239,9 @@ class MemoryOnDisk(ClientMemory):
 
     def _has(self, client: int, round: int) -> bool:
         return os.path.lexists(self._file(client, round))
+
+    def _confirm(self, client: int, round: int) -> bool:
+        return round in self._rounds(client)
 
     def _where(self, client: int, round: int) -> str:
         return str(self._file(client, round))

@@ -9,10 +9,12 @@ from typing import Any
 from fedtune.algorithms.specification import algorithm_of
 from fedtune.errors import UsageError, at_least, one_of, shown
 from fedtune.federated.parts import Aggregator
+from fedtune.federated.remote import Remote
 from fedtune.runs.baselines import BASELINES
+from fedtune.runs.callbacks import FederatedCallback
 from fedtune.runs.options import RunOptions
 from fedtune.runtimes.environment import place_of
-from fedtune.runtimes.faulty import check_clients, faults_of
+from fedtune.runtimes.faulty import check_clients, faults_of, plain_faults
 from fedtune.storage.summary import MODES
 
 EVALUATED_ON = ("validation", "test")
@@ -64,10 +66,12 @@ def check_arguments(loop: Any) -> None:
 
 def check_data(loop: Any, data: Any) -> None:
     """Raise `UsageError` for data that lack what a run needs, in number of clients, too."""
+    if isinstance(data, Remote):
+        _check_remote(loop)
     needed = ["client_dataloader", "num_clients", "val_dataloader"]
     needed += ["client_test_dataloader"] if loop.options.evaluation == "clients" else []
     needed += ["train_dataloader"] if "centralised" in loop.baselines else []
-    missing = [name for name in needed if not hasattr(data, name)]
+    missing = [] if isinstance(data, Remote) else [name for name in needed if not hasattr(data, name)]
     if missing:
         raise UsageError("data", type(data).__name__, f"a data module that has {', '.join(missing)}")
     if loop.options.evaluation == "clients" and loop.evaluate_on != "test":
@@ -80,6 +84,21 @@ def check_data(loop: Any, data: Any) -> None:
     if algorithm.client.ranks and knowing:
         raise UsageError("faults", knowing[0], "with clients of different ranks, one that needs no mean of their updates")
     _check_cohort(loop, algorithm.aggregator, data.num_clients)
+
+
+def _check_remote(loop: Any) -> None:
+    """What needs data, or a client's module, cannot be where neither is."""
+    where = "with clients at other sites"
+    for name, came, allowed in (
+        ("baselines", list(loop.baselines), f"none {where}, as they need the data: baselines: []"),
+        ("faults", plain_faults(loop._faults, strict=False), f"none {where}"),
+        ("options.evaluation", loop.options.evaluation, f"pooled, {where}"),
+    ):
+        if came and came != "pooled":
+            raise UsageError(name, came, allowed)
+    for one in loop.callbacks:
+        if type(one).on_client_end is not FederatedCallback.on_client_end:
+            raise UsageError("callbacks", type(one).__name__, f"without on_client_end {where}, where their modules are")
 
 
 def _check_cohort(loop: Any, aggregator: Aggregator, num_clients: int) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jsonargparse import Namespace
@@ -199,16 +199,19 @@ def check(arguments: Mapping[str, Mapping[str, Any]]) -> None:
             check_model(kind, name, model, files=name not in MODELS)  # a registered one may have to be fetched first
 
 
-def fit(arguments: Mapping[str, Mapping[str, Any]], **where: Any) -> FederatedLoop:
-    """Build data module, module and loop, and run.
+def build(
+    arguments: Mapping[str, Mapping[str, Any]], label_names: Sequence[str] | None = None, whole: bool = True, **where: Any
+) -> tuple[TextClassifier | CausalLM, FederatedDataModule, FederatedLoop]:
+    """Data module, module and loop; what is cheap is checked first, as reading and tokenising texts can take minutes.
 
     Args:
         arguments: as from `resolved`.
+        label_names: of the classes; where they are given, nothing of the data is read.
+        whole: whether the data are those of the whole federation, so that they must suit the loop.
         where: `run_dir`, `logger` and `callbacks` of the loop.
 
     Raises:
         UsageError: a value that cannot be used, under the name of its flag.
-        RunError: the run had to stop.
     """
     model = dict(arguments["model"])
     with flags("loop"):
@@ -216,8 +219,9 @@ def fit(arguments: Mapping[str, Mapping[str, Any]], **where: Any) -> FederatedLo
         loop = FederatedLoop(**{**arguments["loop"], "options": options}, **where)
     with flags("data"):
         data = FederatedDataModule(**arguments["data"], model=model["name"])
-    with flags("loop"):
-        check_data(loop, data)
+    if whole and label_names is None:
+        with flags("loop"):
+            check_data(loop, data)
     name = model.pop("name")
     with flags("model"):
         kind = kind_of(arguments["data"]["task"])
@@ -229,9 +233,24 @@ def fit(arguments: Mapping[str, Mapping[str, Any]], **where: Any) -> FederatedLo
             ranks.first_here(data.setup)  # the others find the tokens in the cache
         if model["init"] == "random" and arguments["data"]["tokenizer"] is not None:
             model["vocab_size"] = model["vocab_size"] or len(data.tokenizer)
-        data.tokenizer, data.num_labels  # noqa: B018 - reading them checks them
+        if label_names is None:
+            data.tokenizer, data.num_labels  # noqa: B018 - reading them checks them
+            label_names = data.label_names
     with flags("model"):
-        module = build_model(data, name, model)
+        return build_model(kind or data.kind, name, model, label_names), data, loop
+
+
+def fit(arguments: Mapping[str, Mapping[str, Any]], **where: Any) -> FederatedLoop:
+    """Build data module, module and loop, and run.
+
+    Args:
+        arguments, where: as in `build`.
+
+    Raises:
+        UsageError: a value that cannot be used, under the name of its flag.
+        RunError: the run had to stop.
+    """
+    module, data, loop = build(arguments, **where)
     with flags("data"):
         data.setup()
         module.check_data(data)

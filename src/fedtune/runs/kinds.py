@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -70,17 +70,18 @@ def check_model(kind: str, name: str, options: Mapping[str, Any], files: bool = 
         check_causal_lm(name, chosen) if causal else check_classifier(name, chosen)
 
 
-def build_model(data: Any, name: str, options: Mapping[str, Any]) -> TextClassifier | CausalLM:
+def build_model(kind: str, name: str, options: Mapping[str, Any], label_names: Sequence[str] = ()) -> TextClassifier | CausalLM:
     """The module for the data of a task.
 
     Args:
-        data: a `FederatedDataModule`.
+        kind: of the task.
         options: of both kinds of modules, without the name.
+        label_names: of a classifier's classes.
 
     Raises:
         UsageError: a model of the other kind, and as `build_classifier` and `build_causal_lm`.
     """
-    chosen = options_for(data.kind, options)
-    if data.kind == "instructions":
+    chosen = options_for(kind, options)
+    if kind == "instructions":
         return build_causal_lm(name, **chosen)
-    return build_classifier(name, data.num_labels, label_names=list(data.label_names), **chosen)
+    return build_classifier(name, len(label_names), label_names=list(label_names), **chosen)

@@ -16,15 +16,14 @@ from fedtune.errors import UsageError
 from fedtune.federated.adapted import adapted, resting_factors
 from fedtune.federated.adapters import Adapters
 from fedtune.federated.base import moving
-from fedtune.federated.client import Worker
 from fedtune.federated.cohorts import cohort, max_weight
 from fedtune.federated.evaluation import Evaluator
 from fedtune.federated.messages import ClientReport, Context, Position
 from fedtune.federated.parts import Algorithm
 from fedtune.federated.personal import personal_names
+from fedtune.federated.remote import Remote
 from fedtune.federated.round import RoundOptions, run_round
 from fedtune.federated.state import RoundResult, ServerState
-from fedtune.federated.still import Still
 from fedtune.federated.trainer import check_module
 from fedtune.runs.arguments import check_arguments, check_data
 from fedtune.runs.baselines import BASELINES, Baselines
@@ -34,7 +33,7 @@ from fedtune.runs.counterparts import check_callbacks
 from fedtune.runs.hardware import resolve_precision
 from fedtune.runs.loggers import mirror_of
 from fedtune.runs.options import RunOptions
-from fedtune.runs.prepared import evaluated, given, look_over, prepared, watch_the_end
+from fedtune.runs.prepared import evaluated, given, look_over, prepared, watch_the_end, worker_of
 from fedtune.runs.progress import Progress
 from fedtune.runs.renamed import taken
 from fedtune.runs.rounds import Rounds
@@ -45,7 +44,7 @@ from fedtune.storage.config import describe, identified
 from fedtune.storage.directory import RunDirectory
 from fedtune.storage.locks import locked
 from fedtune.storage.records import RoundRecord
-from fedtune.tensors import assign_, buffers, carried, counters, resting, restore_counters, snapshot, travelling, without
+from fedtune.tensors import assign_, buffers, carried, resting, restore_counters, snapshot, travelling, without
 
 _NOT_CONFIG = ("callbacks", "run_dir", "logger", "runtime")  # not a plain value, or no part of what makes the numbers
 
@@ -180,8 +179,11 @@ class FederatedLoop:
         """Set up, rounds, test, baselines, conclude."""
         training, module, ranks = evaluator.training, evaluator.training.module, evaluator.ranks
         path = Path(self.run_dir) if self.run_dir else None
-        directory = RunDirectory(path, run.config, self.options.keep, run.data.num_clients, ranks)
-        if evaluator.loader(self.evaluate_on) is None:
+        memory = run.data.memory if isinstance(run.data, Remote) else None
+        directory = RunDirectory(path, run.config, self.options.keep, run.data.num_clients, ranks, memory)
+        if isinstance(run.data, Remote):
+            run.data.begin(directory)
+        elif evaluator.loader(self.evaluate_on) is None:
             raise UsageError("evaluate_on", self.evaluate_on, "a part that the data have")
         module.on_fit_start()
         look_over(module, self.evaluate_on, run)
@@ -235,21 +237,13 @@ class FederatedLoop:
             for callback in hooks:
                 callback.on_client_end(run, training.module, report)
 
-        names = personal_names(algorithm.personal, travelling(training.module))
-        worker = Worker(
-            training,
-            data,
-            algorithm.client,
-            rounds.directory.memory,
-            self.local_epochs,
-            counters=snapshot(counters(training.module)),
-            still=Still(training.module, rounds.base),
-            up=algorithm.up,
-            down=algorithm.down,
-            on_client_end=client_ended if hooks else None,
-        )
-        ranks, most = rounds.evaluator.ranks, max_weight(data, self.local_epochs)
-        runtime = runtime_of(worker, ranks, self.options.on_client_error, self._faults)
+        names, ended = personal_names(algorithm.personal, travelling(training.module)), client_ended if hooks else None
+        ranks, worker = rounds.evaluator.ranks, worker_of(self, training, data, rounds.directory.memory, ended, rounds.base)
+        if isinstance(data, Remote):
+            runtime, most = data.runtime(), data.max_weight()
+        else:
+            runtime = runtime_of(worker, ranks, self.options.on_client_error, self._faults)
+            most = max_weight(data, self.local_epochs)
         lenient = bool(self._faults) or self.options.on_client_error == "drop"
         options = RoundOptions(
             self.local_epochs,

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import Logger
 
 from fedtune.errors import UsageError
+from fedtune.federated.client import Worker
 from fedtune.federated.evaluation import Evaluator, attached, by_loader, step_of
-from fedtune.federated.messages import Position
+from fedtune.federated.memory import ClientMemory
+from fedtune.federated.messages import ClientReport, Position
 from fedtune.federated.ranks import ALONE, Ranks
+from fedtune.federated.remote import Remote
 from fedtune.federated.stages import Stages
+from fedtune.federated.still import Still
 from fedtune.federated.trainer import Line, ModuleTrainer, check_module
 from fedtune.federated.training import Training, steps_in
 from fedtune.runs.callbacks import Run
@@ -22,7 +26,7 @@ from fedtune.runs.progress import Progress
 from fedtune.runtimes.environment import place_of
 from fedtune.storage.directory import RunDirectory
 from fedtune.storage.records import RESERVED
-from fedtune.tensors import resting, sharing, travelling
+from fedtune.tensors import counters, resting, sharing, snapshot, travelling
 
 
 def given(data: Any, datamodule: Any) -> Any:
@@ -68,7 +72,32 @@ def prepared(
         fabric.to_device(module)
         if fabric.device.type == "cuda" and hasattr(data, "keep_on"):
             data.keep_on(fabric.device)
-        yield Evaluator(training, loop.evaluate_on, loop.options.evaluation, RESERVED, stages, ranks)
+        remote = data if isinstance(data, Remote) else None
+        yield Evaluator(training, loop.evaluate_on, loop.options.evaluation, RESERVED, stages, ranks, remote)
+
+
+def worker_of(
+    loop: Any,
+    training: Training,
+    data: Any,
+    memory: ClientMemory,
+    on_client_end: Callable[[ClientReport], None] | None = None,
+    base: frozenset[str] = frozenset(),
+) -> Worker:
+    """Who is a loop's clients in this process."""
+    algorithm, module = loop._algorithm, training.module
+    return Worker(
+        training,
+        data,
+        algorithm.client,
+        memory,
+        loop.local_epochs,
+        counters=snapshot(counters(module)),
+        still=Still(module, base),
+        up=algorithm.up,
+        down=algorithm.down,
+        on_client_end=on_client_end,
+    )
 
 
 def evaluated(loop: Any, module: pl.LightningModule, data: Any, part: str) -> list[dict[str, float]]:

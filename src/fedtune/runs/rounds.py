@@ -148,5 +148,7 @@ class Rounds:
 
     def _own(self, state: ServerState, shared: list[float | None]) -> list[float | None]:
         """The accuracy of each client's own model."""
+        if self.evaluator.remote is not None:
+            return self.evaluator.remote.own_accuracy()
         shared = shared or [None] * self.evaluator.data.num_clients
         return own_accuracy(self.evaluator, self.directory.memory, state.weights, state.round, shared)

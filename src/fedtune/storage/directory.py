@@ -48,16 +48,24 @@ class RunDirectory:
         keep: checkpoints that stay.
         num_clients: clients that may have something to remember, in `memory`.
         ranks: the processes of the run. Rank 0 alone writes; with the others each keeps what its own clients remember.
+        memory: what they remember, where it is not kept here.
 
     Raises:
         UsageError: the directory cannot be written, or belongs to a run of another configuration.
     """
 
     def __init__(
-        self, path: Path | None, config: Mapping[str, Any], keep: int, num_clients: int = 0, ranks: Ranks = ALONE
+        self,
+        path: Path | None,
+        config: Mapping[str, Any],
+        keep: int,
+        num_clients: int = 0,
+        ranks: Ranks = ALONE,
+        memory: ClientMemory | None = None,
     ) -> None:
         self._leads, self.keep = ranks.leads, keep
-        self.memory: ClientMemory = MemoryInRam(ranks) if path is None else MemoryOnDisk(path / "clients", num_clients, ranks)
+        here = MemoryInRam(ranks) if path is None else MemoryOnDisk(path / "clients", num_clients, ranks)
+        self.memory: ClientMemory = memory or here
         path = self.path = path if ranks.leads else None
         self._start: list[ServerState] = []
         self._again, self._done = "baseline" in config, 0  # whether all can be made anew; complete rounds that were found
