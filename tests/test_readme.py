@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -74,5 +75,5 @@ def test_every_command_of_the_readme_parses(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "runs" / "skewed").mkdir(parents=True)
     (tmp_path / "runs" / "skewed" / "config.yaml").write_text("data: {split: by_author}\n")
     for command in commands:
-        _, name, *flags = command.split("#")[0].split()
+        _, name, *flags = shlex.split(command, comments=True)
         parser(name).parse_args(flags)
