@@ -54,8 +54,8 @@ $(PEERS_VENV)/.installed: setup.cfg
 	$(PEERS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
 	@touch $@
 
-test: $(STAMP) ## run the tests
-	$(BIN)/python -m pytest
+test: $(STAMP) ## run the tests, a process a core
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 fuzz: $(STAMP) ## odd files and flags by the thousand: FEDTUNE_FUZZ=10000
 	ls tests/fuzz/test_*.py | FEDTUNE_FUZZ=$${FEDTUNE_FUZZ:-10000} OMP_NUM_THREADS=1 xargs -n 1 -P $$(nproc) $(BIN)/python -m pytest
