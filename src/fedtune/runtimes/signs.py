@@ -53,7 +53,7 @@ class Signs:
                 "MASTER_ADDR and MASTER_PORT name a free port of the machine of rank 0"
             ) from error
         self.store = PrefixStore(f"fedtune/{place.attempt}", known)
-        self._count, self._signed, self._looked = itertools.count(), 0.0, 0.0
+        self._count, self._stepped, self._looked = itertools.count(), 0.0, 0.0
         self._seen = [(b"", time.monotonic())] * place.size
         self.watched, self._ended = False, threading.Event()
         self._sign()
@@ -95,8 +95,9 @@ class Signs:
         Raises:
             Elsewhere: it had to.
         """
-        if time.monotonic() - self._signed < _OFTEN:
+        if time.monotonic() - self._stepped < _OFTEN:
             return
+        self._stepped = time.monotonic()  # of this thread alone: the other one signs, and does not look
         self._sign()
         for number in {0, self._run}:  # 0: before the first run began
             with self._asked():
@@ -146,7 +147,6 @@ class Signs:
     def _sign(self) -> None:
         with self._asked():
             self.store.set(f"sign/{self._place.rank}", str(next(self._count)))
-        self._signed = time.monotonic()
 
     def _keep_signing(self) -> None:
         while not self._ended.wait(_OFTEN):
