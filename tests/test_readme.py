@@ -74,6 +74,7 @@ def test_every_command_of_the_readme_parses(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     (tmp_path / "runs" / "skewed").mkdir(parents=True)
     (tmp_path / "runs" / "skewed" / "config.yaml").write_text("data: {split: by_author}\n")
+    (tmp_path / "run.yaml").write_text("data: {split: by_author}\n")
     for command in commands:
         _, name, *flags = shlex.split(command, comments=True)
         parser(name).parse_args(flags)
