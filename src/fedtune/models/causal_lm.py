@@ -5,11 +5,9 @@ Legend: B conversations of a batch, L their padded length in tokens, H hidden si
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar, final
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,14 +15,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from fedtune.errors import UsageError
 from fedtune.models import adapter_files, weights
-from fedtune.models.adapters import Lora, adapted, is_adapter, lora_of
-from fedtune.models.agreement import check_data
+from fedtune.models.adapters import Lora, adapted, lora_of
+from fedtune.models.module import PretrainedModule
 from fedtune.models.options import check_causal_options
 from fedtune.models.perplexity import Perplexity
-from fedtune.models.pretrained import cause, load_config, max_tokens
+from fedtune.models.pretrained import cause, load_config
 from fedtune.models.rows import Rows, check_apart, makes_logits_alone
 from fedtune.models.sizes import check_config, check_room
-from fedtune.models.training import forget_activations, optimizers_of
+from fedtune.models.training import forget_activations
 from fedtune.randomness import seeded
 
 NO_LABEL = -100
@@ -33,7 +31,7 @@ _ASIDE = ("classifier", "summary", "cls")  # dropouts of heads that a causal mod
 
 
 @final
-class CausalLM(pl.LightningModule):
+class CausalLM(PretrainedModule):
     """A pretrained decoder (Llama, Qwen, GPT-2, or another that Transformers maps), as a `LightningModule`.
 
     Args:
@@ -109,28 +107,6 @@ class CausalLM(pl.LightningModule):
         """The constructor's arguments, as the command line takes them, without details that are not chosen."""
         return {name: value for name, value in self.hparams.items() if name not in DETAILS or value != DETAILS[name]}
 
-    @functools.cached_property
-    def content(self) -> dict[str, str]:
-        """What names the content of the files that the weights come from, by file; nothing for random weights."""
-        return adapter_files.content_of_model(self.hparams)
-
-    @property
-    def from_files(self) -> frozenset[str]:
-        """The tensors of the state that are as those files have them, as long as they are frozen."""
-        if self.hparams["init"] != "pretrained":
-            return frozenset()
-        return frozenset(f"network.{name}" for name in self.network.state_dict() if not is_adapter(name))
-
-    def setup(self, stage: str) -> None:
-        """In a `Trainer`, check that its data module is for this module."""
-        trainer = getattr(self, "_trainer", None)
-        if trainer is not None and getattr(trainer, "datamodule", None) is not None:
-            self.check_data(trainer.datamodule)
-
-    def check_data(self, data: Any) -> None:
-        """Raise `UsageError` where a `FederatedDataModule` is for other tokens or lengths, or for texts to be classified."""
-        check_data(self, data)
-
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits (B, L, V) of token ids (B, L) with their mask (B, L), 1 where there is text."""
         self._check_length(input_ids)
@@ -166,19 +142,8 @@ class CausalLM(pl.LightningModule):
         self.log("train_loss_nats", loss, batch_size=len(batch["labels"]))
         return loss
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Log `loss_nats`, `perplexity` and `token_accuracy`; with `exact_match` that, and return {"correct": (B,) bool}."""
-        return self._evaluate(batch)
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """As `validation_step`."""
-        return self._evaluate(batch)
-
-    def configure_optimizers(self) -> Any:
-        """The optimizer over what is trained, with the warm-up as a schedule over steps."""
-        return optimizers_of(self)
-
     def _evaluate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Log `loss_nats`, `perplexity` and `token_accuracy`; with `exact_match` that, and return {"correct": (B,) bool}."""
         logits_AV, target_A, conversation_A = self.answer_logits(batch)
         loss_A = F.cross_entropy(logits_AV.float(), target_A, reduction="none")
         right_A = logits_AV.argmax(-1) == target_A
@@ -192,11 +157,6 @@ class CausalLM(pl.LightningModule):
         self.log("exact_match", (wrong_B == 0).float().mean(), batch_size=len(wrong_B))
         return {"correct": wrong_B == 0}
 
-    def _check_length(self, ids_BL: Tensor) -> None:
-        longest = max_tokens(self.network.config)
-        if longest is not None and ids_BL.shape[1] > longest:
-            raise UsageError("max_length", ids_BL.shape[1], f"at most {longest}, the maximum of {self.hparams['name']}")
-
     def _build(self) -> PreTrainedModel:
         options = self.hparams
         config = load_config(options["name"])
@@ -208,19 +168,21 @@ class CausalLM(pl.LightningModule):
             set_dropout(config, options["dropout"])
         attention = "sdpa" if torch.cuda.is_available() else "eager"  # no slower on a CPU, as in a classifier
         if options["init"] == "pretrained":
-            network, fresh = weights.read(kind, options["name"], config, attention, (), False)
-            if fresh:
-                lacking = f"weights that fit the configuration (these lack {', '.join(sorted(fresh)[:3])})"
+            network, self._fresh = weights.read(kind, options["name"], config, attention, (), False)
+            if self._fresh:
+                lacking = f"weights that fit the configuration (these lack {', '.join(sorted(self._fresh)[:3])})"
                 raise UsageError("name", options["name"], lacking)
             return network.train()  # from_pretrained hands over a network without dropout
         config.vocab_size = options["vocab_size"] or config.vocab_size
         try:
             check_room(options["name"], kind, config)
-            return kind._from_config(config, attn_implementation=attention).train()
+            network = kind._from_config(config, attn_implementation=attention)
         except UsageError:
             raise
         except Exception as error:  # what Transformers raises for a configuration that does not work is of any type
             raise UsageError("name", options["name"], f"a configuration that works ({cause(error)})") from error
+        self._fresh = set(network.state_dict())
+        return network.train()
 
 
 # what a run need not say, and the value at which it does nothing

@@ -6,11 +6,9 @@ Legend: B texts of a batch, L their padded length in tokens, C classes.
 from __future__ import annotations
 
 import abc
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,21 +17,21 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from fedtune.errors import UsageError
 from fedtune.models import adapter_files, weights
-from fedtune.models.adapters import Lora, is_adapter, lora_of, plain_name
-from fedtune.models.agreement import check_data
+from fedtune.models.adapters import Lora, lora_of
+from fedtune.models.module import PretrainedModule
 from fedtune.models.options import check_options, set_labels
 from fedtune.models.packed import PackedBatch
 from fedtune.models.padding_free import FORWARD
-from fedtune.models.pretrained import cause, load_config, max_tokens
+from fedtune.models.pretrained import cause, load_config
 from fedtune.models.sizes import check_config, check_room
-from fedtune.models.training import forget_activations, optimizers_of
+from fedtune.models.training import forget_activations
 from fedtune.randomness import seeded
 
 # arguments that came later, and the values at which they do nothing: there a configuration is what it was before
 _LATER = {"keep_head": False, "lora": None, "gradient_checkpointing": False}
 
 
-class TextClassifier(pl.LightningModule, abc.ABC):
+class TextClassifier(PretrainedModule):
     """A pretrained encoder with a fresh classification head, as a `LightningModule`.
 
     Args:
@@ -132,17 +130,6 @@ class TextClassifier(pl.LightningModule, abc.ABC):
         asked = {name: value for name, value in self.hparams.items() if name not in ("num_labels", "label_names")}
         return {name: value for name, value in asked.items() if name not in _LATER or value != _LATER[name]}
 
-    @functools.cached_property
-    def content(self) -> dict[str, str]:
-        """What names the content of the files that the weights come from, by file; nothing for random weights."""
-        return adapter_files.content_of_model(self.hparams)
-
-    @property
-    def from_files(self) -> frozenset[str]:
-        """The tensors of the state that are as those files have them, as long as they are frozen."""
-        names = [name for name in self.network.state_dict() if not is_adapter(name)]
-        return frozenset(f"network.{name}" for name in names if plain_name(name) not in self._fresh)
-
     @property
     def trained_whole(self) -> list[str]:
         """The parts of the network that are trained beside adapters: the head, and what else the files of the model lack."""
@@ -150,25 +137,13 @@ class TextClassifier(pl.LightningModule, abc.ABC):
         fresh = [] if self.hparams["init"] == "random" else sorted(name for name in self._fresh if not name.startswith(heads))
         return [*self.head, *dict.fromkeys(name.rpartition(".")[0] for name in fresh)]
 
-    def setup(self, stage: str) -> None:
-        """In a `Trainer`, check that its data module is for this module."""
-        trainer = getattr(self, "_trainer", None)
-        if trainer is not None and getattr(trainer, "datamodule", None) is not None:
-            self.check_data(trainer.datamodule)
-
-    def check_data(self, data: Any) -> None:
-        """Raise `UsageError` where a `FederatedDataModule` is for other tokens, lengths or classes; learn their names."""
-        check_data(self, data)
-
     def name_labels(self, names: Sequence[str]) -> None:
         """Give the C classes their names in the configuration of the network, as a saved model has them."""
         set_labels(self.network.config, names)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None) -> Tensor:
         """Logits (B, C) of token ids (B, L) with their mask (B, L), 1 where there is text, and their types (B, L)."""
-        longest = max_tokens(self.network.config)
-        if longest is not None and input_ids.shape[1] > longest:
-            raise UsageError("max_length", input_ids.shape[1], f"at most {longest}, the maximum of {self.hparams['name']}")
+        self._check_length(input_ids)
         if attention_mask is not None and self._packs(input_ids, attention_mask):
             return FORWARD[type(self.network)](self.network, PackedBatch(input_ids, attention_mask, token_type_ids))
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
@@ -190,19 +165,8 @@ class TextClassifier(pl.LightningModule, abc.ABC):
 
     evaluates_by_batch = True  # `validation_step` leaves nothing behind but what its metrics count
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Log `loss_nats`, `accuracy` and `macro_f1`; returns {"correct": (B,) bool}."""
-        return self._evaluate(batch)
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """As `validation_step`."""
-        return self._evaluate(batch)
-
-    def configure_optimizers(self) -> Any:
-        """The optimizer over what is trained, with the warm-up as a schedule over steps."""
-        return optimizers_of(self)
-
     def _evaluate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Log `loss_nats`, `accuracy` and `macro_f1`; returns {"correct": (B,) bool}."""
         logits_BC, labels_B = self._logits(batch), batch["labels"]
         self.accuracy.update(logits_BC, labels_B)
         self.macro_f1.update(logits_BC, labels_B)
