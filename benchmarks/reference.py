@@ -33,6 +33,8 @@ CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {  # name in the table: scri
     "fedtune": ("ours.py", {}),
     "floor, the clients' batches": ("floor.py", {}),
     "floor, pooled batches": ("floor.py", {"pooled": True}),
+    "fedtune, LoRA": ("ours.py", {"rank": 8}),
+    "floor, LoRA": ("floor.py", {"rank": 8}),
     "plain loop, bf16 autocast": ("plain.py", {"precision": "bf16"}),
     "plain loop, fp32": ("plain.py", {}),
     "the authors' algorithm": ("authors.py", {}),
@@ -41,6 +43,7 @@ CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {  # name in the table: scri
     "pfl-research, bf16": ("pfl_research.py", {"precision": "bf16"}),
     "pfl-research, fp32": ("pfl_research.py", {}),
 }
+DEFAULT = [name for name in CONTENDERS if "LoRA" not in name]
 PEERS = [name for name, (script, _) in CONTENDERS.items() if script in ("flower.py", "pfl_research.py")]
 
 
@@ -119,7 +122,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--optimizer", default="sgd", choices=["sgd", "adamw"])
     parser.add_argument("--learning_rate", type=float, default=0.05)
-    parser.add_argument("--only", nargs="*", default=list(CONTENDERS), choices=list(CONTENDERS), metavar="CONTENDER")
+    parser.add_argument("--only", nargs="*", default=DEFAULT, choices=list(CONTENDERS), metavar="CONTENDER")
     parser.add_argument("--peers", help="the Python of an environment with fedtune[bench]")
     parser.add_argument("--name", default="reference", help="of the file below results/; - writes none")
     options = parser.parse_args()

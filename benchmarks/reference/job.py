@@ -36,6 +36,7 @@ class Job:
         seed: of the fresh head, the batches and dropout.
         precision: "bf16" (autocast) or "fp32".
         pooled: for the floor: batches over all texts, not within clients.
+        rank: of low-rank adapters, for fedtune and its floor; 0: all weights are trained.
     """
 
     task: str
@@ -51,6 +52,7 @@ class Job:
     seed: int = 0
     precision: str = "fp32"
     pooled: bool = False
+    rank: int = 0
 
     def network(self) -> nn.Module:
         """MiniLM with a fresh head, in training mode."""

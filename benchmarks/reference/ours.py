@@ -27,8 +27,11 @@ def data_of(job: Job) -> fedtune.FederatedDataModule:
 
 
 def module_of(job: Job) -> fedtune.BertClassifier:
-    """The job's model, with the weights that every contender starts from."""
-    module = fedtune.BertClassifier("minilm", job.classes, optimizer=job.optimizer, learning_rate=job.learning_rate)
+    """The job's model, with the weights that every contender starts from; a fresh head where there are adapters."""
+    options = {"optimizer": job.optimizer, "learning_rate": job.learning_rate}
+    if job.rank:
+        return fedtune.BertClassifier("minilm", job.classes, lora={"rank": job.rank}, **options)
+    module = fedtune.BertClassifier("minilm", job.classes, **options)
     module.network.load_state_dict(job.network().state_dict())
     return module
 
@@ -45,6 +48,7 @@ def main() -> None:
                 "train": record.seconds_train + record.seconds_aggregate,
                 "evaluate": record.seconds_evaluate,
                 "accuracy": record.accuracy,
+                "bytes_up": record.bytes_up / len(record.cohort),
             }
             for record in history
         ]

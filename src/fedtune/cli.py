@@ -142,6 +142,9 @@ def _fill_export(found: Parser) -> None:
     found.add_argument(
         "--merge", action="store_true", help="of a run with low-rank adapters: the whole model, they being added to its weights"
     )
+    found.add_argument(
+        "--client", type=int | None, default=None, help="whose model is meant, where clients have models of their own"
+    )
 
 
 def _run(options: Namespace) -> None:
@@ -241,7 +244,7 @@ def _export(options: Namespace) -> None:
     from fedtune.runs.export import export
 
     try:
-        folder = export(options.run, options.folder, options.which, options.label_names, options.merge)
+        folder = export(options.run, options.folder, options.which, options.label_names, options.merge, options.client)
     except UsageError as error:
         flag = error.argument if error.argument in ("run", "folder") else f"--{error.argument}"
         raise UsageError(flag, error.came, error.allowed) from error

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.files import content
+from fedtune.runs.own_models import whose
 from fedtune.storage.records import read_rounds
 
 _OPENED = """```python
@@ -19,13 +20,22 @@ model = PeftModel.from_pretrained(base, ".")  # this folder
 ```"""
 
 
-def card(run: Path, config: Mapping[str, Any], names: Sequence[str], number: int, which: str, base: str | None) -> str:
+def card(
+    run: Path,
+    config: Mapping[str, Any],
+    names: Sequence[str],
+    number: int,
+    which: str,
+    base: str | None,
+    client: int | None = None,
+) -> str:
     """The text of README.md.
 
     Args:
         names: of the classes; none of a causal language model.
         number, which: the round of the weights, and which one that is: "last" or "best".
         base: the folder or hub id of the model that adapters belong to; None where the whole model is written.
+        client: whose model it is; None where it is the server's.
     """
     data, loop, versions = (config.get(part) or {} for part in ("data", "loop", "versions"))
     lines = [
@@ -34,6 +44,7 @@ def card(run: Path, config: Mapping[str, Any], names: Sequence[str], number: int
         f"The weights are those after round {number}, the {which} one.",
         (f"Classes: {', '.join(names)}. " if names else "") + f"Texts were cut at {data.get('max_length')} tokens.",
     ]
+    lines += [] if client is None else [whose(run, config, number, client)]
     kind = "SequenceClassification" if names else "CausalLM"
     if base is not None:
         lines += [f"These are low-rank adapters{' and the head' * bool(names)}; they belong to a model, which is opened first:"]

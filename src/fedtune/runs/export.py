@@ -21,6 +21,7 @@ from fedtune.models.adapters import Lora, merge_
 from fedtune.models.pretrained import MODELS, content_of, load_config, load_tokenizer, locate
 from fedtune.models.weights import quiet
 from fedtune.runs.card import card, summary_of
+from fedtune.runs.own_models import own_weights
 from fedtune.storage import checkpoint, start
 from fedtune.storage.config import read_config
 from fedtune.storage.records import RoundRecord, read_rounds
@@ -37,6 +38,7 @@ def export(
     which: str = "last",
     label_names: Sequence[str] | None = None,
     merge: bool = False,
+    client: int | None = None,
 ) -> Path:
     """Write the model of a run as a folder that Transformers opens, with the same logits as the run's module; of a run with
     low-rank adapters, these and the head alone, as a folder for peft's `PeftModel.from_pretrained`.
@@ -51,6 +53,7 @@ def export(
             monitor, where they are still there: in a checkpoint, or kept by the callback `BestWeights`.
         label_names: names of the classes, where the run does not know them.
         merge: add adapters to the weights that they belong to, and write the whole model.
+        client: whose model is meant, where clients have models of their own (FedPer, FedRep, Ditto, FedSA-LoRA).
 
     Returns:
         the folder.
@@ -58,7 +61,7 @@ def export(
     Raises:
         UsageError: no directory of such a run, weights that are no longer there, a folder that is not empty or cannot be
             written, a model whose files have changed since; a run whose adapters say nothing without its own base, or that has
-            none to merge.
+            none to merge; a client that has no model of its own, or none chosen where the server has no whole model.
         RunError: the run's files are damaged.
     """
     run, folder = (Path(os.path.expanduser(one)) for one in (run, folder))
@@ -70,10 +73,11 @@ def export(
         raise UsageError("merge", merge, "False, as the run has no adapters")
     names = _names_of(config, run, label_names)
     number, weights = _weights_of(run, config, which)
+    weights |= own_weights(run, config, number, which, client)
     module = _module_of(run, config, names, weights)
     base = None if merge or module.hparams["lora"] is None else _base_of(module, weights)
     tokenizer = _tokenizer_of(config, module.network)
-    text = card(run, config, names, number, which, base)
+    text = card(run, config, names, number, which, base, client)
     try:
         _write(folder.resolve(), functools.partial(_save, module, base), tokenizer, text)
     except (OSError, SafetensorError) as error:
