@@ -2,7 +2,7 @@
 
 The same run, MiniLM on the embedded authors with 8 clients, as `fedtune run` with two threads and as `fedtune run --workers 2`
 with one thread a process; both several times, interleaved. Seconds are those of the run's own records (training, aggregation
-and evaluation of its rounds; no start). Memory is looked at ten times a second: of the whole process tree, shared pages counted
+and evaluation of its rounds; no start). Memory is looked at twice a second: of the whole process tree, shared pages counted
 once, and of the largest process. The ranks' weights must be those of one process with one thread, to the bit: that runs once.
 What the machine can give at most: two runs of half the clients and texts side by side, which never wait for each other, with
 one thread each; only their training compares, as each evaluates everything.
@@ -32,7 +32,7 @@ ONE, RANKS, HALVES, SLOW = (
     "one process, one thread",
 )
 CONTENDERS = {ONE: (1, 2), RANKS: (2, 1), HALVES: (1, 1), SLOW: (1, 1)}  # processes of a run, threads of each
-LOOK = 0.1  # seconds between looks at the memory
+LOOK = 0.5  # seconds between looks at the memory
 
 
 def command(given: argparse.Namespace, workers: int, run_dir: Path) -> list[str]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 BIN = Path(sys.executable).parent
+NAME = "local-deployment"  # of the SuperLink
 PATIENCE = 240  # seconds for a whole run; it takes a tenth of that on a machine that does nothing else
 
 
@@ -37,7 +38,7 @@ class Federation:
         self._running: list[subprocess.Popen[bytes]] = []
         where = f'address = "127.0.0.1:{self.port}"\n'
         how = f'root-certificates = "{folder / "ca.crt"}"\n' if secure else "insecure = true\n"
-        (self.home / "config.toml").write_text(f'[superlink]\ndefault = "loop"\n\n[superlink.loop]\n{where}{how}')
+        (self.home / "config.toml").write_text(f'[superlink]\ndefault = "{NAME}"\n\n[superlink.{NAME}]\n{where}{how}')
 
     @property
     def environment(self) -> dict[str, str]:
@@ -72,7 +73,7 @@ class Federation:
         raise AssertionError(self.log("link"))
 
     def register(self, client: int) -> None:
-        command = [str(BIN / "flwr"), "supernode", "register", f"node{client}.pub", "loop"]
+        command = [str(BIN / "flwr"), "supernode", "register", f"node{client}.pub", NAME]
         subprocess.run(command, env=self.environment, cwd=self.folder, check=True, capture_output=True, timeout=PATIENCE)
 
     def node(self, client: int, *more: str) -> subprocess.Popen[bytes]:
@@ -84,7 +85,7 @@ class Federation:
 
     def run(self, app: Path, config: str = "") -> str:
         """What a run of an app says, to its end."""
-        command = [str(BIN / "flwr"), "run", str(app), "loop", "--stream", "--run-config", config]
+        command = [str(BIN / "flwr"), "run", str(app), NAME, "--stream", "--run-config", config]
         found = subprocess.run(
             command, env=self.environment, cwd=self.folder, capture_output=True, text=True, timeout=PATIENCE, check=False
         )

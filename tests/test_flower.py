@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedtune[flower]'")
 
 from conftest import make_task
-from federation import federation
+from federation import PATIENCE, federation
 
 import fedtune
 from fedtune.runs.flags import fit, resolve
@@ -63,19 +63,36 @@ def rounds_of(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
 
 
-def test_two_sites_come_to_the_bits_of_one_process(tmp_path: Path, tiny_bert: str, task: fedtune.TextTask) -> None:
+def commands() -> list[str]:
+    """The three of the README's section "More than one machine", with two processes instead of four."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    block = readme.partition("## More than one machine")[2].partition("```sh\n")[2].partition("```")[0]
+    return [
+        line.partition("  #")[0].replace("--workers 4", "--workers 2").replace("node 4", "node 2")
+        for line in block.splitlines()
+    ]
+
+
+def test_the_three_commands_of_the_readme_come_to_the_bits_of_one_process(
+    tmp_path: Path, tiny_bert: str, task: fedtune.TextTask
+) -> None:
     texts = write_csv(tmp_path / "texts.csv", task)
     config = config_of(texts, tiny_bert, algorithm="scaffold", check_val_every_n_rounds=3)
     config["model"]["optimizer"] = "sgd"
+    write_app(tmp_path / "experiments" / "flower", config)
+    (tmp_path / "run.yaml").write_text(dump(config))
     with federation(tmp_path / "flower") as sites:
         sites.link()
         sites.node(0)
         sites.node(1)
-        said = sites.run(write_app(tmp_path / "app", config), f'run-dir="{tmp_path}/run"')
-    assert (tmp_path / "run" / "summary.json").exists(), said
+        for command in commands():
+            how = {"cwd": tmp_path, "env": sites.environment, "timeout": PATIENCE, "text": True, "check": False}
+            found = subprocess.run(command, shell=True, capture_output=True, **how)
+            assert found.returncode == 0, found.stdout + found.stderr
     fit(resolve(config), run_dir=str(tmp_path / "serial"))
-    assert weights_sha(tmp_path / "run") == weights_sha(tmp_path / "serial")
-    one, other = rounds_of(tmp_path / "run")[-1], rounds_of(tmp_path / "serial")[-1]
+    runs = [tmp_path / "runs" / name for name in ("workers", "torchrun", "sites")]
+    assert {weights_sha(run) for run in runs} == {weights_sha(tmp_path / "serial")}
+    one, other = rounds_of(runs[-1])[-1], rounds_of(tmp_path / "serial")[-1]
     assert one["accuracy"] == pytest.approx(other["accuracy"])
     assert one["loss_nats"] == pytest.approx(other["loss_nats"], rel=1e-5)
     assert one["bytes_up"] == other["bytes_up"]
