@@ -115,6 +115,14 @@ def test_perplexity_adds_up_in_any_pieces() -> None:
     for piece in losses.split([1, 30, 19]):
         found.update(piece)
     assert float(found.compute()) == pytest.approx(math.exp(losses.double().mean()), rel=1e-6)
+    orders = [Perplexity(), Perplexity()]
+    for piece in losses.split(7):
+        orders[0].update(piece)
+    for piece in losses.flip(0).split(11):
+        orders[1].update(piece)
+    assert orders[0].total == orders[1].total == found.total  # to the bit
+    found.update(torch.tensor([1.0, math.nan]))
+    assert math.isnan(found.compute())
 
 
 def test_exact_match_is_what_greedy_generation_would_write(decoders: dict[str, str]) -> None:

@@ -18,6 +18,7 @@ import torch
 import torchmetrics
 import yaml
 from conftest import GivenLoaders, data_maker, make_loop, make_task, module_maker, weights_of, without_times
+from decoders import make_chats, save_decoder
 
 import fedtune
 from fedtune import cli
@@ -45,6 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
     "flora": {"algorithm": "flora"},
     "fedex": {"algorithm": "fedex_lora"},
     "evaluated on clients": {"evaluation": "clients", "evaluate_on": "test"},
+    "decoder": {"monitor": "loss_nats", "mode": "min"},
 }
 
 
@@ -52,10 +54,15 @@ def case(name: str, folder: Path, model: str, **changes: Any) -> dict[str, Any]:
     """All numbers of a run."""
     plain_sgd = {"optimizer": "sgd", "learning_rate": 0.05} if "scaffold" in name else {}
     adapters = {"lora": {"rank": 2}} if name in ("flora", "fedex") else {}
-    module, options = module_maker(model)(**plain_sgd, **adapters), CASES[name] | changes
-    module.evaluates_by_batch = name != "trimmed mean"
-    loop = make_loop(run_dir=str(folder / name), **options)
-    loop.fit(module, data_maker(model, make_task())(num_clients=5))
+    if name == "decoder":
+        model = str(decoder_beside(model))
+        module: Any = fedtune.CausalLM(model, exact_match=True, learning_rate=3e-2)
+        data = fedtune.FederatedDataModule(make_chats(), model, num_clients=5, batch_size=4, eval_batch_size=2)
+    else:
+        module, data = module_maker(model)(**plain_sgd, **adapters), data_maker(model, make_task())(num_clients=5)
+        module.evaluates_by_batch = name != "trimmed mean"
+    loop = make_loop(run_dir=str(folder / name), **CASES[name] | changes)
+    loop.fit(module, data)
     times = ("seconds", "peak_memory_bytes")
     local = [{key: value for key, value in one.items() if key != "seconds"} for one in loop.baseline_runs.get("local", [])]
     return {
@@ -65,6 +72,10 @@ def case(name: str, folder: Path, model: str, **changes: Any) -> dict[str, Any]:
         "centralised": without_times(loop.baseline_runs.get("centralised", [])),
         "local": local,
     }
+
+
+def decoder_beside(model: str) -> Path:
+    return Path(model).with_name("decoder")
 
 
 def all_cases(folder: Path, model: str) -> dict[str, Any]:
@@ -105,6 +116,7 @@ def ranks(size: int, work: Callable[..., Any], *values: Any, **environment: str)
 
 @pytest.fixture(scope="module")
 def serial(tmp_path_factory: pytest.TempPathFactory, tiny_bert: str) -> dict[str, Any]:
+    save_decoder(decoder_beside(tiny_bert))
     return all_cases(tmp_path_factory.mktemp("serial"), tiny_bert)
 
 
@@ -297,10 +309,11 @@ def test_a_sweep_gives_each_run_the_workers_that_its_file_asks_for(
 # ---------------------------------------------------------------- without processes
 
 
-def test_evaluation_is_shared_out_only_where_that_is_exact(make_module: Make) -> None:
+def test_evaluation_is_shared_out_only_where_that_is_exact(make_module: Make, tmp_path: Path) -> None:
     module = make_module()
     assert is_shared(module, "validation")
     assert is_shared(module, "test")
+    assert is_shared(fedtune.CausalLM(save_decoder(tmp_path), exact_match=True), "validation")
     module.loss = torchmetrics.MeanMetric()
     assert not is_shared(module, "validation")
     del module.loss

@@ -65,6 +65,7 @@ class CausalLM(PretrainedModule):
     task_type: ClassVar[str] = "CAUSAL_LM"  # as peft calls it
     trained_whole: ClassVar[tuple[str, ...]] = ()  # beside adapters
     monitor: ClassVar[tuple[str, str]] = ("loss_nats", "min")
+    evaluates_by_batch = True  # evaluation leaves nothing behind but what its metrics count
 
     def __init__(
         self,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-_WIDE = torch.float32 if torch.backends.mps.is_available() else torch.float64  # Apple's GPUs have no fp64
+GRID = 2**24  # a loss counts in steps of 1 / GRID nats: whole numbers add up to the same in any order, on any number of ranks
 
 
 class Perplexity(Metric):
@@ -26,17 +27,22 @@ class Perplexity(Metric):
     higher_is_better = False
     total: Tensor
     tokens: Tensor
+    strange: Tensor
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.add_state("total", torch.zeros((), dtype=_WIDE), dist_reduce_fx="sum")
-        self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        for name in ("total", "tokens", "strange"):
+            self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, loss_A: Tensor) -> None:
         """Add the losses of some tokens, in nats."""
-        self.total += loss_A.to(_WIDE).sum()
+        known_A = loss_A[loss_A.isfinite()].float()
+        self.total += (known_A * GRID).round().long().sum()  # a power of two: the product is exact
         self.tokens += loss_A.numel()
+        self.strange += loss_A.numel() - known_A.numel()
 
     def compute(self) -> Tensor:
-        """The perplexity by now; no number before any token came."""
-        return (self.total / self.tokens).exp()
+        """The perplexity by now; no number before any token came, or after a loss that is none."""
+        nats, tokens = int(self.total) / GRID, int(self.tokens)
+        mean = nats / tokens if tokens and not self.strange else math.nan
+        return torch.tensor(mean, device=self.total.device).exp()
