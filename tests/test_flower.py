@@ -24,7 +24,8 @@ pytest.importorskip("flwr", reason="flwr is not installed: pip install 'fedtune[
 from conftest import make_task
 
 import fedtune
-from fedtune.runs.flags import fit, resolve
+from fedtune.runs.building import fit
+from fedtune.runs.flags import resolve
 from fedtune.yaml_files import dump
 
 BIN = Path(sys.executable).parent

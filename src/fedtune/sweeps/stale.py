@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import RunError, UsageError
-from fedtune.runs.flags import content_of_run
+from fedtune.runs.building import content_of_run
 from fedtune.storage.config import dotted, read_config
 from fedtune.storage.locks import is_locked
 from fedtune.sweeps.cell import Cell
