@@ -33,7 +33,7 @@ def import_modules(names: Sequence[str], argument: str) -> None:
     Raises:
         UsageError: no such module, or one that cannot be imported.
     """
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise UsageError(argument, names, f"a list, each {_NAME}")
     for name in names:
         _imported(name, argument)
