@@ -91,7 +91,7 @@ def environment(built: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     subprocess.run(command, check=True)
     [packages] = place.glob("lib/python*/site-packages")
     made = set()
-    for distribution in needed("fedtune", [], importlib.metadata.distribution("fedtune").requires or []):
+    for distribution in needed(metadata(built["wheel"]).get_all("Requires-Dist")):
         for file in distribution.files or ():
             if ".." in file.parts:
                 continue  # commands, pages of manuals
@@ -104,19 +104,20 @@ def environment(built: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     return place
 
 
-def needed(name: str, extras: list[str], requires: list[str]) -> list[importlib.metadata.Distribution]:
-    """The distributions that another one asks for with some extras, those that they ask for, and so on; each once."""
+def needed(requires: list[str]) -> list[importlib.metadata.Distribution]:
+    """What is installed here of some requirements, what that asks for, and so on; each once. Extras count where they are named."""
     found: dict[tuple[str, str], importlib.metadata.Distribution] = {}
-    queue = [(Requirement(line), extras) for line in requires]
+    queue = [(line, "") for line in requires]
     while queue:
-        requirement, of = queue.pop()
-        if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in of or [""]):
+        line, of = queue.pop()
+        requirement = Requirement(line)
+        if requirement.marker and not requirement.marker.evaluate({"extra": of}):
             continue
         distribution = importlib.metadata.distribution(requirement.name)
         for extra in ["", *requirement.extras]:
-            if (requirement.name, extra) not in found:
-                found[requirement.name, extra] = distribution
-                queue += [(Requirement(line), [extra]) for line in distribution.requires or []]
+            if (distribution.name, extra) not in found:
+                found[distribution.name, extra] = distribution
+                queue += [(line, extra) for line in distribution.requires or []]
     return list({distribution.name: distribution for distribution in found.values()}.values())
 
 

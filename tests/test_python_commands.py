@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -358,3 +360,17 @@ def test_imports_of_run_options_are_a_list_of_modules() -> None:
     for given in ("json", [3], ["no such module"], ["os; x"]):
         with pytest.raises(fedtune.UsageError, match=r"options\.imports: got"):
             fedtune.RunOptions(imports=given)
+
+
+def test_every_command_that_the_page_on_extending_shows_parses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedtune.cli import parser
+
+    text = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
+    shown = [line for block in re.findall("```sh\n(.*?)```", text, flags=re.S) for line in block.splitlines()]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "config.yaml").write_text("data: {task: authors}\n")
+    for line in shown:
+        _, name, *words = shlex.split(line, comments=True)
+        parser(name).parse_args(words)
+    assert len(shown) == 4
