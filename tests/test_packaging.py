@@ -105,7 +105,7 @@ def environment(built: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 
 
 def needed(requires: list[str]) -> list[importlib.metadata.Distribution]:
-    """What is installed here of some requirements, what that asks for, and so on; each once. Extras count where they are named."""
+    """What is installed here of some requirements, what that asks for, and so on; each once."""
     found: dict[tuple[str, str], importlib.metadata.Distribution] = {}
     queue = [(line, "") for line in requires]
     while queue:
@@ -127,6 +127,15 @@ def test_the_sdist_has_every_file_of_the_repository(built: dict[str, Path]) -> N
     assert not missing
 
 
+def test_the_tests_of_the_sdist_run_from_it(built: dict[str, Path]) -> None:
+    """Some that look at files beside the package; all of them would be this suite once more."""
+    own = {"PYTHONPATH": str(built["folder"] / "src")}
+    words = ["tests/test_layers.py", "tests/test_readme.py", "-k", "not ten_lines", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *words]
+    done = subprocess.run(command, cwd=built["folder"], env=os.environ | own, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
 def test_the_wheel_has_every_module_and_what_comes_with_them(built: dict[str, Path]) -> None:
     with zipfile.ZipFile(built["wheel"]) as archive:
         names = set(archive.namelist())
@@ -144,7 +153,7 @@ def metadata(wheel: Path) -> Any:
 def test_what_the_wheel_says_of_itself_has_no_link_into_nowhere(built: dict[str, Path]) -> None:
     found = metadata(built["wheel"])
     assert found["Version"] == fedtune.__version__
-    assert found["License-Expression"] == "Apache-2.0"
+    assert found["License"] == "Apache-2.0"
     text = found.get_payload(decode=True).decode()
     assert text.startswith("# fedtune")
     assert not _setup()._LINK.search(text)

@@ -289,10 +289,11 @@ def test_sweeps_that_come_with_fedtune_are_found_by_name(command: Run, tmp_path:
 
 def test_every_experiment_file_is_there_once_and_the_repository_links_to_it() -> None:
     root = Path(__file__).parent.parent / "experiments"
+    checkout = (root.parent / ".git").exists()  # what is handed out has files in place of links
     for path in [*shipped(sweeps=True).values(), *shipped(sweeps=False).values()]:
         link = root / path.relative_to(Path(fedtune.__file__).parent / "experiments")
-        assert link.is_symlink()
-        assert link.samefile(path)
+        assert link.read_bytes() == path.read_bytes()
+        assert link.is_symlink() == checkout
 
 
 @pytest.mark.parametrize("which", ["classifier", "lora", "causal"])

@@ -193,7 +193,9 @@ def _run(options: Namespace) -> None:
     shown = ["accuracy", "macro_f1", "majority_accuracy", "local_accuracy", "centralised_accuracy"]
     if loop.summary.get("accuracy") is None:
         shown = ["loss_nats", "perplexity", "token_accuracy", "exact_match", "local_loss_nats", "centralised_loss_nats"]
-    values = [f"{name} {loop.summary[name]:.3f}" for name in shown if loop.summary.get(name) is not None]
+    known = [name for name in shown if loop.summary.get(name) is not None]
+    known = known or [name for name in loop.summary if name.startswith("test_")]  # of a module of one's own
+    values = [f"{name} {loop.summary[name]:.3f}" for name in known if isinstance(loop.summary[name], float)]
     print(f"test part: {'  '.join(values)}")
     if loop.run_dir:
         print(f"records, weights and curves: {Path(loop.run_dir).resolve()}")
