@@ -44,7 +44,8 @@ def flags(part: str) -> Iterator[None]:
 
 
 def content_of_run(arguments: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What names the content that a run depends on, as `config.yaml` has it: of its texts, and of its pretrained model.
+    """What names the content that a run depends on, as `config.yaml` has it: of its texts, and of its pretrained model; nobody
+    knows what a module of one's own reads.
 
     Raises:
         UsageError: they cannot be read.
@@ -54,7 +55,7 @@ def content_of_run(arguments: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]
         data = FederatedDataModule(**arguments["data"], model=model["name"])
         task = data.digest
     with flags("model"):
-        return {"task": task, "model": {} if "class_path" in model else content_of_model(model)}
+        return {"task": task} | ({} if "class_path" in model else {"model": content_of_model(model)})
 
 
 def check(arguments: Mapping[str, Mapping[str, Any]]) -> None:

@@ -37,6 +37,31 @@ def add_run_arguments(run: Parser) -> None:
     run.add_argument("--config", action=ConfigFile, help="YAML or JSON file with any of the values below")
     add_import_argument(run)
     add_data_arguments(run)
+    _add_model_arguments(run)
+    run.add_class_arguments(FederatedLoop, "loop", skip={"run_dir", "logger", "callbacks", "algorithm"})
+    run.add_argument(
+        "--loop.algorithm",
+        type=dict[str, Any] | str,
+        default="fedavg",
+        help=f"one of {', '.join(ALGORITHMS)}; its parameters and parts are flags, too: --loop.algorithm.beta 0.5, "
+        "--loop.algorithm.aggregator.weighting uniform, --loop.algorithm.up+=Quantise",
+    )
+    run.deep += ("loop.algorithm", "model.lora", "model.init_args")
+    run.add_argument("--seed", type=int | None, default=None, help="sets data.seed, model.seed and loop.seed")
+    run.add_argument("--run_dir", type=str | None, default=None, help="directory of the run; nothing is written without it")
+    run.add_argument(
+        "--runs_dir",
+        type=str | None,
+        default=None,
+        help="directory of many runs: without --run_dir, the run's own is in it, named by the hash of its configuration",
+    )
+    run.add_argument("--logger", type=str, default="none", help=f"one of {', '.join(LOGGERS)}")
+    for name in ("versions", "content"):
+        run.add_argument(f"--{name}", type=dict | None, default=None, help="ignored: a run's config.yaml has it")
+
+
+def _add_model_arguments(run: Parser) -> None:
+    """Those of a classifier, of a causal language model, and of a class of one's own."""
     run.add_class_arguments(TextClassifier, "model", skip={"num_labels", "label_names", "lora"})
     run.add_argument(
         "--model.lora",
@@ -61,26 +86,6 @@ def add_run_arguments(run: Parser) -> None:
         default=None,
         help="what that class is built with; they are flags, too: --model.init_args.width 64",
     )
-    run.add_class_arguments(FederatedLoop, "loop", skip={"run_dir", "logger", "callbacks", "algorithm"})
-    run.add_argument(
-        "--loop.algorithm",
-        type=dict[str, Any] | str,
-        default="fedavg",
-        help=f"one of {', '.join(ALGORITHMS)}; its parameters and parts are flags, too: --loop.algorithm.beta 0.5, "
-        "--loop.algorithm.aggregator.weighting uniform, --loop.algorithm.up+=Quantise",
-    )
-    run.deep += ("loop.algorithm", "model.lora", "model.init_args")
-    run.add_argument("--seed", type=int | None, default=None, help="sets data.seed, model.seed and loop.seed")
-    run.add_argument("--run_dir", type=str | None, default=None, help="directory of the run; nothing is written without it")
-    run.add_argument(
-        "--runs_dir",
-        type=str | None,
-        default=None,
-        help="directory of many runs: without --run_dir, the run's own is in it, named by the hash of its configuration",
-    )
-    run.add_argument("--logger", type=str, default="none", help=f"one of {', '.join(LOGGERS)}")
-    for name in ("versions", "content"):
-        run.add_argument(f"--{name}", type=dict | None, default=None, help="ignored: a run's config.yaml has it")
 
 
 def add_import_argument(found: Parser) -> None:

@@ -96,7 +96,7 @@ def build_own(model: Mapping[str, Any], label_names: Sequence[str]) -> pl.Lightn
 
 def _imported(name: str, argument: str) -> ModuleType:
     parts = name.split(".")
-    if not all(part.isidentifier() and not keyword.iskeyword(part) for part in parts):
+    if name.endswith(".py") or not all(part.isidentifier() and not keyword.iskeyword(part) for part in parts):
         hint = f" (here: {name[:-3].replace('/', '.')})" if name.endswith(".py") and "/." not in name else ""
         raise UsageError(argument, name, _NAME + hint)
     if os.getcwd() not in sys.path and "" not in sys.path:
