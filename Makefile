@@ -9,9 +9,10 @@ SWEEP ?= experiments/quick.yaml
 SWEEP_RUNS = $(RUNS)/$(basename $(notdir $(SWEEP)))
 WORKERS ?= 2
 PEERS_VENV := .venv-peers
+NEWEST := .newest-transformers
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-llm sweep report notebooks bench test check clean fuzz
+.PHONY: help install demo demo-llm sweep report notebooks bench test check clean fuzz package newest
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,5 +67,16 @@ check: $(STAMP) ## check format, style, types and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layers.py
 
+package: $(STAMP) ## the sdist, and the wheel that is built from it, in dist/
+	rm -rf dist
+	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist dist/*.tar.gz
+
+newest: $(STAMP) ## the packed forward and the families against the newest Transformers of the registry
+	rm -rf $(NEWEST)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(NEWEST) transformers
+	PYTHONPATH=$(NEWEST) $(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)'
+	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest tests/test_padding_free.py tests/test_families.py
+
 clean: ## remove .venv and caches, keep runs
-	rm -rf $(VENV) $(PEERS_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build
+	rm -rf $(VENV) $(PEERS_VENV) $(NEWEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

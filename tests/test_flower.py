@@ -18,7 +18,8 @@ from conftest import make_task
 from federation import PATIENCE, federation
 
 import fedtune
-from fedtune.runs.flags import fit, resolve
+from fedtune.runs.building import fit
+from fedtune.runs.flags import resolve
 from fedtune.yaml_files import dump
 
 

@@ -12,18 +12,20 @@ SOURCE = Path(__file__).parent.parent / "src" / "fedtune"
 GROUND = ("errors", "files", "randomness", "tensors", "threads", "version", "yaml_files")
 # folder -> the folders it may import from; every folder may import the modules on the ground
 FOLDERS = {
+    "experiments": (),  # files that come with the package
     "models": (),
     "federated": (),
     "data": ("models",),
     "storage": ("federated",),
     "algorithms": ("federated",),
     "runtimes": ("federated",),
-    "runs": ("models", "federated", "data", "storage", "algorithms", "runtimes"),
+    "runs": ("models", "federated", "data", "storage", "algorithms", "runtimes", "experiments"),
     "reports": ("runs", "storage"),
-    "sweeps": ("runs", "storage", "runtimes"),
+    "sweeps": ("runs", "storage", "runtimes", "experiments"),
     "testing": ("federated", "algorithms", "runtimes", "storage"),
     "flower": ("runs", "data", "models", "federated", "algorithms", "storage"),
-    "cli": ("runs", "reports", "sweeps", "data", "runtimes"),
+    "commands": ("runs", "reports", "sweeps"),
+    "cli": ("commands", "runs", "sweeps", "data", "runtimes"),
 }
 LAZY = ("datasets", "wandb", "jsonargparse", "matplotlib", "optuna")  # a machine that only trains need not have them
 COMMANDS = ("runs.parser", "runs.flags", "cli")  # with these begins the command line

@@ -13,6 +13,7 @@ from fedtune.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from fedtune.algorithms import ALGORITHM_PARTS, ALGORITHMS
+    from fedtune.commands import report, sweep
     from fedtune.data.classification import FederatedDataModule
     from fedtune.data.instructions import InstructionTask
     from fedtune.data.registry import TASKS
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from fedtune.runs.callbacks import FederatedCallback
     from fedtune.runs.export import export
     from fedtune.runs.figures import plot_curves, plot_split
+    from fedtune.runs.loading import LoadedRun, load
     from fedtune.runs.loop import FederatedLoop
     from fedtune.runs.monitors import BestWeights, EarlyStopping, LearningRateMonitor
     from fedtune.runs.options import RunOptions
@@ -62,6 +64,7 @@ _HOME = {
     "FederatedCallback": "runs.callbacks",
     "FederatedDataModule": "data.classification",
     "FederatedLoop": "runs.loop",
+    "LoadedRun": "runs.loading",
     "Lora": "models.adapters",
     "MODELS": "models.pretrained",
     "RoundRecord": "storage.records",
@@ -75,10 +78,13 @@ _HOME = {
     "build_classifier": "models",
     "compare": "reports.results",
     "export": "runs.export",
+    "load": "runs.loading",
     "plot_curves": "runs.figures",
     "plot_grid": "reports.curves",
     "plot_split": "runs.figures",
     "read_runs": "reports.results",
+    "report": "commands",
+    "sweep": "commands",
 }
 
 __all__ = [
@@ -101,6 +107,7 @@ __all__ = [
     "FederatedLoop",
     "InstructionTask",
     "LearningRateMonitor",
+    "LoadedRun",
     "Lora",
     "ModernBertClassifier",
     "RobertaClassifier",
@@ -113,19 +120,24 @@ __all__ = [
     "build_classifier",
     "compare",
     "export",
+    "load",
     "plot_curves",
     "plot_grid",
     "plot_split",
     "read_runs",
+    "report",
+    "sweep",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'fedtune' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"fedtune.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # a type checker that saw it would take any name
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module 'fedtune' has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"fedtune.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

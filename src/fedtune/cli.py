@@ -1,21 +1,21 @@
-"""The command line: `fedtune run`, `sweep`, `report`, `describe` and `export`."""
+"""The command line: `fedtune run`, `sweep`, `report`, `describe`, `export` and `help`."""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
-import io
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from fedtune.errors import Elsewhere, RenamedWarning, RunError, UsageError, at_least
-from fedtune.files import printable, said
+from fedtune.files import printable
 from fedtune.runtimes.environment import has_others
+from fedtune.version import __version__
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fedtune.runs.parser import Parser
 
 STOPPED, INTERRUPTED = 2, 130
-_LONGEST, _NAME = 600, 60  # characters of a line, and of a name in a table
+_LONGEST = 600  # characters of a line
 
 
 def stop(code: int, text: str, error: BaseException | None = None) -> NoReturn:
@@ -48,12 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.showwarning = _show_warning
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["help"]:
+        given = [*given[1:2], "--help"]
     name = given[0] if given and given[0] in _COMMANDS else _choose(given)
     hint = ""
     try:
-        with contextlib.redirect_stderr(io.StringIO()) if has_others(and_follows=True) else contextlib.nullcontext():
-            options = parser(name).parse_args(given[1:])  # the command line is the same on all ranks
-        options["words"] = given
+        options = _options(name, given)
         logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # after the import, which sets it
         kept = options.get("run_dir") or options.get("runs_dir")
         if kept:
@@ -65,13 +65,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
         stop(INTERRUPTED, f"interrupted{hint}", error)
 
 
+def _options(name: str, given: list[str]) -> Namespace:
+    """The values of a command's flags; modules of one's own are imported."""
+    from fedtune.runs.own import import_modules
+    from fedtune.runs.parser import Refusal
+    from fedtune.runs.words import listed
+
+    try:
+        options = parser(name).parse_args(given[1:])
+    except Refusal as refusal:
+        if not has_others(and_follows=True):  # the command line is the same on all ranks
+            print(f"fedtune: {refusal.text}", file=sys.stderr)
+        raise
+    options["words"] = given
+    import_modules(listed(options["import"]), "--import")
+    return options
+
+
 def _choose(given: Sequence[str]) -> NoReturn:
     """Say what commands there are; what they are made of is imported when one is chosen."""
     lines = "\n".join(f"  {name:9} {command.what}" for name, command in _COMMANDS.items())
+    if given and given[0] in ("-V", "--version"):
+        print(f"fedtune {__version__}")
+        raise SystemExit(0)
     if given and given[0] not in ("-h", "--help"):
         near = difflib.get_close_matches(given[0], _COMMANDS, n=1) or list(_COMMANDS)
         stop(STOPPED, f"{given[0]}: no such command; nearest: {', '.join(near)}")
-    text = f"usage: fedtune COMMAND [--help]\n\nFederated fine-tuning of language models on text classification.\n\n{lines}"
+    usage = "usage: fedtune COMMAND [--help]\n       fedtune --version"
+    text = f"{usage}\n\nFederated fine-tuning of language models on text classification.\n\n{lines}"
     print(text, file=sys.stdout if given else sys.stderr)
     raise SystemExit(0 if given else STOPPED)
 
@@ -85,11 +106,14 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__
 
 def parser(name: str) -> Parser:
     """The parser of a command."""
+    from fedtune.runs.flags import add_import_argument
     from fedtune.runs.parser import Parser
 
     command = _COMMANDS[name]
     found = Parser(prog=f"fedtune {name}", description=command.description, allow_abbrev=False)
     command.fill(found)
+    if name not in ("run", "describe"):  # those have it among the arguments of a run
+        add_import_argument(found)
     return found
 
 
@@ -103,7 +127,8 @@ def _fill_run(found: Parser) -> None:
 
 
 def _fill_sweep(found: Parser) -> None:
-    found.add_argument("file", type=str, help="YAML file: method, parameters (value, values, distribution; nested)")
+    what = "YAML file: method, parameters (value, values, distribution; nested); or fedtune:NAME, one that comes with fedtune"
+    found.add_argument("file", type=str, help=what)
     found.add_argument("--runs_dir", type=str, default="runs/sweep", help="directory of the runs")
     found.add_argument("--workers", type=int, default=1, help="processes; threads, and GPUs, are divided among them")
     found.add_argument("--only", type=str, action="append", default=[], help="take a part of the grid: key=value, repeatable")
@@ -121,12 +146,10 @@ def _fill_report(found: Parser) -> None:
 
 
 def _fill_describe(found: Parser) -> None:
-    from fedtune.runs.flags import add_data_arguments
-    from fedtune.runs.parser import ConfigFile
+    from fedtune.runs.flags import add_run_arguments
 
-    found.add_argument("--config", action=ConfigFile, help="YAML file with any of the values below")
-    add_data_arguments(found)
-    found.add_argument("--model.name", type=str, default="minilm", help="the model whose tokenizer counts the tokens")
+    add_run_arguments(found)  # those of a run, whose data are shown; of the model its name alone matters
+    found.of_data = True
     found.add_argument("--picture", type=str, default="split.png", help="where the picture goes")
 
 
@@ -148,7 +171,8 @@ def _fill_export(found: Parser) -> None:
 
 
 def _run(options: Namespace) -> None:
-    from fedtune.runs.flags import fit, flags, name_of, resolved
+    from fedtune.runs.building import fit, flags
+    from fedtune.runs.flags import name_of, resolved
     from fedtune.runs.launcher import launch
     from fedtune.runtimes.processes import ranks_of
     from fedtune.sweeps.worker import recorded
@@ -172,7 +196,9 @@ def _run(options: Namespace) -> None:
     shown = ["accuracy", "macro_f1", "majority_accuracy", "local_accuracy", "centralised_accuracy"]
     if loop.summary.get("accuracy") is None:
         shown = ["loss_nats", "perplexity", "token_accuracy", "exact_match", "local_loss_nats", "centralised_loss_nats"]
-    values = [f"{name} {loop.summary[name]:.3f}" for name in shown if loop.summary.get(name) is not None]
+    known = [name for name in shown if loop.summary.get(name) is not None]
+    known = known or [name for name in loop.summary if name.startswith("test_")]  # of a module of one's own
+    values = [f"{name} {loop.summary[name]:.3f}" for name in known if isinstance(loop.summary[name], float)]
     print(f"test part: {'  '.join(values)}")
     if loop.run_dir:
         print(f"records, weights and curves: {Path(loop.run_dir).resolve()}")
@@ -180,74 +206,42 @@ def _run(options: Namespace) -> None:
 
 
 def _sweep(options: Namespace) -> None:
-    from fedtune.sweeps import grid, runner
-    from fedtune.sweeps import wandb_agents as wandb_sweep
+    from fedtune.commands import sweep
+    from fedtune.runs.words import listed
 
-    at_least("--workers", options.workers, 1)
-    folder = Path(options.runs_dir)
-    if options.wandb and not options.dry_run and wandb_sweep.online():
-        failed = wandb_sweep.run(options.file, options.runs_dir, options.workers, options.only)
-    else:
-        sweep = grid.read(options.file, options.only)
-        if options.dry_run:
-            grid.check_cells(sweep, options.file)
-            runner.plan(sweep, folder, sweep.at_a_time(options.workers))
-            return
-        failed = runner.run(sweep, folder, sweep.at_a_time(options.workers), "wandb" if options.wandb else "none")
+    with _flagged("workers"):
+        names = ("file", "runs_dir", "workers", "only", "dry_run", "wandb")
+        failed = sweep(**{name: options[name] for name in names}, imports=listed(options["import"]))
     if failed:
         raise SystemExit(1)
 
 
 def _report(options: Namespace) -> None:
-    from fedtune.reports.report import report
+    from fedtune.commands import report
 
-    report(Path(options.runs_dir), Path(options.out or options.runs_dir))
+    report(options.runs_dir, options.out)
 
 
 def _describe(options: Namespace) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from fedtune.data.classification import FederatedDataModule
-    from fedtune.runs.figures import plot_split
-    from fedtune.runs.flags import flags
+    from fedtune.runs.building import flags
+    from fedtune.runs.flags import imports_of
+    from fedtune.runs.holders import show
+    from fedtune.runs.own import import_modules
 
+    import_modules(imports_of(options), "--import")
+    given = options.data.as_dict() | ({} if options.seed is None else {"seed": options.seed})
     with flags("data"):
-        data = FederatedDataModule(**options.data.as_dict(), model=options.model.name)
-        rows = data.describe()
-    title = f"{printable(data.task.name, _NAME)}, split {data.hparams['split']}, {data.num_clients} clients"
-    source = printable(data.task.source, _LONGEST)
-    lines = [printable(data.left_out, _LONGEST)] * bool(data.left_out) + [
-        f"{len(data.task)} {'conversations' if data.kind == 'instructions' else 'texts'} in all; source: {source}"
-    ]
-    table = Table(title=title, caption="\n".join(lines))
-    columns = [name for name in rows[0] if name not in ("labels", "authors")]
-    for name in columns:
-        table.add_column(name.replace("_", " "), justify="right")
-    counted = [name for name in ("labels", "authors") if name in rows[0]]
-    if len(counted) > 1 and all(row["authors"] == row["labels"] for row in rows):  # as in author identification
-        counted.pop()
-    for name in counted:
-        table.add_column(f"{name} (most frequent)")
-    for row in rows:
-        plain = [f"{row[name]:.2f}" if isinstance(row[name], float) else str(row[name]) for name in columns]
-        table.add_row(*plain, *(_most_frequent(row[name]) for name in counted))
-    Console(markup=False, emoji=False).print(table)  # names are as they are
-    try:
-        plot_split(rows, options.picture, title)
-    except Exception as error:  # whatever it is: each kind of picture has a library of its own
-        raise UsageError("--picture", options.picture, f"a file that can be written as a picture ({said(error)})") from error
-    print(f"picture: {printable(Path(options.picture).resolve())}")
+        data = FederatedDataModule(**given, model=options.model.name)
+        data.setup()
+    show(data, options.picture)
 
 
 def _export(options: Namespace) -> None:
     from fedtune.runs.export import export
 
-    try:
+    with _flagged("which", "label_names", "merge", "client"):
         folder = export(options.run, options.folder, options.which, options.label_names, options.merge, options.client)
-    except UsageError as error:
-        flag = error.argument if error.argument in ("run", "folder") else f"--{error.argument}"
-        raise UsageError(flag, error.came, error.allowed) from error
     if (folder / "adapter_config.json").exists():
         print(f"adapters and head: {folder.resolve()}; its README.md says how peft opens them (--merge writes a whole model)")
     else:
@@ -256,9 +250,15 @@ def _export(options: Namespace) -> None:
         print(f"model: {folder.resolve()}; transformers.pipeline('{tag}', model=...) opens it")
 
 
-def _most_frequent(counts: dict[str, int]) -> str:
-    ranked = sorted(counts, key=lambda name: -counts[name])
-    return f"{len(counts)}: " + ", ".join(f"{printable(name, _NAME)} {counts[name]}" for name in ranked[:2])
+@contextlib.contextmanager
+def _flagged(*names: str) -> Iterator[None]:
+    """Name the flag in errors about arguments of a function that are flags of its command."""
+    try:
+        yield
+    except UsageError as error:
+        if error.argument not in names:
+            raise
+        raise UsageError(f"--{error.argument}", error.came, error.allowed) from error
 
 
 class _Command(NamedTuple):

@@ -23,6 +23,19 @@ class UsageError(ValueError):
         super().__init__(f"{argument}: got {shown(came)}; allowed: {self.allowed}")
 
 
+class Refused(UsageError):
+    """Values of flags that a parser cannot use, from Python; its line says all, the file, too.
+
+    Args:
+        text: the line.
+        where: the file, or what else the values are from.
+    """
+
+    def __init__(self, text: str, where: str) -> None:
+        super().__init__(where, where, text)
+        self.args = (text,)
+
+
 def shown(value: object) -> str:
     """A value as a message shows it: on one line, and cut.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,18 @@ def read(file: str | Path, argument: str, allowed: str = "a YAML file that can b
         return parse(_rewritten(text) if path.suffix == ".json" else text)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError(argument, str(file), f"{allowed} ({_said(error)})") from error
+
+
+def as_read(values: Any, argument: str) -> Any:
+    """Values from Python as they would be read from a file; the rules are the same.
+
+    Raises:
+        UsageError: about `argument`: they are no plain values, or break a rule.
+    """
+    try:
+        return parse(dump(values if not isinstance(values, Mapping) else dict(values)))
+    except yaml.YAMLError as error:
+        raise UsageError(argument, values, f"plain values, as a YAML file has them ({_said(error)})") from error
 
 
 def parse(text: str) -> Any:

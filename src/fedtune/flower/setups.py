@@ -12,7 +12,8 @@ import pytorch_lightning as pl
 from fedtune import yaml_files
 from fedtune.data.classification import FederatedDataModule
 from fedtune.errors import UsageError, one_of
-from fedtune.runs.flags import build, resolve
+from fedtune.runs.building import build
+from fedtune.runs.flags import resolve
 from fedtune.runs.loop import FederatedLoop
 from fedtune.storage.config import nested
 

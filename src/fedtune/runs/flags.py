@@ -1,12 +1,10 @@
-"""The flags of a run: every flag is a constructor argument; from them come a data module, a module and a loop."""
+"""The flags of a run: every flag is a constructor argument."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import inspect
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from jsonargparse import Namespace
@@ -16,47 +14,30 @@ from fedtune.algorithms.specification import algorithm_of, specification_of
 from fedtune.data.classification import FederatedDataModule
 from fedtune.data.registry import TASKS
 from fedtune.data.splits import DEFAULTS, SPLITS, WHOLE
-from fedtune.errors import UsageError, one_of
+from fedtune.errors import Refused, UsageError, shown
 from fedtune.models import CausalLM, TextClassifier
-from fedtune.models.adapter_files import content_of_model
 from fedtune.models.adapters import lora_of
-from fedtune.models.pretrained import MODELS
-from fedtune.runs.arguments import check_data
-from fedtune.runs.kinds import build_model, check_model, kind_of, more_options
+from fedtune.runs.building import flags
+from fedtune.runs.kinds import more_options
 from fedtune.runs.loop import FederatedLoop
-from fedtune.runs.options import RunOptions
-from fedtune.runs.parser import ConfigFile, Parser, check_plain
+from fedtune.runs.own import import_modules
+from fedtune.runs.parser import ConfigFile, Parser, Refusal, check_plain
 from fedtune.runs.renamed import in_configuration
 from fedtune.runs.wandb import LOGGERS
+from fedtune.runs.words import IMPORT, listed
 from fedtune.runtimes.faulty import faults_of, plain_faults
-from fedtune.runtimes.processes import ranks_of
 from fedtune.storage.config import KEPT, fingerprint, settled, without
 
 SECTIONS = ("data", "model", "loop")
-_FLAGS = {
-    "data.model": "model.name",
-    "model.model": "model.name",
-    "loop.run_dir": "run_dir",
-    "loop.logger": "logger",
-    "loop.num_clients": "data.num_clients",
-}
+_OF_OWN = ("class_path", "init_args", "name", "seed")  # arguments of a module of one's own
 
 
 def add_run_arguments(run: Parser) -> None:
     """Give a parser the arguments of `fedtune run`."""
     run.add_argument("--config", action=ConfigFile, help="YAML or JSON file with any of the values below")
+    add_import_argument(run)
     add_data_arguments(run)
-    run.add_class_arguments(TextClassifier, "model", skip={"num_labels", "label_names", "lora"})
-    run.add_argument(
-        "--model.lora",
-        type=dict[str, Any] | None,
-        default=None,
-        help="low-rank adapters: a dictionary of rank, alpha, targets, rslora, dropout, adapter (a directory to begin with); "
-        "{} for all defaults. They are flags, too: --model.lora.rank 8 --model.lora.targets '[query, value]'",
-    )
-    for name, option in more_options().items():
-        kind = typing.get_type_hints(CausalLM.__init__)[name]
-        run.add_argument(f"--model.{name}", type=kind, default=option.default, help="of a CausalLM alone")
+    _add_model_arguments(run)
     run.add_class_arguments(FederatedLoop, "loop", skip={"run_dir", "logger", "callbacks", "algorithm"})
     run.add_argument(
         "--loop.algorithm",
@@ -65,7 +46,7 @@ def add_run_arguments(run: Parser) -> None:
         help=f"one of {', '.join(ALGORITHMS)}; its parameters and parts are flags, too: --loop.algorithm.beta 0.5, "
         "--loop.algorithm.aggregator.weighting uniform, --loop.algorithm.up+=Quantise",
     )
-    run.deep += ("loop.algorithm", "model.lora")
+    run.deep += ("loop.algorithm", "model.lora", "model.init_args")
     run.add_argument("--seed", type=int | None, default=None, help="sets data.seed, model.seed and loop.seed")
     run.add_argument("--run_dir", type=str | None, default=None, help="directory of the run; nothing is written without it")
     run.add_argument(
@@ -77,6 +58,40 @@ def add_run_arguments(run: Parser) -> None:
     run.add_argument("--logger", type=str, default="none", help=f"one of {', '.join(LOGGERS)}")
     for name in ("versions", "content"):
         run.add_argument(f"--{name}", type=dict | None, default=None, help="ignored: a run's config.yaml has it")
+
+
+def _add_model_arguments(run: Parser) -> None:
+    """Those of a classifier, of a causal language model, and of a class of one's own."""
+    run.add_class_arguments(TextClassifier, "model", skip={"num_labels", "label_names", "lora"})
+    run.add_argument(
+        "--model.lora",
+        type=dict[str, Any] | None,
+        default=None,
+        help="low-rank adapters: a dictionary of rank, alpha, targets, rslora, dropout, adapter (a directory to begin with); "
+        "{} for all defaults. They are flags, too: --model.lora.rank 8 --model.lora.targets '[query, value]'",
+    )
+    for name, option in more_options().items():
+        kind = typing.get_type_hints(CausalLM.__init__)[name]
+        run.add_argument(f"--model.{name}", type=kind, default=option.default, help="of a CausalLM alone")
+    run.add_argument(
+        "--model.class_path",
+        type=str | None,
+        default=None,
+        help="the class of one's own LightningModule, my_module.MyModule; of the other flags --model.name (whose tokens it "
+        "reads) and --model.seed are left",
+    )
+    run.add_argument(
+        "--model.init_args",
+        type=dict[str, Any] | None,
+        default=None,
+        help="what that class is built with; they are flags, too: --model.init_args.width 64",
+    )
+
+
+def add_import_argument(found: Parser) -> None:
+    """Give a parser the flag that names modules of one's own."""
+    what = "a module of one's own that registers tasks, splits, models or algorithms; repeatable"
+    found.add_argument(IMPORT, type=list[str] | str | None, default=None, help=what)
 
 
 def add_data_arguments(found: Parser) -> None:
@@ -101,14 +116,17 @@ def resolve(values: Mapping[str, Any], where: str = "the configuration") -> dict
 
     Raises:
         UsageError: values that are none of a run.
-        SystemExit: a value that a run does not have, or of a wrong type; said in one line.
     """
     parser = _run_parser()
     named = in_configuration(values, where)
-    parser.check_content(named, where)
-    parser.where = where
-    found = parser.checked(parser.parse_object(named))
-    parser.where = None
+    try:
+        parser.check_content(named, where)
+        parser.where = where
+        found = parser.checked(parser.parse_object(named))
+    except Refusal as refusal:
+        raise Refused(refusal.text, where) from refusal
+    finally:
+        parser.where = None
     return resolved(found)
 
 
@@ -129,9 +147,10 @@ def resolved(options: Namespace) -> dict[str, dict[str, Any]]:
     if options.seed is not None:
         for part in SECTIONS:
             found[part]["seed"] = options.seed
+    found["loop"]["options"]["imports"] = imports_of(options)
+    import_modules(found["loop"]["options"]["imports"], IMPORT)
     with flags("model"):
-        lora = lora_of(found["model"]["lora"])
-        found["model"]["lora"] = None if lora is None else lora.plain()
+        found["model"] = _model(found["model"])
     with flags("loop"):
         found["loop"]["algorithm"] = specification_of(algorithm_of(found["loop"]["algorithm"]))
         check_plain("algorithm", found["loop"]["algorithm"])
@@ -142,118 +161,31 @@ def resolved(options: Namespace) -> dict[str, dict[str, Any]]:
     return found
 
 
+def imports_of(options: Namespace) -> list[str]:
+    """The modules of one's own that a run imports, each once."""
+    return list(dict.fromkeys([*options.loop.options.imports, *listed(options["import"])]))
+
+
+def _model(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the module: of a class of one's own, or those of ours.
+
+    Raises:
+        UsageError: a flag of ours for a class of one's own.
+    """
+    if options["class_path"] is None:
+        if options["init_args"] is not None:
+            raise UsageError("init_args", options["init_args"], "nothing without class_path")
+        lora = lora_of(options["lora"])
+        ours = {name: value for name, value in options.items() if name not in ("class_path", "init_args")}
+        return ours | {"lora": None if lora is None else lora.plain()}
+    plain = _run_parser().get_defaults()["model"].as_dict()
+    for name, value in options.items():
+        if name not in _OF_OWN and value != plain[name]:
+            allowed = f"{shown(plain[name])}, beside class_path; what one's own class is built with is in init_args"
+            raise UsageError(name, value, allowed)
+    return {name: options[name] for name in _OF_OWN}
+
+
 def name_of(arguments: Mapping[str, Mapping[str, Any]]) -> str:
     """The name of a run in a directory of runs: eight hexadecimal digits of its complete configuration."""
     return fingerprint(settled(without(arguments, KEPT)))
-
-
-@contextlib.contextmanager
-def flags(part: str) -> Iterator[None]:
-    """Name the flag, and not only the argument, in errors about the values of one part of the configuration."""
-    try:
-        yield
-    except UsageError as error:
-        name = f"{part}.{error.argument}"
-        raise UsageError(f"--{_FLAGS.get(name, name)}", error.came, error.allowed) from error
-
-
-def content_of_run(arguments: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What names the content that a run depends on, as `config.yaml` has it: of its texts, and of its pretrained model.
-
-    Raises:
-        UsageError: they cannot be read.
-    """
-    model = arguments["model"]
-    with flags("data"):
-        data = FederatedDataModule(**arguments["data"], model=model["name"])
-        task = data.digest
-    with flags("model"):
-        return {"task": task, "model": content_of_model(model)}
-
-
-def check(arguments: Mapping[str, Mapping[str, Any]]) -> None:
-    """Check what a run would check before it reads texts or weights.
-
-    Raises:
-        UsageError: a value that cannot be used, under the name of its flag.
-    """
-    data, model = arguments["data"], dict(arguments["model"])
-    name = model.pop("name")
-    with flags("loop"):
-        loop = FederatedLoop(**{**arguments["loop"], "options": RunOptions(**arguments["loop"]["options"])})
-    with flags("data"):
-        made = FederatedDataModule(**data, model=name)
-        if data["task"] not in TASKS:
-            raise one_of("task", data["task"], TASKS)
-        if data["split"] not in SPLITS:
-            raise one_of("split", data["split"], SPLITS)
-        known = inspect.signature(TASKS[data["task"]]).parameters
-        for option in data["task_options"] or {}:
-            if option not in known:
-                raise one_of("task_options", option, [*known] or ["nothing"])
-    with flags("loop"):
-        check_data(loop, made)
-    with flags("model"):
-        kind = kind_of(data["task"])
-        if kind is not None:
-            check_model(kind, name, model, files=name not in MODELS)  # a registered one may have to be fetched first
-
-
-def build(
-    arguments: Mapping[str, Mapping[str, Any]], label_names: Sequence[str] | None = None, whole: bool = True, **where: Any
-) -> tuple[TextClassifier | CausalLM, FederatedDataModule, FederatedLoop]:
-    """Data module, module and loop; what is cheap is checked first, as reading and tokenising texts can take minutes.
-
-    Args:
-        arguments: as from `resolved`.
-        label_names: of the classes; where they are given, nothing of the data is read.
-        whole: whether the data are those of the whole federation, so that they must suit the loop.
-        where: `run_dir`, `logger` and `callbacks` of the loop.
-
-    Raises:
-        UsageError: a value that cannot be used, under the name of its flag.
-    """
-    model = dict(arguments["model"])
-    with flags("loop"):
-        options = RunOptions(**arguments["loop"]["options"])
-        loop = FederatedLoop(**{**arguments["loop"], "options": options}, **where)
-    with flags("data"):
-        data = FederatedDataModule(**arguments["data"], model=model["name"])
-    if whole and label_names is None:
-        with flags("loop"):
-            check_data(loop, data)
-    name = model.pop("name")
-    with flags("model"):
-        kind = kind_of(arguments["data"]["task"])
-        if kind is not None:
-            check_model(kind, name, model)  # first what is cheap: reading and tokenising texts can take minutes
-    ranks = ranks_of(loop.runtime)
-    with flags("data"):
-        if ranks.size > 1:
-            ranks.first_here(data.setup)  # the others find the tokens in the cache
-        if model["init"] == "random" and arguments["data"]["tokenizer"] is not None:
-            model["vocab_size"] = model["vocab_size"] or len(data.tokenizer)
-        if label_names is None:
-            data.tokenizer, data.num_labels  # noqa: B018 - reading them checks them
-            label_names = data.label_names
-    with flags("model"):
-        return build_model(kind or data.kind, name, model, label_names), data, loop
-
-
-def fit(arguments: Mapping[str, Mapping[str, Any]], **where: Any) -> FederatedLoop:
-    """Build data module, module and loop, and run.
-
-    Args:
-        arguments, where: as in `build`.
-
-    Raises:
-        UsageError: a value that cannot be used, under the name of its flag.
-        RunError: the run had to stop.
-    """
-    module, data, loop = build(arguments, **where)
-    with flags("data"):
-        data.setup()
-        module.check_data(data)
-    with flags("loop"):
-        loop.fit(module, data)
-    return loop

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedtune.errors import at_least, one_of
+from fedtune.runs.own import import_modules
 
 EVALUATIONS = ("pooled", "clients")
 ON_ERROR = ("stop", "drop")
@@ -30,6 +32,8 @@ class RunOptions:
         on_client_error: what an error in a client's training does: "stop" the run, or "drop" the client from the round, whose
             record names it with the error.
         local_clients: how many clients, drawn with the run's seed, train alone for the baseline "local".
+        imports: modules that register what the run uses (`fedtune.TASKS["mine"] = ...`), by name. They are imported here, and
+            by whoever opens the run again, since its configuration names them.
 
     Raises:
         UsageError: a value outside of what is allowed.
@@ -44,6 +48,7 @@ class RunOptions:
     min_clients: int | None = None
     local_clients: int = 16
     on_client_error: str = "stop"
+    imports: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         at_least("options.keep", self.keep, 1)
@@ -54,3 +59,4 @@ class RunOptions:
             raise one_of("options.on_client_error", self.on_client_error, ON_ERROR)
         if self.min_clients is not None:
             at_least("options.min_clients", self.min_clients, 1)
+        import_modules(self.imports, "options.imports")

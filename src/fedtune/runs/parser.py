@@ -17,17 +17,32 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_dumper
 
 from fedtune import yaml_files
 from fedtune.errors import UsageError, shown
+from fedtune.experiments import located
 from fedtune.runs import renamed
+from fedtune.runs.words import IMPORT, changed, imports_as_one, parted
 from fedtune.storage.config import nested
 
-Change = tuple[list[str], bool, Any]  # where in a dictionary, whether to append, the value
 _IMPORTING = ("class_path", "init_args", "dict_kwargs")  # with these, jsonargparse imports what a value names
+_OWN_MODULE = ("model.class_path", "model.init_args")  # the one place where a value names a class: that of the module
+_BY_CLASS_PATH = "a module that a command can build: --model.class_path, with --model.init_args; or go on in Python"
 _SEEDS = ("data.seed", "model.seed", "loop.seed")
 _LONGEST = 500  # characters of a message
 _MODE = "fedtune"
 
 set_loader(_MODE, yaml_files.parse, (yaml.YAMLError,))
 set_dumper(_MODE, yaml_files.dump)
+
+
+class Refusal(SystemExit):
+    """The end of a command whose arguments cannot be used, with exit code 2.
+
+    Args:
+        text: why, in a line.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(2)
+        self.text = text
 
 
 class Parser(ArgumentParser):
@@ -39,6 +54,7 @@ class Parser(ArgumentParser):
 
     deep: tuple[str, ...] = ()
     where: str | None = None  # the file that is being read
+    of_data: bool = False  # whether the command looks at the data alone, so that any module's configuration will do
 
     def __init__(self, *positional: Any, **options: Any) -> None:
         super().__init__(*positional, parser_mode=_MODE, **options)
@@ -47,14 +63,14 @@ class Parser(ArgumentParser):
         """The values of all flags; those within `deep` change what a configuration file says of it."""
         given = [renamed.flag(word) for word in (sys.argv[1:] if args is None else args)]
         self._check_words(given)
-        given = self._whole_sections(given)
+        given = imports_as_one(self._whole_sections(given))
         for name in self.deep:
-            given, changes = _parted(given, f"--{name}")
+            given, changes = parted(given, f"--{name}")
             if changes:
                 plain = [flag for flag in given if not flag.startswith("--print_config")]
                 value = super().parse_args(plain, *more, **options)[name]
                 for change in changes:
-                    value = _changed(value, *change)
+                    value = changed(value, *change)
                 given.append(f"--{name}={value if isinstance(value, str) else yaml_files.dump(value)}")
         plain = [word for word in given if not word.startswith("--print_config")]
         found = self.checked(super().parse_args(plain, *more, **options))
@@ -67,7 +83,7 @@ class Parser(ArgumentParser):
             where: what the line names: the file.
 
         Raises:
-            UsageError, SystemExit: for another content.
+            UsageError, Refusal: for another content.
         """
         self.where = where
         if not prefix and content.get("seed") is not None:
@@ -79,6 +95,8 @@ class Parser(ArgumentParser):
                     raise UsageError(
                         f"{where}: {section}.seed", content[section]["seed"], "nothing beside seed, which sets all three"
                     )
+        if prefix == "model." and "class" in content:
+            raise UsageError(f"{where}: model", _class_of(content), _BY_CLASS_PATH)
         known, sections = {action.dest: action for action in self._actions}, self._sections()
         for key, value in content.items():
             name = f"{prefix}{key}"
@@ -90,7 +108,7 @@ class Parser(ArgumentParser):
                 self.error(f"unrecognized arguments: --{name}")
             else:
                 self._check_value(known[name], value)
-        for name in _names(content):
+        for name in _names(content, prefix):
             if name in _IMPORTING:
                 raise UsageError(where, name, "names of flags, with plain values")
         self.where = None
@@ -114,7 +132,7 @@ class Parser(ArgumentParser):
             self.error(f"--{action.dest}: got null; allowed: {_named(hint)}")
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """End with the message, as one line."""
+        """Raise `Refusal` with the message, as one line."""
         text = " ".join(message.split())
         text = re.sub(r"^Group '(\S+)' does not accept option '(\S+)'.*", r"unrecognized arguments: --\1.\2", text)
         text = re.sub(r"^Option '(\S+)' is not accepted.*", r"unrecognized arguments: --\1", text)
@@ -128,8 +146,7 @@ class Parser(ArgumentParser):
         text = re.sub(r'^Parser key "([^"]+)":', r"--\1:", text)
         text = re.sub(r"Does not validate against any of .*? Subtypes: \[(.*?)\] Errors: .* Given value: ?(.*)", _of_many, text)
         text = re.sub(r"Expected an? <class '([\w.]+)'>\.? Got value: ?(.*)", _of_one, text)
-        print(f"fedtune: {cut(f'{self.where}: ' if self.where else '')}{cut(text, _LONGEST)}", file=sys.stderr)
-        raise SystemExit(2)
+        raise Refusal(f"{cut(f'{self.where}: ' if self.where else '')}{cut(text, _LONGEST)}") from ex
 
     def _sections(self) -> list[str]:
         return [action.dest for action in self._actions if type(action).__name__ == "_ActionConfigLoad"]
@@ -168,6 +185,7 @@ class Parser(ArgumentParser):
             flag, separator, value = word.partition("=")
             action = self._option_string_actions.get(flag)
             once = flag.startswith("--") and not flag.endswith("+") and not isinstance(action, ActionConfigFile)
+            once = once and flag != IMPORT
             if not once or type(action).__name__ in ("_AppendAction", "_StoreTrueAction") or (action and action.nargs == 0):
                 continue
             came = value if separator else next(waiting, None)
@@ -185,10 +203,11 @@ class ConfigFile(ActionConfigFile):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Take the values of a file."""
         try:
-            content = yaml_files.read(values, "--config", "a YAML or JSON file that can be read")
+            content = yaml_files.read(located(values, "--config"), "--config", "a YAML or JSON file that can be read")
             if not isinstance(content, dict):
                 raise UsageError("--config", values, "a file with names and values")
             named = renamed.in_configuration(nested({str(key): value for key, value in content.items()}), values)
+            named = _as_data(named, values) if parser.of_data else named
             parser.check_content(named, values)
         except UsageError as error:
             parser.error(str(error))
@@ -222,12 +241,35 @@ def cut(text: str, longest: int = 200) -> str:
     return text if len(text) <= longest else text[:longest] + "…"
 
 
-def _names(content: Any) -> typing.Iterator[Any]:
-    """All names in nested values."""
+def _names(content: Any, prefix: str = "") -> typing.Iterator[Any]:
+    """All names in nested values, but those that name the module's class."""
     if isinstance(content, Mapping):
-        yield from content
-    for one in content.values() if isinstance(content, Mapping) else content if isinstance(content, list) else ():
-        yield from _names(one)
+        yield from (name for name in content if f"{prefix}{name}" not in _OWN_MODULE)
+        for name, one in content.items():
+            yield from _names(one, f"{prefix}{name}.")
+    elif isinstance(content, list):
+        for one in content:
+            yield from _names(one, "[].")
+
+
+def _class_of(model: Mapping[str, Any]) -> str:
+    """The class that a run's configuration names, where the run was begun in Python."""
+    return ".".join(str(model[key]) for key in ("from", "class") if key in model)
+
+
+def _as_data(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """The configuration of a run of any module, for who looks at the data alone: of the module only whose tokens they are.
+
+    Raises:
+        UsageError: the data are of a class of one's own.
+    """
+    data, model = values.get("data"), values.get("model")
+    if isinstance(data, Mapping) and "class" in data:
+        raise UsageError(f"{where}: data", _class_of(data), "data of a FederatedDataModule")
+    if not isinstance(model, Mapping) or "class" not in model:
+        return values
+    name = data.get("tokenizer") if isinstance(data, Mapping) else None
+    return {**values, "model": {} if name is None else {"name": name}}
 
 
 _WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
@@ -248,45 +290,3 @@ def _of_many(found: re.Match[str]) -> str:
 def _of_one(found: re.Match[str]) -> str:
     name = found[1].rpartition(".")[2]
     return f"got {cut(found[2])!r}; allowed: {_WORDS.get(name, {'Sequence': 'a list'}.get(name, name))}"
-
-
-def _parted(given: list[str], flag: str) -> tuple[list[str], list[Change]]:
-    """The flags that have nothing to do with `flag`, and what those say that have.
-
-    >>> _parted(["--seed", "1", "--a.b", "0.5", "--a=x", "--a.up+=Q"], "--a")
-    (['--seed', '1'], [(['b'], False, 0.5), ([], False, 'x'), (['up'], True, 'Q')])
-    """
-    rest: list[str] = []
-    changes: list[Change] = []
-    waiting = iter(given)
-    for word in waiting:
-        found = re.fullmatch(re.escape(flag) + r"((?:\.\w+)*)(\+?)(?:=(.*))?", word, flags=re.DOTALL)
-        if not found:
-            rest.append(word)
-            continue
-        path, append, value = found.groups()
-        value = next(waiting, None) if value is None else value
-        if value is None:
-            rest.append(word)  # no value follows; the parser says so
-        else:
-            changes.append(([part for part in path.split(".") if part], bool(append), yaml_files.parse_or_text(value)))
-    return rest, changes
-
-
-def _changed(value: Any, path: list[str], append: bool, new: Any) -> Any:
-    """A value after one flag. A text stands for {"name": text}; in a list of parts, the last one is meant.
-
-    >>> _changed("fedavgm", ["beta"], False, 0.5)
-    {'name': 'fedavgm', 'beta': 0.5}
-    >>> _changed({"up": ["Quantise"]}, ["up", "bits"], False, 4)
-    {'up': [{'name': 'Quantise', 'bits': 4}]}
-    """
-    if not path:
-        parts = [] if value is None else value if isinstance(value, list) else [value]
-        return [*parts, new] if append else new
-    if isinstance(value, list):
-        return [*value[:-1], _changed(value[-1] if value else None, path, append, new)]
-    if value is not None and not isinstance(value, (str, Mapping)):
-        return value  # a number has nothing in it; who takes the value says so
-    before = {"name": value} if isinstance(value, str) else dict(value or {})
-    return {**before, path[0]: _changed(before.get(path[0]), path[1:], append, new)}

@@ -20,6 +20,7 @@ from fedtune.version import __version__
 
 # how and where a run is kept and shown; no number depends on it
 KEPT = {"loop.options.keep", "loop.options.progress", "loop.options.baseline_dir", "loop.monitor", "loop.mode", "loop.runtime"}
+KEPT |= {"loop.options.imports"}  # what they register is named where it is used
 # what may differ between the start of a run and its continuation: no number of a finished round depends on it
 _FREE = {"run_dir", "logger", "loop.max_rounds", "loop.baselines", "loop.options.local_clients", "content.label_names"} | KEPT
 _DEEPEST = 50  # levels of a configuration
@@ -35,7 +36,11 @@ NEUTRAL: dict[str, Any] = {
     "model.half_base": False,
     "model.packing": None,
     "model.exact_match": False,
+    "model.class_path": None,
+    "model.init_args": None,
+    "loop.options.imports": [],
 }
+AS_GIVEN = "_as_the_command_line_has_it"  # an attribute of a module of another's class that a command has built
 _NOT_OF_BASELINES = ("loop.algorithm.", "loop.faults", "loop.options.on_client_error")
 
 
@@ -103,10 +108,11 @@ def without(config: Mapping[str, Any], keys: Collection[str], prefix: str = "") 
 
 
 def config_of(part: Any) -> dict[str, Any]:
-    """The configuration of ours as the command line takes it; of another's class its name, where that is "from", and its
-    hyperparameters (none of which can have such a name)."""
-    if hasattr(part, "config"):
-        return plain(part.config)
+    """The configuration of ours, or of what a command has built, as the command line takes it; of another's class its name,
+    where that is "from", and its hyperparameters (none of which can have such a name)."""
+    own = getattr(part, AS_GIVEN, getattr(part, "config", None))
+    if isinstance(own, Mapping):
+        return plain(own)
     return class_of(part) | plain(dict(getattr(part, "hparams", {})))
 
 

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import UsageError, one_of, shown
-from fedtune.runs import flags
+from fedtune.runs import building, flags
 from fedtune.storage.config import fingerprint, nested
 from fedtune.sweeps import parameters as specs
 from fedtune.sweeps.bayes import Search, axis
 from fedtune.sweeps.cell import Cell
 from fedtune.sweeps.command import PROGRAMS, flags_of, words_of
+from fedtune.sweeps.files import load, said_of, stem
 from fedtune.sweeps.hyperband import Hyperband, rule_of
 from fedtune.sweeps.several import EACH, check_each, runs_at_a_time
 from fedtune.yaml_files import parse_or_text
-from fedtune.yaml_files import read as read_yaml
 
 METHODS = ("grid", "random", "bayes")
 GOALS = ("minimize", "maximize")
@@ -63,7 +63,7 @@ class Sweep:
         )
 
 
-def read(file: str | Path, only: Sequence[str] = ()) -> Sweep:
+def read(file: str | Path | Mapping[str, Any], only: Sequence[str] = (), imports: Sequence[str] = ()) -> Sweep:
     """Read a sweep file.
 
     Args:
@@ -71,21 +71,23 @@ def read(file: str | Path, only: Sequence[str] = ()) -> Sweep:
             optionally, `run_cap`, `name`, `command`, `metric` {name, goal, target}, `early_terminate` (hyperband). A parameter
             has `value`, `values`, a `distribution` with its bounds, or `parameters` of its own; dotted names are the same as
             nested ones. `seed` sets all three seeds. Flags in `command` hold for each run. `workers_per_run` is our own key.
+            Or its content; or `fedtune:NAME`, a file that comes with fedtune.
         only: "key=value" each; cells without that value are left out. The key may be shortened to its last part.
+        imports: modules of one's own that each run imports.
 
     Raises:
         UsageError: the file cannot be read, or holds what a sweep cannot be made of; `only` takes no cell; for bayes, Optuna is
             not installed.
-        SystemExit: a parameter that a run does not have, or a value of a wrong type; said in one line.
     """
-    with _naming(file):
+    where = said_of(file)
+    with _naming(where):
         content = load(file)
-        fixed = check(content)
+        fixed = check(content) | ({"import": list(imports)} if imports else {})
         parameters = specs.parameters_of(content["parameters"])
         varied = [name for name, spec in parameters.items() if specs.kind_of(name, spec) != "constant"]
 
         def make(values: Mapping[str, Any]) -> Cell:
-            arguments = flags.resolve(nested(copy.deepcopy({**fixed, **values})), str(file))
+            arguments = flags.resolve(nested(copy.deepcopy({**fixed, **values})), where)
             return Cell(arguments, {name: values[name] for name in varied})
 
         metric, target = _metric(content.get("metric"))
@@ -100,7 +102,7 @@ def read(file: str | Path, only: Sequence[str] = ()) -> Sweep:
             for cell in map(make, chosen):
                 cells.setdefault(cell.name, cell)
         environment = {f"WANDB_{key.upper()}": content[key] for key in ("project", "entity") if key in content}
-        name = str(content.get("name", Path(file).stem))
+        name = str(content.get("name", stem(file)))
         early = rule_of(content["early_terminate"], metric) if "early_terminate" in content else None
         return Sweep(name, list(cells.values()), metric, target, environment, search, early, content.get(EACH, 1))
 
@@ -156,7 +158,7 @@ def check_cells(sweep: Sweep, file: str | Path) -> None:
         key = repr(arguments)
         if key not in known:
             try:
-                flags.check(cell.arguments)
+                building.check(cell.arguments)
                 known[key] = None
             except UsageError as error:
                 known[key] = error
@@ -214,14 +216,6 @@ def _metric(given: Any, with_wandb: bool = False) -> tuple[tuple[str, bool], flo
     if "target" in given and (isinstance(target, bool) or not isinstance(target, (int, float)) or not math.isfinite(target)):
         raise UsageError("metric, target", target, "a number")
     return (str(name), goal == "maximize"), target
-
-
-def load(file: str | Path) -> dict[str, Any]:
-    """The content of a sweep file. Raises `UsageError` when it is none."""
-    content = read_yaml(file, "sweep file")
-    if not isinstance(content, dict) or not isinstance(content.get("parameters"), dict):
-        raise UsageError("sweep file", str(file), "YAML with `method` and `parameters`")
-    return content
 
 
 def _search(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import RunError, UsageError
-from fedtune.runs.flags import content_of_run
+from fedtune.runs.building import content_of_run
 from fedtune.storage.config import dotted, read_config
 from fedtune.storage.locks import is_locked
 from fedtune.sweeps.cell import Cell
@@ -29,13 +29,15 @@ def stale(cells: Sequence[Cell], folder: Path) -> dict[str, str]:
         if before is None:
             continue
         data, model = cell.arguments["data"], cell.arguments["model"]
-        key = json.dumps([{name: data[name] for name in _CONTENT}, model["name"], model["init"]], sort_keys=True, default=str)
+        own = {name: model.get(name) for name in ("name", "init", "class_path")}
+        key = json.dumps([{name: data[name] for name in _CONTENT}, own], sort_keys=True, default=str)
         if key not in now:
             try:
                 now[key] = content_of_run(cell.arguments)
             except (UsageError, RunError):
                 now[key] = None
         current = now[key]
+        before = {name: before.get(name) for name in current or ()}
         if current is not None and current != before:
             old, new = dotted(before), dotted(current)
             differ = [name for name in {**old, **new} if old.get(name) != new.get(name)]

@@ -13,7 +13,8 @@ from typing import Any
 
 from fedtune.errors import RunError, UsageError
 from fedtune.runs.wandb import import_wandb, is_online
-from fedtune.sweeps.grid import check, load
+from fedtune.sweeps.files import File, load, said_of
+from fedtune.sweeps.grid import check
 from fedtune.sweeps.runner import gpu
 from fedtune.sweeps.several import EACH, of_wandb, runs_at_a_time
 
@@ -31,20 +32,21 @@ def online() -> bool:
     return is_online(import_wandb("--wandb"))
 
 
-def registered(file: str, runs_dir: str) -> dict[str, Any]:
+def registered(file: File, runs_dir: str, imports: Sequence[str] = ()) -> dict[str, Any]:
     """The content of a sweep file as W&B takes it: with the command that an agent runs for a cell."""
     content = load(file)
     try:
         fixed = check(content, with_wandb=True)
     except UsageError as error:
-        raise UsageError(f"{file}: {error.argument}", error.came, error.allowed) from error
+        raise UsageError(f"{said_of(file)}: {error.argument}", error.came, error.allowed) from error
     more = [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in fixed.items()]
     each = content.get(EACH, 1)
     more += [f"--workers={each}"] if each > 1 else []
+    more += [f"--import={name}" for name in imports]
     return of_wandb(content) | {"command": [*_COMMAND, runs_dir, *more]}
 
 
-def run(file: str, runs_dir: str, workers: int, only: Sequence[str]) -> int:
+def run(file: File, runs_dir: str, workers: int, only: Sequence[str], imports: Sequence[str] = ()) -> int:
     """Register the file as a W&B sweep and run as many agents here as there are workers, until the sweep is done.
 
     Returns:
@@ -56,7 +58,7 @@ def run(file: str, runs_dir: str, workers: int, only: Sequence[str]) -> int:
     """
     if only:
         raise UsageError("--only", " ".join(only), "nothing, in a W&B sweep; take the part out of the file")
-    wandb, content = import_wandb("--wandb"), registered(file, runs_dir)
+    wandb, content = import_wandb("--wandb"), registered(file, runs_dir, imports)
     workers = runs_at_a_time(workers, load(file).get(EACH, 1))
     project = content.get("project") or os.environ.get("WANDB_PROJECT", "fedtune")
     try:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from fedtune.errors import Elsewhere, RunError, UsageError
 from fedtune.files import content, opened, printable, read_lines, write_text
+from fedtune.runs.building import fit
 from fedtune.runs.callbacks import FederatedCallback
-from fedtune.runs.flags import fit
 from fedtune.runtimes.environment import has_others
 from fedtune.runtimes.processes import voice
 from fedtune.storage import checks

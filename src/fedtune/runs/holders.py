@@ -1,0 +1,55 @@
+"""Who holds what: the client split as a table and a picture, as `fedtune describe` shows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fedtune.errors import UsageError
+from fedtune.files import printable, said
+from fedtune.runs.figures import plot_split
+
+_LONGEST, _NAME = 600, 60  # characters of a line, and of a name in a table
+
+
+def show(data: Any, picture: str) -> None:
+    """Print the split of a `FederatedDataModule`, a row a client, and draw it.
+
+    Args:
+        picture: the file; its suffix chooses the format.
+
+    Raises:
+        UsageError: the picture cannot be written.
+    """
+    rows = data.describe()
+    title = f"{printable(data.task.name, _NAME)}, split {data.hparams['split']}, {data.num_clients} clients"
+    source = printable(data.task.source, _LONGEST)
+    lines = [printable(data.left_out, _LONGEST)] * bool(data.left_out) + [
+        f"{len(data.task)} {'conversations' if data.kind == 'instructions' else 'texts'} in all; source: {source}"
+    ]
+    table = Table(title=title, caption="\n".join(lines))
+    columns = [name for name in rows[0] if name not in ("labels", "authors")]
+    for name in columns:
+        table.add_column(name.replace("_", " "), justify="right")
+    counted = [name for name in ("labels", "authors") if name in rows[0]]
+    if len(counted) > 1 and all(row["authors"] == row["labels"] for row in rows):  # as in author identification
+        counted.pop()
+    for name in counted:
+        table.add_column(f"{name} (most frequent)")
+    for row in rows:
+        plain = [f"{row[name]:.2f}" if isinstance(row[name], float) else str(row[name]) for name in columns]
+        table.add_row(*plain, *(_most_frequent(row[name]) for name in counted))
+    Console(markup=False, emoji=False).print(table)  # names are as they are
+    try:
+        plot_split(rows, picture, title)
+    except Exception as error:  # whatever it is: each kind of picture has a library of its own
+        raise UsageError("--picture", picture, f"a file that can be written as a picture ({said(error)})") from error
+    print(f"picture: {printable(Path(picture).resolve())}")
+
+
+def _most_frequent(counts: dict[str, int]) -> str:
+    ranked = sorted(counts, key=lambda name: -counts[name])
+    return f"{len(counts)}: " + ", ".join(f"{printable(name, _NAME)} {counts[name]}" for name in ranked[:2])
