@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.files import content
-from fedtune.runs.own_models import whose
+from fedtune.runs.client_models import whose
 from fedtune.storage.records import read_rounds
 
 _OPENED = """```python

@@ -20,8 +20,8 @@ from fedtune.models.adapters import Lora, merge_
 from fedtune.models.pretrained import MODELS, locate
 from fedtune.models.weights import quiet
 from fedtune.runs.card import card
+from fedtune.runs.client_models import own_weights
 from fedtune.runs.loading import module_of, names_of, of_base, run_config, tokenizer_of, weights_of
-from fedtune.runs.own_models import own_weights
 from fedtune.tensors import Tensors
 
 

@@ -21,8 +21,8 @@ from fedtune.models.module import PretrainedModule
 from fedtune.models.pretrained import content_of, load_config, load_tokenizer
 from fedtune.runs import building
 from fedtune.runs.card import summary_of
+from fedtune.runs.client_models import own_weights
 from fedtune.runs.own import import_modules
-from fedtune.runs.own_models import own_weights
 from fedtune.storage import checkpoint, start
 from fedtune.storage.config import read_config
 from fedtune.storage.records import RoundRecord, read_rounds
