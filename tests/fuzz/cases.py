@@ -18,7 +18,7 @@ from typing import Any
 
 from fedtune import cli
 
-TOTAL = int(os.environ.get("FEDTUNE_FUZZ", "500"))
+TOTAL = int(os.environ.get("FEDTUNE_FUZZ", "250"))
 FIRST = int(os.environ.get("FEDTUNE_FUZZ_SEED", "0"))
 SLOWEST, LONGEST = 20.0, 700  # seconds; characters of the line
 
