@@ -1,7 +1,7 @@
 """What `make docs` adds to the pages of this folder: reports of experiments, an API reference, files that pages link to.
 
-On a code host a page links to `../experiments/lora/README.md`. In the site that report is a page, too, beside the folder's own, so
-each link is rewritten from the file's place in the repository to its place in the site; MkDocs checks them.
+On a code host a page links to `../experiments/lora/README.md`. In the site that report is a page, too, beside the folder's own,
+so each link is rewritten from the file's place in the repository to its place in the site; MkDocs checks them.
 """
 
 from __future__ import annotations
