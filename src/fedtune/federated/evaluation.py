@@ -245,7 +245,7 @@ class Evaluator:
         return found
 
     def metrics(self, part: str) -> dict[str, float]:
-        """The metrics on a part by the one definition that the run has (`evaluation`): a summary's are those of the last round."""
+        """The metrics on a part by the run's one definition, `evaluation`, so that a summary's are those of the last round."""
         if self.evaluation == "clients" and part == self.part and self.remote is None:
             return _mean(self.evaluate_clients(range(self.data.num_clients)))
         return self.evaluate(part).metrics
