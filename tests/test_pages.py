@@ -18,7 +18,7 @@ WITH_COMMANDS = ("howto", "index", "reproducing")
 def pages() -> list[Path]:
     """Every page of the repository."""
     listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
-    return [ROOT / name for name in listed] or [*ROOT.glob("*.md"), *ROOT.glob("[b-t]*/**/*.md")]  # not of a checkout
+    return [ROOT / name for name in listed] or [*ROOT.glob("*.md"), *DOCS.glob("*.md")]  # where there is no git
 
 
 def blocks(page: str, language: str) -> list[str]:
