@@ -12,7 +12,7 @@ PEERS_VENV := .venv-peers
 NEWEST := .newest-transformers
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-llm sweep report notebooks bench test check clean fuzz package newest
+.PHONY: help install demo demo-llm sweep report notebooks bench test check clean fuzz docs package newest
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +67,13 @@ check: $(STAMP) ## check format, style, types and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layers.py
 
+docs: $(VENV)/.docs ## the documentation as a site in site/, with the API reference; a broken link is an error
+	DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
+
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
+
 package: $(STAMP) ## the sdist, and the wheel that is built from it, in dist/
 	rm -rf dist
 	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
@@ -79,4 +86,4 @@ newest: $(STAMP) ## the packed forward and the families against the newest Trans
 	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest tests/test_padding_free.py tests/test_families.py
 
 clean: ## remove .venv and caches, keep runs
-	rm -rf $(VENV) $(PEERS_VENV) $(NEWEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(PEERS_VENV) $(NEWEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site

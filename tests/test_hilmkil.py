@@ -212,6 +212,21 @@ def test_hilmkil_mean_is_not_weighted_by_examples(folders: dict[str, str]) -> No
     assert largest_difference(plain, weighted) > 1e-4
 
 
+def test_hilmkil_accuracy_has_one_definition(task: fedtune.TextTask, folders: dict[str, str]) -> None:
+    """The last round's, the summary's and that of `test` are one number, which is not the share of all right answers."""
+    data = fedtune.FederatedDataModule(
+        task, folders["bert"], 3, "hilmkil_sorted", tokenizer="minilm", batch_size=BATCH, max_length=LENGTH, eval_batch_size=17
+    )
+    module = fedtune.build_classifier(folders["bert"], 4, optimizer="sgd", learning_rate=RATE)
+    loop = make_loop(max_rounds=1, evaluate_on="test", evaluation="clients", baselines=("centralised",))
+    loop.fit(module, data)
+    last = loop.history[-1].accuracy
+    assert loop.summary["accuracy"] == loop.summary["test_accuracy"] == last
+    assert loop.summary["centralised_accuracy"] == loop.baseline_runs["centralised"][-1].accuracy
+    assert loop.test(module, data)[0]["accuracy"] == last
+    assert make_loop(max_rounds=1).test(module, data)[0]["accuracy"] != last
+
+
 def test_hilmkil_files_are_the_protocol() -> None:
     import yaml
 

@@ -244,6 +244,12 @@ class Evaluator:
             self.training.trainer.callback_metrics = {name: torch.tensor(value) for name, value in found.metrics.items()}
         return found
 
+    def metrics(self, part: str) -> dict[str, float]:
+        """The metrics on a part by the run's one definition, `evaluation`, so that a summary's are those of the last round."""
+        if self.evaluation == "clients" and part == self.part and self.remote is None:
+            return _mean(self.evaluate_clients(range(self.data.num_clients)))
+        return self.evaluate(part).metrics
+
     @contextlib.contextmanager
     def _named(self, part: str) -> Iterator[None]:
         """Inside the block an error says where it was."""

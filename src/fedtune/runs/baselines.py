@@ -94,7 +94,7 @@ class Baselines:
             rounds = Rounds(evaluator, self.progress, directory, self.evaluated_every)
             final = rounds.play(run, lambda: start, next_round)
         assign_(travelling(training.module), final.weights)
-        return run.history, evaluator.evaluate("test").metrics
+        return run.history, evaluator.metrics("test")
 
     def _local(self, start: ServerState, first: Tensors) -> list[dict[str, Any]]:
         """Some clients, each alone, with the epochs that it had in the federation, or a round's; those done before are read.
@@ -123,7 +123,7 @@ class Baselines:
                     training.trainer.plan(epochs, functools.partial(steps_in, training, loader, epochs))
                     with ranks.watched():
                         record = local(training, start.weights, client, loader, epochs)
-                        record[part] = evaluator.evaluate(part).metrics
+                        record[part] = evaluator.metrics(part)
                     own.append(record)
                 for record in ranks.gather(own):
                     directory.append("local.jsonl", record)

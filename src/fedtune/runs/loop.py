@@ -197,7 +197,7 @@ class FederatedLoop:
         final = self._federated(rounds, run, adapters)
         training.trainer.at(final.position)
         self._position = final.position
-        test = evaluator.evaluate("test").metrics
+        test = evaluator.metrics("test")
         baselines = self._baselines(evaluator, progress, run)
         conclude(self, run, directory, test, baselines)  # a baseline that fails must not take the result with it
         if self.baselines:

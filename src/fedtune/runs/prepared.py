@@ -114,7 +114,7 @@ def evaluated(loop: Any, module: pl.LightningModule, data: Any, part: str) -> li
             raise UsageError("data", type(data).__name__, f"a data module with a {part} part")
         if step_of(module, part) is None:
             raise UsageError("module", type(module).__name__, f"a module with {part}_step")
-        found = evaluator.evaluate(part).metrics
+        found = evaluator.metrics(part)
     progress.line(f"{part}: " + "  ".join(f"{name} {value:.3f}" for name, value in found.items()))
     return by_loader(found)
 
