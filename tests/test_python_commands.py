@@ -223,6 +223,9 @@ def test_a_configuration_of_a_module_that_python_has_built_is_described_and_load
     assert (code, "r/config.yaml: model: got 'my_module.Bag'; allowed: a module that a command can build" in err) == (2, True)
     with pytest.raises(fedtune.UsageError, match="module: got None; allowed: the module that takes the weights, a 'Bag'"):
         fedtune.load("r")
+    Path("other.yaml").write_text("data: {class: Mine, from: my_module}\n")
+    code, _, err = command("describe", "--config=other.yaml")
+    assert (code, "other.yaml: data: got 'my_module.Mine'; allowed: data of a FederatedDataModule" in err) == (2, True)
     torch.manual_seed(7)
     loaded = fedtune.load("r", module=sys.modules["my_module"].Bag(2))
     assert_equal(dict(loaded.module.state_dict()), dict(module.state_dict()))

@@ -34,7 +34,7 @@ def test_mypy_knows_what_is_offered_and_refuses_the_rest(scripts: dict[str, Path
 
 
 def test_pyright_knows_what_is_offered_and_refuses_the_rest(scripts: dict[str, Path]) -> None:
-    pyright = shutil.which("pyright")
+    pyright = shutil.which("pyright") or shutil.which("basedpyright")
     if pyright is None:
         pytest.skip("pyright is not installed")
     command = [pyright, "--pythonpath", sys.executable]
