@@ -9,7 +9,7 @@ import itertools
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,9 @@ def write_made(folder: Path, made: Made) -> None:
     history = [_record(made, number, made.clients, made.reach(), rng) for number in range(1, made.rounds + 1)]
     baselines: dict[str, Any] = {"majority_accuracy": None if made.causal else made.chance}
     if made.baselines:
-        pooled = [_record(made, number, 1, made.reach() + 0.05, rng) for number in range(1, made.rounds + 1)]
+        one = replace(made, clients=1, split="iid")  # pooled, the split does not matter
+        drawn = random.Random(f"pooled/{one}")
+        pooled = [_record(one, number, 1, one.reach() + 0.02, drawn) for number in range(1, made.rounds + 1)]
         config = made.config()
         for name in ("num_clients", "split", "skew", "alpha"):
             del config["data"][name]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedtune.reports.baselines import Baselines
 from fedtune.reports.results import TEST, column_of
-from fedtune.reports.settings import CELL, order, rates, settings
+from fedtune.reports.settings import CELL, order, rates, settings, shown_setting
 from fedtune.storage.summary import SHARES
 
 if TYPE_CHECKING:
@@ -19,7 +19,9 @@ METRICS = ("accuracy", "macro_f1", "loss_nats", "perplexity", "exact_match", "to
 PROPORTIONS = ("accuracy", "exact_match")  # of examples, so that their number tells the standard error
 REACHED = [f"rounds_to_{share}pct" for share in SHARES]
 _TESTED = ["majority", "local", "centralised"]
-_MEANS = ["baseline", "chance", "client_min", "client_mean", "client_max", "megabytes", "seconds"]
+_TUNED = {"baseline": ["baseline"], "centralised": ["centralised", "test.centralised"]}  # what goes by a rate of its own
+_RATES = [f"{baseline}_rate" for baseline in _TUNED]
+_MEANS = ["baseline", "centralised", "chance", "client_min", "client_mean", "client_max", "megabytes", "seconds"]
 
 
 def compare(rounds: DataFrame) -> DataFrame:
@@ -38,7 +40,7 @@ def compare(rounds: DataFrame) -> DataFrame:
     Returns:
         columns `task`, `model`, `split`, `clients`, other settings, `monitor`, `mode`, `part`; `seeds` (their number), `rounds`;
         `score` with `_min` and `_max` (mean and range over seeds of the metric that is monitored); `accuracy`, `loss_nats` and
-        what else of `METRICS` is known, each with its range; `baseline` (its score), `chance`, `rounds_to_90pct` and so on
+        what else of `METRICS` is known, each with its range; the scores of the `baseline` and of the `centralised` one, `chance`, `rounds_to_90pct` and so on
         (mean over seeds; missing unless all seeds get there), `client_min`, `client_max` (least and greatest accuracy for a
         client), `megabytes` (sent, both ways) and `seconds`, each a mean over seeds; of the test part `test.examples`,
         `test.score` and the metrics, each with its range, `test.standard_error` (of the score, where that is a share of the
@@ -50,12 +52,12 @@ def compare(rounds: DataFrame) -> DataFrame:
 def tuned(rounds: DataFrame) -> DataFrame:
     """As `compare`, but of runs that differ in learning rates alone those with the best one, as Reddi et al. 2021 compare.
 
-    The rate of a cell is the one whose mean score over seeds is best on the validation part. Its baseline is tuned alike: its
-    own best rate by its own score on the validation part. Clients alone are evaluated on the test part only; theirs is the
-    cell's rate.
+    The rate of a cell is the one whose mean score over seeds is best on the validation part. Its baselines (with one client,
+    centralised) are tuned alike: each has the rate that is best by its own score on the validation part. Clients alone are
+    evaluated on the test part only; theirs is the cell's rate.
 
     Returns:
-        columns as of `compare`, and `baseline_rate` (the learning rates of the baseline, as text); no row where no learning rate
+        columns as of `compare`, and `baseline_rate` and `centralised_rate` (learning rates as text); no row where no learning rate
         differs, or where the rounds were evaluated on the test part, on which nothing may be chosen.
     """
     from pandas import DataFrame, concat
@@ -68,38 +70,37 @@ def tuned(rounds: DataFrame) -> DataFrame:
     picked = []
     for _, group in runs.groupby(keys, sort=False, dropna=False) if chosen and len(runs) else ():
         best = _best(group, chosen, "score")
-        against = _best(group, chosen, "baseline")
         if best is not None:
-            picked.append(best if against is None else _against(best, against, chosen))
+            for baseline, columns in _TUNED.items():
+                best = _beside(best, _best(group, chosen, baseline), chosen, f"{baseline}_rate", columns)
+            picked.append(best)
     if not picked:
-        return DataFrame(columns=[*_cells(runs, other).columns, "baseline_rate"])
-    return _cells(concat(picked), other, "baseline_rate")
+        return DataFrame(columns=[*_cells(runs, other).columns, *_RATES])
+    found = concat(picked, ignore_index=True)
+    targets = [reached(run, run["baseline"]) for run in found.to_dict("records")]
+    return _cells(found.assign(**DataFrame(targets)), other, *_RATES)
 
 
 def _best(runs: DataFrame, chosen: Sequence[str], name: str) -> DataFrame | None:
     """Those runs of a cell with the learning rates whose mean over seeds is best; None where nothing is known."""
-    means = runs.groupby(list(chosen), sort=False, dropna=False)[name].mean()
+    by_rate = runs.groupby(list(chosen), sort=False, dropna=False)
+    means = by_rate[name].transform("mean")
     if not means.notna().any():
         return None
-    place = means.to_numpy()
-    best = means.index[(-place if runs["mode"].iloc[0] == "max" else place).argsort(kind="stable")[0]]
-    best = best if isinstance(best, tuple) else (best,)
-    same = [(runs[key] == value) | (runs[key].isna() & (value != value)) for key, value in zip(chosen, best, strict=True)]
-    return runs[math.prod(same).astype(bool)] if len(same) > 1 else runs[same[0]]
+    place = means.idxmax() if runs["mode"].iloc[0] == "max" else means.idxmin()
+    number = by_rate.ngroup()
+    return runs[number == number[place]]
 
 
-def _against(best: DataFrame, against: DataFrame, chosen: Sequence[str]) -> DataFrame:
-    """Runs beside a baseline with learning rates of its own: for each seed that of the same seed."""
-    of_seed = against.drop_duplicates("seed").set_index("seed")
-    text = ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in against[list(chosen)].iloc[0])
-    lines = []
-    for line in best.to_dict("records"):
-        if line["seed"] in of_seed.index:
-            other = of_seed.loc[line["seed"]]
-            line |= {"baseline": other["baseline"], "test.centralised": other["test.centralised"]}
-            line |= reached(line, line["baseline"])
-        lines.append(line | {"baseline_rate": text})
-    return type(best)(lines)
+def _beside(
+    best: DataFrame, others: DataFrame | None, chosen: Sequence[str], rate: str, columns: Sequence[str]
+) -> DataFrame:
+    """The chosen runs of a cell, with what others, of another learning rate, say of their baseline: for each seed the same."""
+    if others is None:
+        return best.assign(**{rate: "–"})
+    of_seed = others.drop_duplicates("seed").set_index("seed")
+    known = {name: best.seed.map(of_seed[name]) for name in columns}
+    return best.assign(**known, **{rate: ", ".join(map(shown_setting, others[list(chosen)].iloc[0]))})
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,17 +120,23 @@ def _runs(rounds: DataFrame) -> DataFrame:
     found, baselines = dict(iter(rounds.groupby("run", sort=False))), Baselines(lines.values(), settings(rounds))
     federated = [line for line in lines.values() if line["kind"] == "federated"]
     shown = [*CELL, *settings(rounds), "seed", "monitor", "mode", "part", "examples", "chance"]
-    rows = [_run(line, shown, found[line["run"]], found.get(baselines.of(line))) for line in federated]
+    rows = []
+    for line in federated:
+        base, pooled = (found.get(name) for name in (baselines.of(line), baselines.pooled(line)))
+        rows.append(_run(line, shown, found[line["run"]], base, pooled))
     return DataFrame(rows)
 
 
-def _run(line: Mapping[str, Any], shown: Sequence[str], run: DataFrame, base: DataFrame | None) -> dict[str, Any]:
-    """What is known of one run: what it is, and what its rounds and those of its baseline say."""
+def _run(
+    line: Mapping[str, Any], shown: Sequence[str], run: DataFrame, base: DataFrame | None, pooled: DataFrame | None
+) -> dict[str, Any]:
+    """What is known of one run: what it is, and what its rounds and those of its baselines say."""
     column = column_of(line["monitor"])
     row = {name: line[name] for name in shown} | {"rounds": int(run["round"].iloc[-1])}
     row |= {name: _last(run[name]) for name in ("score", *METRICS, "client_min", "client_mean", "client_max") if name in run}
     row |= dict(_tested(line))
-    row["baseline"] = _last(base[column]) if base is not None and column in base else math.nan
+    for name, one in (("baseline", base), ("centralised", pooled)):
+        row[name] = _last(one[column]) if one is not None and column in one else math.nan
     row["curve"] = Curve(run["round"].to_numpy(), run.score.to_numpy())
     row |= reached(row, row["baseline"])
     return row | {"megabytes": (run.bytes_up + run.bytes_down).sum() / 1e6, "seconds": run.seconds.sum()}
@@ -192,7 +199,7 @@ def _cells(runs: DataFrame, other: Sequence[str], *also: str) -> DataFrame:
 
     keys = [*CELL, *other, "monitor", "mode", "part", *also]
     ranged = ["score", *(name for name in METRICS if name in runs or name in ("accuracy", "loss_nats"))]
-    columns = [*keys, "seeds", "rounds", *_with_range(ranged), *_MEANS[:2], *REACHED, *_MEANS[2:]]
+    columns = [*keys, "seeds", "rounds", *_with_range(ranged), *_MEANS[:3], *REACHED, *_MEANS[3:]]
     columns += [TEST + "examples", *_with_range([TEST + name for name in ranged]), TEST + "standard_error"]
     columns += [TEST + name for name in _TESTED]
     if not len(runs):

@@ -17,6 +17,7 @@ CONTENT = "content.digest"  # a column where contents differ
 NAMED = {"data.task", "model.name", "data.split", "data.skew", "data.alpha", "data.num_clients"}
 NAMED |= {"data.seed", "model.seed", "loop.seed"}
 _CONTENT_BY = ["data.task", "data.task_options", "data.folder", "data.tokenizer", "data.max_length", "model.name", "model.init"]
+_WHERE = ("data.task", "model.name")
 _ASIDE = ("versions.", "content.", "baseline.", "loop.baselines", *sorted(KEPT))
 _PLAIN = (str, int, float, bool, type(None))
 _RATES = ("learning_rate", "lr")  # with these ends the name of a learning rate, of clients or of the server
@@ -37,21 +38,24 @@ def rates(columns: Sequence[str]) -> list[str]:
 def differing(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The keys, beyond those that name a run, in which runs differ; what a baseline does not have does not count.
 
-    A key that only some runs have is one of them where the others are of the same task and model: runs of other classes have
-    other keys.
+    A key that only some runs have is one of them where nothing else tells these runs from the others of their task and model:
+    parts of other classes have other keys.
     """
-    of_runs = [config for config in configs.values() if "baseline.name" not in config]
     values: dict[str, set[str]] = {}
-    alike: dict[str, list[Mapping[str, Any]]] = {}
+    of_runs = [
+        {key: json.dumps(value, default=str) for key, value in config.items() if _counts(key) or key in _WHERE}
+        for config in configs.values()
+        if "baseline.name" not in config
+    ]
     for config in of_runs:
-        alike.setdefault(json.dumps([config.get("data.task"), config.get("model.name")], default=str), []).append(config)
         for key in filter(_counts, config):
-            values.setdefault(key, set()).add(json.dumps(config[key], default=str))
-    lacked = set()
-    for same in alike.values():
-        known = [set(filter(_counts, config)) for config in same]
-        lacked |= set.union(*known) - set.intersection(*known)
-    return [key for key, found in values.items() if len(found) > 1 or key in lacked]
+            values.setdefault(key, set()).add(config[key])
+    several = [key for key, found in values.items() if len(found) > 1]
+    alike: dict[tuple[str | None, ...], list[set[str]]] = {}
+    for config in of_runs:
+        alike.setdefault(tuple(config.get(key) for key in (*_WHERE, *several)), []).append(set(config))
+    lacked = {key for same in alike.values() for key in set.union(*same) - set.intersection(*same)}
+    return [key for key in values if key in several or (key in lacked and _counts(key))]
 
 
 def _counts(key: str) -> bool:
@@ -119,10 +123,11 @@ def _unpacked(text: str) -> str:
         found = json.loads(text)
     except (ValueError, RecursionError):
         return text
-    named = [one for one in found if isinstance(one, dict) and isinstance(one.get("name"), str)]
-    if isinstance(found, list) and len(named) == len(found):
+    if not isinstance(found, list):
+        return text
+    if all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in found):
         return " + ".join(map(_part, found)) or "none"
-    return text
+    return ", ".join(map(str, found)) if all(isinstance(one, _PLAIN) for one in found) else text
 
 
 def _part(one: Mapping[str, Any]) -> str:
