@@ -114,7 +114,7 @@ def _fill_sweep(found: Parser) -> None:
 
 
 def _fill_report(found: Parser) -> None:
-    found.add_argument("runs_dir", type=str, help="directory with runs, at any depth")
+    found.add_argument("runs_dir", type=str, help="directory with runs, at any depth; or a tables.csv, whose tables are printed")
     found.add_argument(
         "--out", type=str | None, default=None, help="where the report goes; the directory of the runs by default"
     )
@@ -198,7 +198,7 @@ def _sweep(options: Namespace) -> None:
 def _report(options: Namespace) -> None:
     from fedtune.reports.report import report
 
-    report(Path(options.runs_dir), Path(options.out or options.runs_dir))
+    report(Path(options.runs_dir), Path(options.out) if options.out else None)
 
 
 def _describe(options: Namespace) -> None:
