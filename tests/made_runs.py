@@ -93,7 +93,11 @@ def write_made(folder: Path, made: Made) -> None:
         baselines["local"] = [{"client": client, "test": alone} for client in range(made.clients)]
     monitor, mode = made.config()["loop"]["monitor"], made.config()["loop"]["mode"]
     summary = summarise(history, "validation", dict(history[-1].metrics), baselines, monitor, mode)
-    sizes = {"examples_test": TESTED, "examples_validation": TESTED, "majority_validation_accuracy": summary["majority_accuracy"]}
+    sizes = {
+        "examples_test": TESTED,
+        "examples_validation": TESTED,
+        "majority_validation_accuracy": summary["majority_accuracy"],
+    }
     _write(folder, made.config(), history)
     (folder / "summary.json").write_text(json.dumps(summary | sizes))
 

@@ -92,9 +92,7 @@ def _best(runs: DataFrame, chosen: Sequence[str], name: str) -> DataFrame | None
     return runs[number == number[place]]
 
 
-def _beside(
-    best: DataFrame, others: DataFrame | None, chosen: Sequence[str], rate: str, columns: Sequence[str]
-) -> DataFrame:
+def _beside(best: DataFrame, others: DataFrame | None, chosen: Sequence[str], rate: str, columns: Sequence[str]) -> DataFrame:
     """The chosen runs of a cell, with what others, of another learning rate, say of their baseline: for each seed the same."""
     if others is None:
         return best.assign(**{rate: "–"})

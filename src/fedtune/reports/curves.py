@@ -14,13 +14,14 @@ from fedtune.runs.figures import CENTRALISED, CHANCE, ONE_CLIENT, legend_below, 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from pandas import DataFrame
 
 _PANELS, _ACROSS = 60, 3  # panels in one picture, and in a row where nothing else says how many
 _WIDEST = 10
 
 
-def plot_grid(rounds: DataFrame, path: str | Path, metric: str | None = None) -> list[Path]:
+def plot_grid(rounds: DataFrame, path: str | Path, metric: str | None = None, also: Sequence[str] = ()) -> list[Path]:
     """Draw the convergence of many runs, a picture a task: a column a model, a row a split, a line a number of clients.
 
     Settings in which runs differ beyond that make lines as long as a panel has few, else rows. Lines are means over seeds, bands
@@ -33,6 +34,7 @@ def plot_grid(rounds: DataFrame, path: str | Path, metric: str | None = None) ->
         path: the picture; its suffix chooses the format. Where there are several tasks, each has a picture of that name with its
             own at the end.
         metric: a column of `rounds`; by default what the runs of a task monitor.
+        also: suffixes of other formats, in which each picture is written beside it.
 
     Returns:
         the pictures.
@@ -40,9 +42,13 @@ def plot_grid(rounds: DataFrame, path: str | Path, metric: str | None = None) ->
     path = Path(path)
     tasks = list(dict.fromkeys(rounds.task))
     paths = [path] if len(tasks) == 1 else _names(path, tasks)
+    found = []
     for task, place in zip(tasks, paths, strict=True):
-        _draw(rounds[rounds.task == task], str(task), place, metric)
-    return paths
+        figure = _draw(rounds[rounds.task == task], str(task), metric)
+        for one in (place, *(place.with_suffix(suffix) for suffix in also)):
+            save(figure, one, dpi=110)
+            found.append(one)
+    return found
 
 
 def _names(path: Path, tasks: Sequence[Any]) -> list[Path]:
@@ -57,7 +63,7 @@ def _names(path: Path, tasks: Sequence[Any]) -> list[Path]:
     return found
 
 
-def _draw(runs: DataFrame, task: str, path: Path, metric: str | None) -> None:
+def _draw(runs: DataFrame, task: str, metric: str | None) -> Figure:
     layout = layout_of(runs)
     monitors = list(dict.fromkeys(runs.monitor))
     column = metric or (column_of(monitors[0]) if len(monitors) == 1 else "score")
@@ -71,7 +77,13 @@ def _draw(runs: DataFrame, task: str, path: Path, metric: str | None) -> None:
         here = with_values(runs, keys, values)
         mine = layout.curves(here)
         for key, style in zip(lines, _styles(lines), strict=True):
-            _band(panel, with_values(mine, layout.lines, key), column, label=layout.name(layout.lines, key) or "federated", **style)
+            _band(
+                panel,
+                with_values(mine, layout.lines, key),
+                column,
+                label=layout.name(layout.lines, key) or "federated",
+                **style,
+            )
         _baselines(panel, here, runs, layout, column)
         panel.set_title(layout.name(keys, values), fontsize=9)
         over_rounds(panel)
@@ -81,7 +93,7 @@ def _draw(runs: DataFrame, task: str, path: Path, metric: str | None) -> None:
         panel.set_ylabel("score" if column == "score" else label_of(column))
     figure.suptitle(_title(curves, task, layout, len(drawn), len(places)), fontsize=10)
     legend_below(figure, panels)
-    save(figure, path, dpi=110)
+    return figure
 
 
 def _places(curves: DataFrame, layout: Layout) -> tuple[list[tuple[list[str], list[Any]]], int]:

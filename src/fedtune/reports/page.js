@@ -190,12 +190,12 @@ function place(panels, width) {
 function draw() {
   const panels = panelsOf(), width = byId("curves").clientWidth;
   const { height, spots } = place(panels, width);
-  const layout = { height, margin: { l: 52, r: 8, t: 28, b: 52 }, hovermode: "closest", annotations: [], paper_bgcolor: "#fff", plot_bgcolor: "#fff" };
+  const layout = { height, margin: { l: 52, r: 14, t: width < 700 ? 24 : 48, b: 52 }, hovermode: "closest", annotations: [], paper_bgcolor: "#fff", plot_bgcolor: "#fff" };
   const traces = [], label = data.metrics[state.metric];
   panels.forEach((panel, index) => {
     const number = index ? index + 1 : "", axes = { xaxis: `x${number}`, yaxis: `y${number}` }, { x, y, first } = spots[index];
     const grid = { gridcolor: "#e5e5e5", zeroline: false, linecolor: "#999", mirror: true };
-    layout[`xaxis${number}`] = { ...grid, domain: x, anchor: axes.yaxis, title: { text: "round", standoff: 2 }, tickformat: "d", dtick: Math.max(1, Math.round(panel.longest / 8)) };
+    layout[`xaxis${number}`] = { ...grid, domain: x, anchor: axes.yaxis, title: { text: "round", standoff: 2 }, tickformat: "d", dtick: [1, 2, 5, 10, 20, 50, 100, 200, 500].find((step) => panel.longest <= 10 * step) || 1000 };
     layout[`yaxis${number}`] = { ...grid, domain: y, anchor: axes.xaxis, title: first ? { text: drawn(label), standoff: 4 } : undefined, ...(index ? { matches: "y" } : {}) };
     layout.annotations.push({ text: drawn(panel.title), xref: "paper", yref: "paper", x: (x[0] + x[1]) / 2, y: y[1], xanchor: "center", yanchor: "bottom", showarrow: false, font: { size: 12 } });
     for (const line of panel.lines) if (!state.hidden.has(line.name)) traces.push(...tracesOf(line, axes));

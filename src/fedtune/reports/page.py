@@ -100,7 +100,8 @@ def _data(rounds: DataFrame, tables: Sequence[Table], metrics: Sequence[str]) ->
         "tasks": [task | {"tuned": bool(chosen) and task["part"] != "test"} for task in tasks],
         "rates": chosen,
         "runs": _runs(rounds, metrics, places),
-        "tables": [_table(one, numbers["task"], places) for one in tables] + _of_runs(federated, other, numbers["task"], places),
+        "tables": [_table(one, numbers["task"], places) for one in tables]
+        + _of_runs(federated, other, numbers["task"], places),
         "colours": PALETTE,
         "dashes": _DASHES,
     }
@@ -140,7 +141,11 @@ def _runs(rounds: DataFrame, metrics: Sequence[str], places: Any) -> list[dict[s
 
 def _table(table: Table, tasks: Mapping[str, int], places: Any) -> dict[str, Any]:
     rows = [
-        {"d": places(dict(cell) | {"seed": None}), "t": texts, "v": [_sortable(cell.get(column.name)) for column in table.columns]}
+        {
+            "d": places(dict(cell) | {"seed": None}),
+            "t": texts,
+            "v": [_sortable(cell.get(column.name)) for column in table.columns],
+        }
         for cell, texts in zip(table.cells, table.rows(), strict=True)
     ]
     for row in rows:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +52,7 @@ def report(folder: Path, out: Path | None = None) -> None:
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "tables.csv", spreadsheet(cells))
         write_text(out / "tables.md", markdown(tables, failed))
-        pictures = [path for suffix in ("png", "svg") for path in _draw(rounds, out / f"curves.{suffix}")]
+        pictures = _drawn(rounds, out / "curves.png")
         write_text(out / "report.html", page(rounds, tables, failed, folder.resolve().name))
     except (OSError, ValueError) as error:  # a name with a NUL is of the second kind
         raise UsageError("--out", str(out), f"a directory that can be written ({said(error)})") from error
@@ -111,11 +110,12 @@ def _listed(reasons: dict[str, str]) -> str:
     return "; ".join(first) + (f"; and {len(reasons) - _FIRST} more" if len(reasons) > _FIRST else "")
 
 
-def _draw(rounds: DataFrame, path: Path) -> Iterator[Path]:
-    """Draw, and name what was drawn."""
+def _drawn(rounds: DataFrame, path: Path) -> list[Path]:
+    """The pictures; none where they cannot be drawn."""
     try:
-        yield from plot_grid(rounds, path)
+        return plot_grid(rounds, path, also=[".svg"])
     except OSError:  # of the place, not of the picture
         raise
     except Exception as error:  # whatever it is, the tables are not about it
         warnings.warn(f"{path} could not be drawn: {type(error).__name__}: {said(error)}", stacklevel=2)
+        return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -153,6 +154,6 @@ def order(value: Any) -> tuple[int, float, str]:
     """
     if value is None or value != value:
         return 3, 0.0, ""
-    if isinstance(value, (int, float)):
+    if isinstance(value, numbers.Real):
         return 0, float(value), ""
     return (1 if str(value).endswith("iid") else 2), 0.0, str(value)

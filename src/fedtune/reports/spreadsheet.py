@@ -62,7 +62,11 @@ def read_cells(file: Path) -> DataFrame:
             score, accuracy = f"{before}score{end}", f"{before}accuracy{end}"
             if score not in cells and accuracy in cells:
                 cells[score] = cells[accuracy]
-    wrong = [name for name in _NUMBERS if name in cells and to_numeric(cells[name], errors="coerce").isna().sum() > cells[name].isna().sum()]
+    wrong = [
+        name
+        for name in _NUMBERS
+        if name in cells and to_numeric(cells[name], errors="coerce").isna().sum() > cells[name].isna().sum()
+    ]
     if wrong:
         raise UsageError("runs_dir", str(file), f"a tables.csv that a report wrote (its {wrong[0]} is no number)")
     lacking = {name: float("nan") for name in _NUMBERS if name not in cells}

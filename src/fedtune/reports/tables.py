@@ -87,9 +87,13 @@ def tables_of(cells: DataFrame, best: DataFrame) -> Iterator[Table]:
 
 
 _RANGE = "Mean over seeds (least to greatest)."
-_ROUNDS = f"{_RANGE} Rounds to a share of the baseline's: mean over seeds, {_NONE} where one did not get there, or the baseline "
+_ROUNDS = (
+    f"{_RANGE} Rounds to a share of the baseline's: mean over seeds, {_NONE} where one did not get there, or the baseline "
+)
 _ROUNDS += "is no better than chance. The baseline has one client, else it is centralised."
-_BEST = "Of each cell the learning rate whose mean over seeds is best on the part named above; baselines alike, each with a rate "
+_BEST = (
+    "Of each cell the learning rate whose mean over seeds is best on the part named above; baselines alike, each with a rate "
+)
 _BEST += "of its own (Reddi et al. 2021). The other table has every rate. " + _RANGE
 
 
