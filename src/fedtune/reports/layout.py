@@ -40,8 +40,8 @@ class Layout:
     def name(self, keys: Sequence[str], values: Sequence[Any]) -> str:
         """Some values, each so that it says what it is; not those that are missing.
 
-        >>> Layout((), (), (), {"model.learning_rate": "learning rate"}, True).name(["clients", "model.learning_rate"], [4, 0.1])
-        '4 clients, learning rate 0.1'
+        >>> Layout((), (), (), {"model.lr": "rate"}, True).name(["clients", "model.lr"], [4, 0.1])
+        '4 clients, rate 0.1'
         """
         known = [(key, value) for key, value in zip(keys, values, strict=True) if value is not None and value == value]
         return ", ".join(self._value(key, value) for key, value in known)

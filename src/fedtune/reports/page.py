@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import html
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -65,7 +66,7 @@ def _first(rounds: DataFrame, metrics: int) -> list[str]:
 def _packed(numbers: Any, rounds: Any) -> str:
     """The values of all runs, run by run, and of a run metric by metric."""
     starts = [*(place for place, number in enumerate(rounds) if number == 1), len(rounds)]
-    parts = [numbers[first:last].T.tobytes() for first, last in zip(starts, starts[1:], strict=False)]
+    parts = [numbers[first:last].T.tobytes() for first, last in itertools.pairwise(starts)]
     return _compressed(b"".join(parts))
 
 

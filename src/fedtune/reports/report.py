@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedtune.errors import UsageError
 from fedtune.files import printable, said, write_text
@@ -28,11 +28,11 @@ FILES = ("tables.md", "tables.csv", "curves.png", "curves.svg", "report.html")  
 def report(folder: Path, out: Path | None = None) -> None:
     """Write tables.md, tables.csv, curves.png, curves.svg and report.html about all runs below a folder, and print where.
 
-    Where there are several tasks, each has pictures of its own, `curves-TASK.png`. A run whose files are damaged is left out, and
-    named with the reason. A picture that cannot be drawn is a warning. No file of a run is written over.
+    Where there are several tasks, each has pictures of its own, `curves-TASK.png`. A run whose files are damaged is left out,
+    and named with the reason. A picture that cannot be drawn is a warning. No file of a run is written over.
 
     Args:
-        folder: the runs; or a tables.csv of theirs, whose tables are printed as Markdown (with `out`, written into its tables.md).
+        folder: the runs; or a tables.csv of theirs, which is printed as Markdown tables (with `out`, into its tables.md).
         out: where the report goes; by default the folder of the runs, or "report" below it where that is a run itself.
 
     Raises:
