@@ -40,11 +40,11 @@ def compare(rounds: DataFrame) -> DataFrame:
     Returns:
         columns `task`, `model`, `split`, `clients`, other settings, `monitor`, `mode`, `part`; `seeds` (how many), `rounds`;
         `score` with `_min` and `_max` (mean and range over seeds of the metric that is monitored); `accuracy`, `loss_nats` and
-        what else of `METRICS` is known, each with its range; the scores of the `baseline` and of the
-        `centralised` one, `chance`, `rounds_to_90pct` and so on (mean over seeds; missing unless all seeds get there), `client_min`, `client_max` (least and greatest accuracy for a
-        client), `megabytes` (sent, both ways) and `seconds`, each a mean over seeds; of the test part `test.examples`,
-        `test.score` and the metrics, each with its range, `test.standard_error` (of the score, where that is a share of the
-        examples), `test.majority`, `test.local` and `test.centralised` (scores of the baselines).
+        what else of `METRICS` is known, each with its range; the scores of the `baseline` and of the `centralised` one;
+        `chance`; `rounds_to_90pct` and so on (mean over seeds; missing unless all seeds get there); `client_min`, `client_max`
+        (least and greatest accuracy for a client), `megabytes` (sent, both ways) and `seconds`, each a mean over seeds; of the
+        test part `test.examples`, `test.score` and the metrics, each with its range, `test.standard_error` (of the score, where
+        that is a share of the examples), `test.majority`, `test.local` and `test.centralised` (scores of the baselines).
     """
     return _cells(_runs(rounds), settings(rounds))
 

@@ -55,7 +55,7 @@ def differing(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     alike: dict[tuple[str | None, ...], list[set[str]]] = {}
     for config in of_runs:
         alike.setdefault(tuple(config.get(key) for key in (*_WHERE, *several)), []).append(set(config))
-    lacked = {key for same in alike.values() for key in set.union(*same) - set.intersection(*same)}
+    lacked = {key for same in alike.values() for key in set().union(*same) - same[0].intersection(*same)}
     return [key for key in values if key in several or (key in lacked and _counts(key))]
 
 
