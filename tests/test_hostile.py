@@ -257,8 +257,8 @@ def test_thousands_of_runs_are_one_picture_and_one_page(good: Path, tmp_path: Pa
 def test_five_thousand_authors_are_a_picture(tmp_path: Path) -> None:
     table = [{"labels": {"a": 3}, "authors": {f"author {number}": 2 for number in range(first, 5000, 3)}} for first in range(3)]
     figures.plot_split(table, tmp_path / "x.png", "$ 漢字")
-    counts = figures._most_frequent([row["authors"] for row in table])
-    assert len({name for one in counts for name in one}) == 60
+    counts = figures._held([row["authors"] for row in table])[0]
+    assert len({name for one in counts for name in one}) <= 20
     assert [sum(one.values()) for one in counts] == [sum(row["authors"].values()) for row in table]
     figures.plot_split([{"labels": {"a": 1}}] * 3000, tmp_path / "y.png")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ from fedtune.errors import UsageError
 from fedtune.federated.messages import ClientReport
 from fedtune.reports.curves import plot_grid
 from fedtune.reports.folders import failures
-from fedtune.reports.report import FILES, readable, report
-from fedtune.reports.results import column_of, metric_names, settings
+from fedtune.reports.report import FILES, report
+from fedtune.reports.results import column_of, metric_names
+from fedtune.reports.settings import settings
 from fedtune.runs.figures import plot_curves, plot_run, plot_split
 from fedtune.storage.records import read_rounds
 
@@ -139,7 +139,7 @@ def test_runs_of_other_modules_and_data_are_reported_too(tmp_path: Path, make_mo
     loader = DataLoader(RandomDataset(32, 8), batch_size=4)
     make_loop(run_dir=str(tmp_path / "runs" / "boring")).fit(BoringModel(), GivenLoaders([loader, loader], loader))
     report(tmp_path / "runs", tmp_path / "out")
-    assert "| BoringModel | – | 2 | 1 | 2 | – |" in (tmp_path / "out" / "tables.md").read_text()
+    assert "| BoringModel | 2 | 1 | 2 | 2.11 kB |" in (tmp_path / "out" / "tables.md").read_text()
 
 
 def with_metric(folder: Path, name: str, values: list[float | None], monitored: bool = False) -> None:
@@ -240,9 +240,12 @@ def test_names_are_drawn_as_they_are(runs: Path, tmp_path: Path) -> None:
 
 def test_the_report_holds_every_run_and_every_failure(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report(runs, tmp_path / "out")
-    assert all((tmp_path / "out" / name).stat().st_size for name in FILES)
+    written = [f"curves-{task}.{suffix}" for task in ("spooky", "authors") for suffix in ("png", "svg")]
+    written += [name for name in FILES if not name.startswith("curves")]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(written)
     text = (tmp_path / "out" / "tables.md").read_text()
-    assert "| minilm | by_author 0.8 | 4 | 2 | 2 | 0.630 (0.500 to 0.760) | 0.700 | 1.5 | 1.5 | – | 0.100 to 0.300 |" in text
+    row = "| minilm | by_author 0.8 | 4 | 2 | 2 | 0.630 (0.500 to 0.760) | 0.370 (0.240 to 0.500) | 0.700 | 1.5 | 1.5 | – |"
+    assert f"{row} 0.100 to 0.300 | 8.00 MB | 4 |" in text
     assert "| d | no \\<model\\> \\| of that name |" in text
     assert len((tmp_path / "out" / "tables.csv").read_text().splitlines()) == 4
     assert "5 runs, 1 failed" in capsys.readouterr().out
@@ -254,67 +257,27 @@ def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
         report(tmp_path, tmp_path)
 
 
-def test_a_panel_for_every_task_model_and_split(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = []
+def test_a_picture_for_every_task_and_a_panel_for_every_model_and_split(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
     monkeypatch.setattr("fedtune.reports.curves.save", lambda figure, path, dpi: drawn.append(figure))
-    plot_grid(fedtune.read_runs(runs), tmp_path / "x.png")
-    panels = {axes.get_title(): axes for axes in drawn[0].axes}
-    assert set(panels) == {f"{task}, minilm\n{split}" for task in ("spooky", "authors") for split in ("by_author 0.8", "iid")}
-    lines = {line.get_label(): line for line in panels["spooky, minilm\nby_author 0.8"].get_lines()}
-    assert lines["4 clients"].get_ydata().tolist() == pytest.approx([0.65, 0.63])
-    assert lines["baseline"].get_ydata().tolist() == pytest.approx([0.55, 0.7])
-    assert lines["baseline"].get_linestyle() == "--"
-    (pooled,) = [line for line in panels["authors, minilm\niid"].get_lines() if line.get_label() == "baseline"]
+    write_run(runs / "f", [0.3, 0.4], clients=4)
+    paths = plot_grid(fedtune.read_runs(runs), tmp_path / "x.png")
+    assert [path.name for path in paths] == ["x-spooky.png", "x-authors.png"]
+    assert [axes.get_title() for axes in drawn[0].axes] == ["iid", "by_author 0.8"]
+    assert drawn[0].get_suptitle() == "spooky, minilm, 4 clients: validation part"
+    lines = {line.get_label(): line for line in drawn[0].axes[1].get_lines()}
+    assert lines["federated"].get_ydata().tolist() == pytest.approx([0.65, 0.63])
+    assert lines["one client"].get_ydata().tolist() == pytest.approx([0.55, 0.7])
+    assert drawn[0].axes[0].get_ylim() == drawn[0].axes[1].get_ylim()
+    (pooled,) = [line for line in drawn[1].axes[0].get_lines() if line.get_label() == "centralised"]
     assert pooled.get_ydata().tolist() == pytest.approx([0.3, 0.4])
+    assert (pooled.get_color(), pooled.is_dashed()) != (lines["one client"].get_color(), lines["one client"].is_dashed())
     write_run(runs / "e", [0.9, 0.9], clients=4, split="by_author", rate=0.5)
     plot_grid(fedtune.read_runs(runs), tmp_path / "x.png")
-    assert len(drawn[1].axes) == 6  # means are over seeds, never over settings
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("needs chromium and chromedriver (Debian: chromium, chromium-driver)")
-    webdriver = pytest.importorskip("selenium.webdriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1400,1600"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield found
-    found.quit()
-
-
-@pytest.mark.filterwarnings("ignore::ResourceWarning")  # selenium's own sockets
-def test_the_page_works_in_a_browser_without_a_network(browser: Any, runs: Path, tmp_path: Path) -> None:
-    report(runs, tmp_path / "out")
-    browser.get((tmp_path / "out" / "report.html").as_uri())
-
-    def visible() -> list[str]:
-        script = "return document.getElementById('curves').data.filter(t => t.visible === true).map(t => t.name)"
-        return list(browser.execute_script(script))
-
-    def choose(name: str, value: str) -> None:
-        browser.find_element("css selector", f"#{name} option[value='{value}']").click()
-
-    assert browser.get_log("browser") == []
-    assert len(browser.find_elements("css selector", "#curves .scatterlayer .trace")) == 6
-    assert len(visible()) == 6
-    choose("task", "spooky")
-    choose("clients", "4")
-    four = [f"spooky, minilm, 4 clients, by_author 0.8, seed {seed}" for seed in (0, 1)]
-    assert visible() == [*(f"spooky, minilm, 1 clients, iid, seed {seed}" for seed in (0, 1)), *four]  # with their baseline
-    choose("seed", "1")
-    assert len(visible()) == 2
-    assert len(browser.find_elements("css selector", "#curves .scatterlayer .trace")) == 2
-    choose("metric", "loss_nats")
-    assert browser.execute_script("return document.getElementById('curves').layout.yaxis.title.text") == "loss_nats"
-    assert "no <model> | of that name" in browser.find_element("id", "failed").text
-    requested = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
-    assert [name for name in requested if not name.startswith("data:")] == []
-    assert browser.get_log("browser") == []
+    names = [line.get_label() for line in drawn[2].axes[1].get_lines()]
+    assert names == ["learning rate 0.1", "learning rate 0.5", "one client, learning rate 0.1"]  # never a mean over settings
 
 
 def test_one_round_has_one_tick_and_settings_are_shown_as_they_were_chosen(
@@ -329,8 +292,11 @@ def test_one_round_has_one_tick_and_settings_are_shown_as_they_were_chosen(
     for axes in drawn[0].axes:
         low, high = axes.get_xlim()
         assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [1]
-    assert {axes.get_title().split(", ")[2].split("\n")[0] for axes in drawn[0].axes} == {"0.1", "–"}
-    assert readable(fedtune.compare(rounds))["model.learning_rate"].tolist() == ["0.1", "–"]
+    assert [line.get_label() for line in drawn[0].axes[0].get_lines()] == ["learning rate 0.1", "federated"]
+    report(tmp_path, tmp_path / "out")
+    text = (tmp_path / "out" / "tables.md").read_text()
+    assert "| minilm | iid | 4 | 0.1 | 1 |" in text
+    assert "| minilm | iid | 4 | – | 1 |" in text
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "~nobody-has-this", "none"])

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from fedtune.models.modernbert import ModernBertClassifier
     from fedtune.models.pretrained import MODELS
     from fedtune.models.roberta import RobertaClassifier
+    from fedtune.reports.cells import compare
     from fedtune.reports.curves import plot_grid
-    from fedtune.reports.results import compare, read_runs
+    from fedtune.reports.results import read_runs
     from fedtune.runs.callbacks import FederatedCallback
     from fedtune.runs.export import export
     from fedtune.runs.figures import plot_curves, plot_split
@@ -76,7 +77,7 @@ _HOME = {
     "TextTask": "data.task",
     "UsageError": "errors",
     "build_classifier": "models",
-    "compare": "reports.results",
+    "compare": "reports.cells",
     "export": "runs.export",
     "load": "runs.loading",
     "plot_curves": "runs.figures",

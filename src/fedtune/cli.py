@@ -139,7 +139,7 @@ def _fill_sweep(found: Parser) -> None:
 
 
 def _fill_report(found: Parser) -> None:
-    found.add_argument("runs_dir", type=str, help="directory with runs, at any depth")
+    found.add_argument("runs_dir", type=str, help="directory with runs, at any depth; or a tables.csv, to print it")
     found.add_argument(
         "--out", type=str | None, default=None, help="where the report goes; the directory of the runs by default"
     )

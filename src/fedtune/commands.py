@@ -54,21 +54,20 @@ def sweep(
     return runner.run(found, folder, found.at_a_time(workers), "wandb" if wandb else "none")
 
 
-def report(runs_dir: str | Path, out: str | Path | None = None) -> Path:
+def report(runs_dir: str | Path, out: str | Path | None = None) -> Path | None:
     """Write tables, curves and one page about the runs below a directory, as `fedtune report`.
 
     Args:
-        runs_dir: runs in it are found at any depth.
-        out: where the report goes; `runs_dir` by default.
+        runs_dir: runs in it are found at any depth; or a tables.csv of theirs, which becomes Markdown tables.
+        out: where the report goes; by default `runs_dir`, or "report" below it where that is a run itself.
 
     Returns:
-        the directory of the report: tables.md, tables.csv, curves.png, curves.svg, report.html.
+        the directory of the report: tables.md, tables.csv, curves.png, curves.svg, report.html; None where the tables of a
+        tables.csv were printed.
 
     Raises:
         UsageError: there is no run that can be read, or `out` cannot be written.
     """
     from fedtune.reports.report import report as written
 
-    place = Path(runs_dir if out is None else out).expanduser()
-    written(Path(runs_dir), place)
-    return place
+    return written(Path(runs_dir), None if out is None else Path(out))

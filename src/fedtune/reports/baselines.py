@@ -61,8 +61,10 @@ class Baselines:
         if line["clients"] == 1 and line["kind"] == "federated":
             return str(line["run"])
         runs = self._single.get(_key(line, [*_NAMED, *self._settings]))
-        if runs is not None:
-            return runs.get(line["split"], runs[None])
+        return self.pooled(line) if runs is None else runs.get(line["split"], runs[None])
+
+    def pooled(self, line: Mapping[str, Any]) -> str | None:
+        """The directory of the centralised baseline of a run; None where there is none."""
         wanted = _key(line, self._settings)
         for one in self._pooled.get(_key(line, _NAMED), []):
             if all(has in (None, value) for has, value in zip(_key(one, self._settings), wanted, strict=True)):

@@ -1,62 +1,149 @@
-"""The picture of many runs: convergence curves with their spread over seeds."""
+"""The pictures of many runs, one a task: convergence curves with their spread over seeds."""
 
 from __future__ import annotations
 
-import itertools
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.reports.baselines import alike, baselines_among
-from fedtune.reports.results import settings, shown_setting
-from fedtune.runs.figures import PALETTE, drawn_lines, new_figure, over_rounds, save
+from fedtune.reports.layout import Layout, best_of, layout_of, values_of, with_values
+from fedtune.reports.results import column_of
+from fedtune.reports.settings import label_of, settings
+from fedtune.runs.figures import CENTRALISED, CHANCE, ONE_CLIENT, legend_below, marked, new_figure, over_rounds, save, style_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from pandas import DataFrame
 
+_PANELS, _ACROSS = 60, 3  # panels in one picture, and in a row where nothing else says how many
+_WIDEST = 10
 
-_PANELS, _WIDEST = 60, 10  # in one picture, and in a row
 
+def plot_grid(rounds: DataFrame, path: str | Path, metric: str | None = None, also: Sequence[str] = ()) -> list[Path]:
+    """Draw the convergence of many runs, a picture a task: a column a model, a row a split, a line a number of clients.
 
-def plot_grid(rounds: DataFrame, path: str | Path, metric: str = "accuracy") -> None:
-    """Draw the convergence of many runs: a row a task, model and other setting, a column a split, a line a number of clients.
-
-    Lines are means over seeds, bands go from the least to the greatest. The baseline (one client, else centralised training) is
-    dashed in every panel. Of a great many panels the first are drawn, and the picture says so.
+    Settings in which runs differ beyond that make lines as long as a panel has few, else rows. Lines are means over seeds,
+    bands go from the least to the greatest, and all panels have one scale. Baselines are in every panel: the runs with one
+    client (of the panel's split, where there are any), centralised training, each with the settings that are best for it, and
+    the majority class. Of a great many panels the first are drawn, and the picture says so.
 
     Args:
         rounds: as from `read_runs`.
-        path: the picture; its suffix chooses the format.
-        metric: a column of `rounds`.
+        path: the picture; its suffix chooses the format. Where there are several tasks, each has a picture of that name
+            with its own at the end.
+        metric: a column of `rounds`; by default what the runs of a task monitor.
+        also: suffixes of other formats, in which each picture is written beside it.
+
+    Returns:
+        the pictures.
     """
-    federated = rounds[rounds.kind == "federated"]
-    curves = federated[federated.clients > 1] if (federated.clients > 1).any() else federated
-    keys = ["task", "model", *settings(rounds)]
-    lines = [row for _, row in curves[keys].drop_duplicates().iterrows()]
-    splits = sorted(curves.split.unique(), key=lambda split: (not split.endswith("iid"), split))
-    number = len(lines) * len(splits)
-    splits = splits[:_WIDEST]
-    lines = lines[: max(1, _PANELS // len(splits))]
-    label = curves.monitor.iloc[0] if metric == "score" and curves.monitor.nunique() == 1 else metric
-    colours = dict(zip(sorted(curves.clients.unique()), itertools.cycle(PALETTE[1:6] + PALETTE[:1])))
-    figure, panels = new_figure(len(lines), len(splits), (4.2 * len(splits) + 1, 2.9 * len(lines) + 0.8), sharey="row")
-    for place, panel in enumerate(panels):
-        line, split = lines[place // len(splits)], splits[place % len(splits)]
-        here = alike(curves, line, keys)
-        for count, colour in colours.items():
-            of_count = here[(here.split == split) & (here.clients == count)]
-            _band(panel, of_count, metric, color=colour, label=f"{count} clients")
-        _band(
-            panel, baselines_among(alike(rounds, line, keys), split), metric, color=PALETTE[6], linestyle="--", label="baseline"
-        )
-        panel.set_title(", ".join(map(shown_setting, line)) + f"\n{split}", fontsize=9)
-        panel.set_ylabel(label)
+    path = Path(path)
+    tasks = list(dict.fromkeys(rounds.task))
+    paths = [path] if len(tasks) == 1 else _names(path, tasks)
+    found = []
+    for task, place in zip(tasks, paths, strict=True):
+        figure = _draw(rounds[rounds.task == task], str(task), metric)
+        for one in (place, *(place.with_suffix(suffix) for suffix in also)):
+            save(figure, one, dpi=110)
+            found.append(one)
+    return found
+
+
+def _names(path: Path, tasks: Sequence[Any]) -> list[Path]:
+    """A name for each task, which every file system takes and no other task has."""
+    found: list[Path] = []
+    for task in tasks:
+        short = re.sub(r"[^A-Za-z0-9._-]+", "_", str(task)).strip("._")[:60] or "task"
+        name = f"{path.stem}-{short}"
+        while path.with_name(name + path.suffix) in found:
+            name += "_"
+        found.append(path.with_name(name + path.suffix))
+    return found
+
+
+def _draw(runs: DataFrame, task: str, metric: str | None) -> Figure:
+    layout = layout_of(runs)
+    monitors = list(dict.fromkeys(runs.monitor))
+    column = metric or (column_of(monitors[0]) if len(monitors) == 1 else "score")
+    curves = layout.curves(runs)
+    places, across = _places(curves, layout)
+    drawn = places[:_PANELS]
+    size = (max(5.5, 4.0 * across) + 0.6, 2.7 * -(-len(drawn) // across) + 1.4)
+    figure, panels = new_figure(-(-len(drawn) // across), across, size, sharey=True)
+    lines = values_of(curves, layout.lines)
+    for panel, (keys, values) in zip(panels, drawn, strict=False):
+        here = with_values(runs, keys, values)
+        mine = layout.curves(here)
+        for key, style in zip(lines, _styles(lines), strict=True):
+            _band(
+                panel,
+                with_values(mine, layout.lines, key),
+                column,
+                label=layout.name(layout.lines, key) or "federated",
+                **style,
+            )
+        _baselines(panel, here, runs, layout, column)
+        panel.set_title(layout.name(keys, values), fontsize=9)
         over_rounds(panel)
-    if number > len(panels):
-        figure.suptitle(f"{len(panels)} of {number:,} panels; the tables have all")
-    handles = drawn_lines(panels)
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=6, fontsize=8, frameon=False)
-    save(figure, path, dpi=90)
+    for panel in panels[len(drawn) :]:
+        panel.set_visible(False)
+    for panel in panels[:: max(1, across)]:
+        panel.set_ylabel("score" if column == "score" else label_of(column))
+    figure.suptitle(_title(curves, task, layout, len(drawn), len(places)), fontsize=10)
+    legend_below(figure, panels)
+    return figure
+
+
+def _places(curves: DataFrame, layout: Layout) -> tuple[list[tuple[list[str], list[Any]]], int]:
+    """What each panel has, row by row, and panels in a row."""
+    columns, rows = values_of(curves, layout.columns)[:_WIDEST], values_of(curves, layout.rows)
+    keys = [*layout.columns, *layout.rows]
+    found = [(keys, [*column, *row]) for row in rows for column in columns]
+    if len(columns) == 1 or (len(rows) == 1 and len(columns) > _ACROSS):
+        return found, min(len(found), _ACROSS)
+    return found, len(columns)
+
+
+def _title(curves: DataFrame, task: str, layout: Layout, drawn: int, panels: int) -> str:
+    """The task, and what all curves have in common."""
+    same = [key for key in ("model", "split", "clients") if curves[key].nunique() == 1]
+    common = layout.name(same, [curves[key].iloc[0] for key in same])
+    parts = " and ".join(dict.fromkeys(curves.part.astype(str)))
+    left_out = f"\n{drawn} of {panels:,} panels; the tables have all" if panels > drawn else ""
+    return f"{task}{', ' * bool(common)}{common}: {parts} part{left_out}"
+
+
+def _styles(lines: Sequence[tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """A colour and a dash for each line: where two things differ, the first has the colours and the others the dashes."""
+    first = list(dict.fromkeys(key[:1] for key in lines))
+    rest = list(dict.fromkeys(key[1:] for key in lines))
+    if len(rest) == 1:
+        return [style_of(number, number) for number in range(len(lines))]
+    return [style_of(first.index(key[:1]), rest.index(key[1:])) for key in lines]
+
+
+def _baselines(panel: Axes, here: DataFrame, runs: DataFrame, layout: Layout, column: str) -> None:
+    """What a panel is compared with, each with those settings that are best for it."""
+    mode, other = here["mode"].iloc[0] if len(here) else "max", settings(runs)
+    inner = [key for key in layout.lines if key in other]
+    of_panel = [key for key in (*layout.columns, *layout.rows) if key not in ("split", "clients")]
+    found = with_values(runs, of_panel, [here[key].iloc[0] for key in of_panel]) if len(here) else here
+    single = found[(found.kind == "federated") & (found.clients == 1)] if layout.baseline else found[:0]
+    same_split = single[single.split.isin(here[here.kind == "federated"].split)]
+    for name, base, style in (
+        ("one client", same_split if len(same_split) else single, ONE_CLIENT),
+        ("centralised", found[found.kind == "centralised"], CENTRALISED),
+    ):
+        if len(base) and column in base and base[column].notna().any():
+            key, best = best_of(base, inner, column, mode)
+            named = layout.name(inner, key)
+            _band(panel, best, column, label=f"{name}{', ' * bool(named)}{named}", **style)
+    chance = here.chance.dropna() if column in ("score", *here.monitor.map(column_of)) else here.chance[:0]
+    if len(chance):
+        name = "majority class" if (here["mode"] == "max").all() else "uniform guess"
+        panel.axhline(chance.mean(), label=f"{name} ({chance.mean():.2f})", **CHANCE)
 
 
 def _band(panel: Axes, runs: DataFrame, metric: str, **style: Any) -> None:
@@ -65,5 +152,5 @@ def _band(panel: Axes, runs: DataFrame, metric: str, **style: Any) -> None:
         return
     by_round = runs.groupby("round")[metric]
     mean, low, high = by_round.mean(), by_round.min(), by_round.max()
-    panel.plot(mean.index, mean, marker="o", markersize=3, **style)
+    panel.plot(mean.index, mean, **style, **marked(len(mean)))
     panel.fill_between(mean.index, low, high, color=style["color"], alpha=0.15, linewidth=0)

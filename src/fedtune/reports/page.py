@@ -1,182 +1,207 @@
-"""report.html: one page that needs no network, with curves to hover and to filter."""
+"""report.html: one page that needs no network, with curves to hover and tables to sort, both to filter."""
 
 from __future__ import annotations
 
+import base64
+import gzip
 import html
+import itertools
 import json
+import math
+from collections.abc import Mapping, Sequence
+from importlib import resources
 from string import Template
 from typing import TYPE_CHECKING, Any
 
 from fedtune.files import printable
-from fedtune.reports.results import metric_names, settings, unfinished
+from fedtune.reports.layout import layout_of
+from fedtune.reports.results import column_of, metric_names, unfinished
+from fedtune.reports.settings import CELL, label_of, order, rates, settings, short_names, shown_setting
+from fedtune.reports.tables import Table
 from fedtune.runs.figures import PALETTE
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-FILTERS = ("task", "model", "split", "clients", "seed")
-_MOST = 1000  # curves; a page with more of them would not open
+_MOST = 4_000_000  # numbers in curves; a page with more of them would not open
+_METRICS = 24  # at most, in its list
 _LONGEST = 1000  # characters of a name or a reason
-_DASHES = ("solid", "dot", "dashdot", "longdash", "longdashdot")
-_PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<title>fedtune: $title</title>
-<link rel="icon" href="data:,">
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1500px; padding: 0 1em; color: #222; }
-table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto; }
-th, td { border-bottom: 1px solid #ddd; padding: 3px 8px; text-align: left; white-space: nowrap; }
-label { margin-right: 1.2em; }
-</style>
-</head>
-<body>
-<h1>$title</h1>
-<p>$summary</p>
-<h2>Curves</h2>
-<p>Colour: number of clients. Line: model. Dashes with crosses: the centralised baseline. Runs with one client, and
-centralised ones, stay whatever split and clients are chosen: they are the baseline. Hover for a run.</p>
-<p id="filters">$filters</p>
-$figure
-<h2>Results</h2>
-<p>Accuracy after the last round: mean over seeds (least to greatest); rounds to a share of the baseline's accuracy.</p>
-$results
-<h2>Differences between runs</h2>
-$differences
-<h2>Failed and damaged runs</h2>
-$failed
-<script>
-const about = $about;
-const titles = $titles;
-const shown = {metric: $metric};
-function choose(key, value) {
-  shown[key] = value;
-  const fits = (one, name) => !shown[name] || one[name] === shown[name] || one.baseline && ["clients", "split"].includes(name);
-  const visible = about.map(one => one.metric === shown.metric && $names.every(name => fits(one, name)));
-  Plotly.restyle("curves", {visible: visible});
-  Plotly.relayout("curves", {"yaxis.title.text": titles[shown.metric]});
-}
-</script>
-</body>
-</html>
-""")
+_DASHES = ("solid", "dash", "dot", "dashdot", "longdashdot", "longdash", "3px,5px")
 
 
-def page(rounds: DataFrame, table: DataFrame, failed: dict[str, str], title: str) -> str:
+def page(rounds: DataFrame, tables: Sequence[Table], failed: Mapping[str, str], title: str) -> str:
     """The page.
 
     Args:
         rounds: as from `read_runs`.
-        table: the table of results, text in every cell.
+        tables: of each task.
         failed: directory -> reason.
         title: what the runs are.
     """
-    metrics = metric_names(rounds)
-    metrics, drawn = metrics[:_MOST], rounds.run.unique()[: max(1, _MOST // len(metrics[:_MOST]))]
+    metrics = [*metric_names(rounds), *(name for name in ("update_cosine", "mean_update_norm") if rounds[name].notna().any())]
+    metrics = metrics[:_METRICS]
+    drawn = _first(rounds, len(metrics))
     few = "" if len(drawn) == rounds.run.nunique() else f" Curves of the first {len(drawn)} only."
-    figure, about = _figure(rounds[rounds.run.isin(drawn)], metrics)
     runs, longest = rounds[rounds.kind == "federated"].run.nunique(), int(rounds["round"].max())
-    values = {
-        name: sorted(map(_printed, rounds.loc[rounds.kind == "federated", name].unique()), key=_natural) for name in FILTERS
-    }
-    return _PAGE.substitute(
+    about = f"{runs} runs, {longest} rounds at most, {unfinished(rounds)} unfinished, {len(failed)} failed or damaged.{few}"
+    shown = rounds[rounds.run.isin(drawn)]
+    files = {name: (resources.files("fedtune.reports") / f"page.{name}").read_text("utf-8") for name in ("html", "js")}
+    return Template(files["html"]).substitute(
         title=_text(title),
-        summary=f"{runs} runs, {longest} rounds at most, {unfinished(rounds)} unfinished, {len(failed)} failed or damaged."
-        + few,
-        filters=_select("metric", list(map(_printed, metrics)))
-        + "".join(_select(name, found, "all") for name, found in values.items()),
-        figure=figure,
-        results=_table(table),
-        differences=_differences(rounds),
+        summary=about,
         failed=_list(failed),
-        about=_script(about),
-        names=_script(FILTERS),
-        metric=_script(_printed(metrics[0])),
-        titles=_script({_printed(name): _drawn(name) for name in metrics}),
+        data=json.dumps(_data(shown, tables, metrics)).replace("<", "\\u003c"),  # no name in it ends the script
+        values=_packed(shown[metrics].astype("float32").to_numpy(), shown["round"].to_numpy()),
+        plotly=_compressed(_plotly()),
+        script=files["js"],
     )
 
 
-def _figure(rounds: DataFrame, metrics: list[str]) -> tuple[str, list[dict[str, Any]]]:
-    """The curves as HTML with the plotting library in it, and what each curve is about."""
-    from plotly.graph_objects import Figure, Scatter
+def _first(rounds: DataFrame, metrics: int) -> list[str]:
+    """As many runs as a page may have, in their order; one at least."""
+    sizes = rounds.groupby("run", sort=False).size().cumsum() * metrics
+    return list(sizes.index[: max(1, int((sizes <= _MOST).sum()))])
 
+
+def _packed(numbers: Any, rounds: Any) -> str:
+    """The values of all runs, run by run, and of a run metric by metric."""
+    starts = [*(place for place, number in enumerate(rounds) if number == 1), len(rounds)]
+    parts = [numbers[first:last].T.tobytes() for first, last in itertools.pairwise(starts)]
+    return _compressed(b"".join(parts))
+
+
+def _compressed(content: bytes) -> str:
+    return base64.b64encode(gzip.compress(content, mtime=0)).decode()
+
+
+def _plotly() -> bytes:
+    from plotly.offline import get_plotlyjs
+
+    return bytes(get_plotlyjs().encode())
+
+
+def _data(rounds: DataFrame, tables: Sequence[Table], metrics: Sequence[str]) -> dict[str, Any]:
+    """What the script of the page reads: dimensions with their values, tasks, runs and tables, which name values by number."""
+    other = settings(rounds)
+    labels = dict.fromkeys([*CELL, "seed"]) | short_names(other)
+    keys = [*CELL, *other, "seed"]
     federated = rounds[rounds.kind == "federated"]
-    colours = dict(zip(sorted(federated.clients.unique()), PALETTE * 100, strict=False))
-    dashes = dict(zip(sorted(federated.model.unique()), _DASHES * 100, strict=False))
-    figure, about = Figure(), []
-    for (*_, run), one in rounds.groupby(["task", "model", "clients", "split", "seed", "run"], dropna=False):
-        first = one.iloc[0]
+    values = {key: _values(federated[key] if key != "task" else rounds[key]) for key in keys}
+    numbers = {key: {value: number for number, value in enumerate(found)} for key, found in values.items()}
+
+    def places(row: Mapping[str, Any], pooled: bool = False) -> list[int]:
+        missing = [pooled and (key in ("split", "clients") or not _known(row[key])) for key in keys]
+        return [-1 if lacks else numbers[key].get(_said(row.get(key)), -1) for key, lacks in zip(keys, missing, strict=True)]
+
+    tasks = [_task(rounds[rounds.task.map(_said) == task], metrics, keys) for task in values["task"]]
+    chosen = [keys.index(key) for key in rates(other)]
+    return {
+        "dims": [{"key": key, "label": labels[key] or key, "values": values[key]} for key in keys],
+        "metrics": [printable(label_of(name), _LONGEST) for name in metrics],
+        "tasks": [task | {"tuned": bool(chosen) and task["part"] != "test"} for task in tasks],
+        "rates": chosen,
+        "runs": _runs(rounds, metrics, places),
+        "tables": [_table(one, numbers["task"], places) for one in tables]
+        + _of_runs(federated, other, numbers["task"], places),
+        "colours": PALETTE,
+        "dashes": _DASHES,
+    }
+
+
+def _values(column: Any) -> list[str]:
+    """The values of a column as they are shown, sorted."""
+    return list(dict.fromkeys(map(_said, sorted(column.unique(), key=order))))
+
+
+def _task(runs: DataFrame, metrics: Sequence[str], keys: Sequence[str]) -> dict[str, Any]:
+    """How the curves of a task are arranged, and by which metric."""
+    layout, first = layout_of(runs), runs.iloc[0]
+    column, is_max = column_of(first.monitor), first["mode"] == "max"
+    arranged = {name: [keys.index(key) for key in getattr(layout, name)] for name in ("columns", "rows", "lines")}
+    return arranged | {
+        "baseline": layout.baseline,
+        "metric": metrics.index(column) if column in metrics else 0,
+        "mode": first["mode"],
+        "part": printable(first.part, _LONGEST).capitalize(),
+        "chance": "majority class" if is_max else "uniform guess",
+    }
+
+
+def _runs(rounds: DataFrame, metrics: Sequence[str], places: Any) -> list[dict[str, Any]]:
+    """Each run: where its values are, and what it is."""
+    found, start = [], 0
+    for run, one in rounds.groupby("run", sort=False):
+        first, number = one.iloc[0], len(one)
         pooled = first.kind != "federated"
-        baseline = pooled or first.clients == 1
-        line = {"color": "#555", "dash": "dash"} if pooled else {"color": colours[first.clients], "dash": dashes[first.model]}
-        what = first.kind if pooled else f"{first.clients} clients, {first.split}"
-        name = f"{first.task}, {first.model}, {what}, seed {first.seed}"
-        for metric in metrics:
-            drawn = {"mode": "lines+markers", "marker": {"symbol": "x" if pooled else "circle", "size": 5}, "line": line}
-            hover = f"{_drawn(name)}<br>round %{{x}}: %{{y:.4f}}<extra>{_drawn(run)}</extra>"
-            figure.add_trace(
-                Scatter(
-                    x=one["round"],
-                    y=one[metric],
-                    connectgaps=True,
-                    name=_drawn(name),
-                    visible=metric == metrics[0],
-                    hovertemplate=hover,
-                    **drawn,
-                )
-            )
-            of_run = {key: _printed(first[key]) for key in FILTERS}
-            about.append(of_run | {"metric": _printed(metric), "baseline": bool(baseline)})
-    figure.update_xaxes(title="round", tick0=0, dtick=max(1, round(rounds["round"].max() / 10)))
-    figure.update_layout(height=560, yaxis_title=_drawn(metrics[0]), template="plotly_white", legend_font_size=10)
-    return figure.to_html(full_html=False, include_plotlyjs=True, div_id="curves"), about
+        known = [place for place, name in enumerate(metrics) if one[name].notna().any()]
+        about = {"d": places(first, pooled), "pooled": pooled, "name": printable(run, _LONGEST), "n": number, "at": start}
+        found.append(about | {"m": known, "chance": first.chance if _known(first.chance) else None})
+        start += number * len(metrics)
+    return found
 
 
-def _script(value: Any) -> str:
-    """A value for a script, which no name in it can end."""
-    return json.dumps(value).replace("<", "\\u003c")
+def _table(table: Table, tasks: Mapping[str, int], places: Any) -> dict[str, Any]:
+    rows = [
+        {
+            "d": places(dict(cell) | {"seed": None}),
+            "t": texts,
+            "v": [_sortable(cell.get(column.name)) for column in table.columns],
+        }
+        for cell, texts in zip(table.cells, table.rows(), strict=True)
+    ]
+    for row in rows:
+        row["d"][-1] = -1  # a row is a mean over seeds, whichever is chosen
+        row["t"] = [printable(text, _LONGEST) for text in row["t"]]
+    columns = [printable(column.label, _LONGEST) for column in table.columns]
+    title = table.title[:1].upper() + table.title[1:]
+    return {"task": tasks[_said(table.task)], "title": title, "note": table.note, "columns": columns, "rows": rows}
 
 
-def _printed(value: object) -> str:
+def _of_runs(federated: DataFrame, other: Sequence[str], tasks: Mapping[str, int], places: Any) -> list[dict[str, Any]]:
+    """A table of the single runs of each task, which the page folds."""
+    names = short_names(other)
+    keys = ["run", "model", "split", "clients", *other, "seed", "round", "complete", "score"]
+    labels = [names.get(key, key) for key in keys[:-3]] + ["rounds", "complete", "last score"]
+    found = []
+    for task, runs in federated.groupby("task", sort=False):
+        last = runs.groupby("run", sort=False).last().reset_index().to_dict("records")
+        rows = [
+            {
+                "d": places(one),
+                "t": [f"{one[key]:.4f}" if key == "score" and _known(one[key]) else _said(one[key]) for key in keys],
+                "v": [_sortable(one[key]) for key in keys],
+            }
+            for one in last
+        ]
+        table = {"task": tasks[_said(task)], "title": f"Runs ({len(rows)})", "note": "", "columns": labels, "rows": rows}
+        found.append(table | {"folded": True})
+    return found
+
+
+def _said(value: Any) -> str:
+    return printable(shown_setting(value), _LONGEST)
+
+
+def _known(value: Any) -> bool:
+    return value is not None and bool(value == value)
+
+
+def _sortable(value: Any) -> Any:
+    """A value by which the page sorts: a number, else text; null where there is none."""
+    if not _known(value):
+        return None
+    if isinstance(value, (int, float)) or hasattr(value, "dtype"):
+        return float(value) if math.isfinite(value) else None
     return printable(value, _LONGEST)
 
 
 def _text(value: object) -> str:
     """A text that the page shows as it is."""
-    return html.escape(_printed(value))
+    return html.escape(printable(value, _LONGEST))
 
 
-def _drawn(value: object) -> str:
-    """A text that the plotting library shows as it is: it knows some HTML, and its own placeholders."""
-    return _text(value).replace("%{", "%&#123;")
-
-
-def _select(name: str, values: list[str], every: str | None = None) -> str:
-    options = ([f'<option value="">{every}</option>'] if every else []) + [
-        f'<option value="{html.escape(value)}">{_text(value)}</option>' for value in values
-    ]
-    return f'<label>{name} <select id="{name}" onchange="choose(\'{name}\', this.value)">{"".join(options)}</select></label>'
-
-
-def _table(table: DataFrame) -> str:
-    shown = table.rename(columns=printable).map(lambda value: _printed(value) if isinstance(value, str) else value)
-    return str(shown.to_html(index=False, border=0))
-
-
-def _differences(rounds: DataFrame) -> str:
-    other = settings(rounds)
-    if not other:
-        return "<p>None but in task, model, split, clients and seed.</p>"
-    return _table(rounds.loc[rounds.kind == "federated", ["run", *FILTERS, *other]].drop_duplicates())
-
-
-def _list(failed: dict[str, str]) -> str:
+def _list(failed: Mapping[str, str]) -> str:
     if not failed:
         return "<p>None.</p>"
     lines = "".join(f"<li><b>{_text(run)}</b>: {_text(reason)}</li>" for run, reason in failed.items())
     return f'<ul id="failed">{lines}</ul>'
-
-
-def _natural(value: str) -> tuple[int, str]:
-    return (int(value), "") if value.isdigit() else (10**9, value)

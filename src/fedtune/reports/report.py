@@ -3,56 +3,94 @@
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedtune.errors import UsageError
 from fedtune.files import printable, said, write_text
+from fedtune.reports.cells import compare, tuned
 from fedtune.reports.curves import plot_grid
-from fedtune.reports.folders import failures
+from fedtune.reports.folders import failures, is_run
 from fedtune.reports.page import page
-from fedtune.reports.results import CELL, compare, metric_names, read_runs, settings, shown_setting, unfinished
-from fedtune.storage.summary import SHARES
+from fedtune.reports.results import read_runs, unfinished
+from fedtune.reports.spreadsheet import read_cells, spreadsheet
+from fedtune.reports.tables import markdown, tables_of
 
 if TYPE_CHECKING:
-    from pandas import DataFrame, Series
+    from pandas import DataFrame
 
 _CUT, _FIRST = 200, 5  # characters of a name or reason, and reasons, in a line
-_LONGEST = 1000  # characters of a cell
-_MARKUP = re.compile(r"[\\`*\[\]<>|&~$#]|(?<![^\W_])_|_(?![^\W_])")  # what Markdown gives a meaning to
-FILES = ("tables.md", "tables.csv", "curves.png", "curves.svg", "report.html")
+_OWN = "report"  # the folder of the report of what is a run itself
+FILES = ("tables.md", "tables.csv", "curves.png", "curves.svg", "report.html")  # of runs of one task
 
 
-def report(folder: Path, out: Path) -> None:
+def report(folder: Path, out: Path | None = None) -> Path | None:
     """Write tables.md, tables.csv, curves.png, curves.svg and report.html about all runs below a folder, and print where.
 
-    A run whose files are damaged is left out, and named with the reason. A picture that cannot be drawn is a warning.
+    Where there are several tasks, each has pictures of its own, `curves-TASK.png`. A run whose files are damaged is left out,
+    and named with the reason. A picture that cannot be drawn is a warning. No file of a run is written over.
+
+    Args:
+        folder: the runs; or a tables.csv of theirs, which is printed as Markdown tables (with `out`, into its tables.md).
+        out: where the report goes; by default the folder of the runs, or "report" below it where that is a run itself.
+
+    Returns:
+        where it went; None where it was printed.
 
     Raises:
-        UsageError: there is no federated run below the folder that can be read, or `out` cannot be written.
+        UsageError: there is no federated run below the folder that can be read, or `out` cannot be written, or is a run.
     """
-    folder, out = (Path(os.path.expanduser(one)) for one in (folder, out))
+    folder = Path(os.path.expanduser(folder))
+    if folder.suffix == ".csv":
+        return _report_of_cells(folder, None if out is None else Path(os.path.expanduser(out)))
+    out = _place(folder, out)
     damaged: dict[str, str] = {}
     failed = failures(folder, damaged)
     rounds = _read(folder, failed, damaged)
     failed |= {run: f"damaged and left out: {reason}" for run, reason in damaged.items()}
-    table, metric = compare(rounds), metric_names(rounds)[0]
+    cells = compare(rounds)
+    tables = list(tables_of(cells, tuned(rounds)))
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_text(out / "tables.csv", spreadsheet(table))
-        write_text(out / "tables.md", markdown(table, failed))
-        for suffix in ("png", "svg"):
-            _draw(rounds, out / f"curves.{suffix}", metric)
-        write_text(out / "report.html", page(rounds, readable(table), failed, folder.resolve().name))
+        write_text(out / "tables.csv", spreadsheet(cells))
+        write_text(out / "tables.md", markdown(tables, failed))
+        pictures = _drawn(rounds, out / "curves.png")
+        write_text(out / "report.html", page(rounds, tables, failed, folder.resolve().name))
     except (OSError, ValueError) as error:  # a name with a NUL is of the second kind
         raise UsageError("--out", str(out), f"a directory that can be written ({said(error)})") from error
     number = rounds[rounds.kind == "federated"].run.nunique()
     left_out = f"{unfinished(rounds)} unfinished and not in the tables, " if unfinished(rounds) else ""
     left_out += f"{len(damaged)} damaged and left out ({_listed(damaged)}), " if damaged else ""
-    written = ", ".join(printable(out / name) for name in FILES)
+    written = ", ".join(map(printable, [out / "tables.md", out / "tables.csv", *pictures, out / "report.html"]))
     print(f"{number} runs, {left_out}{len(failed) - len(damaged)} failed: {written}")
+    return out
+
+
+def _place(folder: Path, out: Path | None) -> Path:
+    """Where the report goes, which is never where a run has its own files."""
+    if out is None:
+        return folder / _OWN if is_run(folder) else folder
+    out = Path(os.path.expanduser(out))
+    if is_run(out):
+        raise UsageError("--out", str(out), "a directory that is no run's own: a report writes over no file of a run")
+    return out
+
+
+def _report_of_cells(file: Path, out: Path | None) -> Path | None:
+    """The tables of a spreadsheet that a report wrote."""
+    cells = read_cells(file)
+    text = markdown(list(tables_of(cells, cells[:0])), {})
+    if out is None:
+        print(text, end="")
+        return None
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / "tables.md", text)
+    except (OSError, ValueError) as error:
+        raise UsageError("--out", str(out), f"a directory that can be written ({said(error)})") from error
+    print(printable(out / "tables.md"))
+    return out
 
 
 def _read(folder: Path, failed: dict[str, str], damaged: dict[str, str]) -> DataFrame:
@@ -76,82 +114,12 @@ def _listed(reasons: dict[str, str]) -> str:
     return "; ".join(first) + (f"; and {len(reasons) - _FIRST} more" if len(reasons) > _FIRST else "")
 
 
-def _draw(rounds: DataFrame, path: Path, metric: str) -> None:
+def _drawn(rounds: DataFrame, path: Path) -> list[Path]:
+    """The pictures; none where they cannot be drawn."""
     try:
-        plot_grid(rounds, path, metric)
+        return plot_grid(rounds, path, also=[".svg"])
     except OSError:  # of the place, not of the picture
         raise
     except Exception as error:  # whatever it is, the tables are not about it
         warnings.warn(f"{path} could not be drawn: {type(error).__name__}: {said(error)}", stacklevel=2)
-
-
-def spreadsheet(table: DataFrame) -> str:
-    """The table as CSV, in which no text is a formula: one that begins as those do has a ' before it."""
-    return str(table.rename(columns=_no_formula).map(_no_formula).to_csv(index=False))
-
-
-def _no_formula(value: Any) -> Any:
-    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
-        return value
-    try:
-        float(value)
-    except ValueError:
-        return f"'{value}"
-    return value
-
-
-def readable(table: DataFrame) -> DataFrame:
-    """The table of `compare` for a reader: text in every cell, mean and range in one."""
-    from pandas import DataFrame
-
-    return DataFrame([_readable(row, settings(table)) for _, row in table.iterrows()])
-
-
-def markdown(table: DataFrame, failed: dict[str, str]) -> str:
-    """The tables as Markdown, one a task."""
-    text = "# Results\n\nAccuracy after the last round: mean over seeds (least to greatest). Rounds to a share of the\n"
-    text += "baseline's: mean over seeds, – where one did not get there. The baseline has one client, else it is centralised.\n"
-    for task, rows in table.groupby("task", sort=False):
-        shown = readable(rows).drop(columns="task")
-        text += f"\n## {_plain(task)}\n\n" + _lines([list(shown.columns), ["---"] * len(shown.columns), *shown.values.tolist()])
-    if failed:
-        text += "\n## Failed\n\n" + _lines([["run", "reason"], ["---"] * 2, *map(list, failed.items())])
-    return text
-
-
-def _readable(row: Series[Any], other: list[str]) -> dict[str, str]:
-    cell = {name: shown_setting(row[name]) for name in [*CELL, *other]}
-    if "monitor" in row:
-        cell |= {"monitor": str(row.monitor), "score": _number(row.score) + _spread(row, "score")}
-    cell |= {
-        "seeds": str(row.seeds),
-        "rounds": str(row["rounds"]),
-        "accuracy": _number(row.accuracy) + _spread(row, "accuracy"),
-    }
-    cell |= {"baseline": _number(row.baseline)}
-    cell |= {f"rounds to {share} %": _number(row[f"rounds_to_{share}pct"], 1) for share in SHARES}
-    known = row.client_min == row.client_min
-    cell["for a client"] = f"{row.client_min:.3f} to {row.client_max:.3f}" if known else "–"
-    return cell | {
-        "loss, nats": _number(row.loss_nats),
-        "MB sent": _number(row.megabytes, 0),
-        "seconds": _number(row.seconds, 0),
-    }
-
-
-def _spread(row: Series[Any], name: str) -> str:
-    low, high = row[f"{name}_min"], row[f"{name}_max"]
-    return f" ({low:.3f} to {high:.3f})" if row.seeds > 1 and low == low else ""
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None or value != value else f"{value:.{digits}f}"
-
-
-def _lines(rows: list[list[str]]) -> str:
-    return "".join("| " + " | ".join(map(_plain, row)) + " |\n" for row in rows)
-
-
-def _plain(cell: object) -> str:
-    """A text that Markdown shows as it is."""
-    return _MARKUP.sub(r"\\\g<0>", printable(cell, _LONGEST))
+        return []

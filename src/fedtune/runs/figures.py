@@ -20,12 +20,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart
+_WORDS = ("exact_match", "token_accuracy")
 _LABELS = {"loss_nats": "loss in nats", "train_loss_nats": "training loss in nats"}
-_NAMES = 60  # labels or authors that have a colour of their own in a picture; the rest are one
-_TALLEST, _ROWS = 60, 500  # inches, and bars, in a picture of clients
+# the most frequent names of a client, as far as which rank
+_RANKS = {"the client's most frequent": 1, "its 2nd to 5th": 5, "its 6th to 20th": 20, "its 21st to 100th": 100, "others": None}
+_SHADES = ("#08306B", "#2171B5", "#6BAED6", "#C6DBEF", "#BBBBBB")
+_OTHERS, _LENGTH = "#BBBBBB", "#4477AA"  # colours of all other labels or authors, and of lengths
+_TALLEST, _ROWS = 9, 500  # inches, and bars, in a picture of clients
 _LONGEST, _LINES, _NAME = 120, 4, 40  # characters of a line of text in a picture, lines, and characters of a name in a legend
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+_MARKED = 12  # rounds; the points of more of them are no longer seen one by one
+# Okabe and Ito's colours, which colour-blind readers can tell apart; black and grey are for what curves are compared with
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C510A", "#B8A900")
+DASHES = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (2, 3)))
+_MARKERS = "os^Dv<>P"
+CENTRALISED: dict[str, Any] = {"color": "#000000", "linestyle": (0, (7, 2)), "marker": "x", "linewidth": 1.6}
+ONE_CLIENT: dict[str, Any] = {"color": "#777777", "linestyle": "-", "marker": "+", "linewidth": 1.6}
+CHANCE: dict[str, Any] = {"color": "#555555", "linestyle": ":", "linewidth": 1.2}
 
 
 def plot_curves(
@@ -46,28 +56,48 @@ def plot_curves(
     """
     metrics = drawn_metrics(runs, monitor)
     figure, panels = new_figure(1, len(metrics), (5 * len(metrics), 4.2))
-    for colour, (name, history) in zip(itertools.cycle(PALETTE), runs.items(), strict=False):
-        style: dict[str, Any] = {
-            "color": colour,
-            "linestyle": "--" if name == "centralised" else "-",
-            "marker": "o",
-            "markersize": 3,
-        }
+    others = itertools.count()
+    for name, history in runs.items():
+        style = CENTRALISED if name == "centralised" else style_of(number := next(others), number)
         for axes, metric in zip(panels, metrics, strict=True):
             points = [(record.round, value) for record in history if (value := _value(record, metric)) is not None]
             if points:
-                axes.plot(*zip(*points, strict=True), label=name, **style)
-    for shade, (name, level) in zip(itertools.cycle(("0.35", "0.6")), (levels or {}).items(), strict=False):
-        panels[0].axhline(level, color=shade, linestyle=":", label=f"{name} ({level:.2f})")
+                axes.plot(*zip(*points, strict=True), label=name, **style, **marked(len(points)))
+    for number, (name, level) in enumerate((levels or {}).items()):
+        style = CHANCE | {"linestyle": (0, (1, 1 + number)), "color": ("#555555", "#AA3377")[number % 2]}
+        panels[0].axhline(level, label=f"{name} ({level:.2f})", **style)
     for axes, metric in zip(panels, metrics, strict=True):
-        axes.set_ylabel(_LABELS.get(metric, metric))
+        axes.set_ylabel(_LABELS.get(metric, metric.replace("_", " ") if metric in _WORDS else metric))
         if metric == "accuracy":
             axes.set_ylim(0, None)
         over_rounds(axes)
-    handles = drawn_lines(panels)
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    legend_below(figure, panels)
     figure.suptitle(title)
     save(figure, path)
+
+
+def legend_below(figure: Figure, panels: Sequence[Axes]) -> None:
+    """A legend of all that panels have, in as many columns as the figure is wide."""
+    handles = drawn_lines(panels)
+    longest = max(map(len, handles), default=1)
+    columns = max(1, int(figure.get_figwidth() / (0.075 * longest + 0.6)))  # inches: of a letter, and of the line before it
+    style: dict[str, Any] = {"fontsize": 8, "frameon": False, "handlelength": 3}
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns, **style)
+
+
+def style_of(colour: int, dash: int) -> dict[str, Any]:
+    """How a curve is drawn: both its colour and its dash tell it from others, also where a page is printed in grey."""
+    return {
+        "color": PALETTE[colour % len(PALETTE)],
+        "linestyle": DASHES[dash % len(DASHES)],
+        "marker": _MARKERS[dash % len(_MARKERS)],
+        "linewidth": 1.5,
+    }
+
+
+def marked(points: int) -> dict[str, Any]:
+    """What a curve of so many points has beside its style: marks for few points, none where they would make a band."""
+    return {"markersize": 3.5} if points <= _MARKED else {"markersize": 0}
 
 
 def over_rounds(axes: Axes) -> None:
@@ -97,18 +127,27 @@ def _value(record: RoundRecord, metric: str) -> float | None:
 
 
 def plot_run(
-    folder: Path, history: Sequence[RoundRecord], baselines: Mapping[str, Sequence[Any]], part: str, monitor: str
+    folder: Path,
+    history: Sequence[RoundRecord],
+    baselines: Mapping[str, Sequence[Any]],
+    part: str,
+    monitor: str,
+    majority: float | None = None,
 ) -> None:
     """Draw curves.png of a run directory: the rounds, evaluated on a part, beside the baselines that are known.
 
     A picture that cannot be drawn is a warning: the run is not about it.
+
+    Args:
+        majority: accuracy of the most frequent class on that part, where it is known.
     """
     curves = {"federated": history, "centralised": baselines.get("centralised", ())}
-    levels = {}
+    levels = {} if majority is None or monitor != "accuracy" else {"majority class": majority}
     for measured in ("test", part):
         alone = mean_of(baselines.get("local", ()), measured, monitor)
         if alone is not None:
-            levels = {"each client alone, mean" + (f", {measured} part" if measured != part else ""): alone}
+            levels["each client alone, mean" + (f", {measured} part" if measured != part else "")] = alone
+            break
     drawn = {name: rounds for name, rounds in curves.items() if rounds}
     try:
         plot_curves(drawn, folder / "curves.png", levels, f"{folder.name}: {part} part", monitor)
@@ -117,28 +156,36 @@ def plot_run(
 
 
 def plot_split(table: Sequence[Mapping[str, Any]], path: str | Path, title: str = "") -> None:
-    """Draw labels per client, authors per client where the task names authors (the most frequent, where there are many), and
-    the mean length of a client's texts where the table has it.
+    """Draw labels per client, authors per client where the task names authors other than its labels, and the mean length of a
+    client's texts where the table has it.
+
+    Of many labels or authors the most frequent have a colour each, and the others are one. Where these others are most of the
+    texts, colours say how concentrated a client is: how much is by its most frequent author, by the next four, and so on.
 
     Args:
         table: as from `FederatedDataModule.describe`.
         path: the picture.
     """
     panels = [key for key in ("labels", "authors", "mean_characters") if key in table[0]]
+    if {"labels", "authors"} <= set(panels) and all(row["labels"] == row["authors"] for row in table):
+        panels.remove("labels")  # who wrote it is what is learned
     height = min(_TALLEST, max(3.5, 0.3 * len(table) + 1.5))
     figure, axes = new_figure(1, len(panels), (5.5 * len(panels) + 1, height))
     step = -(-len(table) // _ROWS)
     label = "client" if step == 1 else f"client (a row has {step})"
     for panel, key in zip(axes, panels, strict=True):
         if key == "mean_characters":
-            _stack(panel, [{key: mean} for mean in _mean_lengths(table, step)], step, legend=False)
+            _stack(panel, [{key: mean} for mean in _mean_lengths(table, step)], step, {key: _LENGTH})
             panel.set(xlabel="characters of a text", title="mean length per client")
         else:
-            rows = _most_frequent([row[key] for row in table])
-            _stack(panel, [sum(rows[first : first + step], Counter()) for first in range(0, len(rows), step)], step)
-            panel.set(xlabel="training texts", title=f"{key} per client")
+            rows, colours, about = _held([row[key] for row in table])
+            bars = [sum(rows[first : first + step], Counter()) for first in range(0, len(rows), step)]
+            _stack(panel, bars, step, colours)
+            _legend(panel, colours)
+            panel.set(xlabel="training texts", title=f"{key} per client{about}")
         panel.set_ylabel(label)
-        panel.set_yticks(range(len(table)) if len(table) <= 40 else range(0, len(table), len(table) // 20))
+        every = next(size for size in (1, 2, 5, 10, 20, 50, 100, len(table)) if len(table) <= 25 * size)
+        panel.set_yticks(range(0, len(table), every))
         panel.invert_yaxis()
     figure.suptitle(title)
     save(figure, path)
@@ -152,38 +199,58 @@ def _mean_lengths(table: Sequence[Mapping[str, Any]], step: int) -> list[float]:
     ]
 
 
-def _most_frequent(clients: Sequence[Mapping[str, int]]) -> list[Counter[str]]:
-    """What clients hold, with one name for all that are not among the most frequent."""
+def _held(clients: Sequence[Mapping[str, int]]) -> tuple[list[Counter[str]], dict[str, Any], str]:
+    """What clients hold, by names that are few enough for colours; name -> colour; and what of all names these are."""
+    from matplotlib import colormaps
+
     total = Counter[str]()
     for counts in clients:
         total.update(counts)
-    if len(total) <= _NAMES:
-        return [Counter(counts) for counts in clients]
-    own, rest = {name for name, _ in total.most_common(_NAMES - 1)}, f"{len(total) - _NAMES + 1:,} others"
+    palette = colormaps["tab20"].colors  # type: ignore[attr-defined]  # a listed colour map has them
+    palette = [*palette[:14:2], *palette[16::2], *palette[1:14:2], *palette[17::2]]  # strong ones first, without greys
+    if len(total) <= len(palette):
+        return [Counter(counts) for counts in clients], dict(zip(sorted(total), palette, strict=False)), ""
+    own = [name for name, _ in total.most_common(len(palette))]
+    if 2 * sum(total[name] for name in own) < sum(total.values()):
+        return [_by_rank(counts) for counts in clients], dict(zip(_RANKS, _SHADES, strict=True)), f" ({len(total):,} in all)"
+    rest = f"{len(total) - len(own):,} others"
     found = []
     for counts in clients:
-        mine = Counter({name: count for name, count in counts.items() if name in own})
-        mine[rest] += sum(count for name, count in counts.items() if name not in own)
+        mine = Counter({name: counts[name] for name in own if name in counts})
+        mine[rest] += sum(counts.values()) - sum(mine.values())
         found.append(mine)
+    about = f" ({len(own)} most frequent of {len(total):,})"
+    return found, dict(zip(sorted(own), palette, strict=False)) | {rest: _OTHERS}, about
+
+
+def _by_rank(counts: Mapping[str, int]) -> Counter[str]:
+    """How many texts are by a client's most frequent name, by the next ones, and by all others."""
+    ranked, found, first = sorted(counts.values(), reverse=True), Counter[str](), 0
+    for name, last in _RANKS.items():
+        found[name] = sum(ranked[first:last])
+        first = last or 0
     return found
 
 
-def _stack(axes: Axes, clients: Sequence[Mapping[str, float]], step: int, legend: bool = True) -> None:
-    """Bars, one for so many clients each."""
-    from matplotlib import colormaps
-
-    names = sorted({name for counts in clients for name in counts})
-    colours = colormaps["tab20"].colors  # type: ignore[attr-defined]  # a listed colour map has them
-    start, edges, drawn = [0.0] * len(clients), [number * step - 0.5 for number in range(len(clients) + 1)], []
-    for index, name in enumerate(names):
+def _stack(axes: Axes, clients: Sequence[Mapping[str, float]], step: int, colours: Mapping[str, Any]) -> None:
+    """Bars, one for so many clients each, in the order of the colours."""
+    start, edges = [0.0] * len(clients), [number * step - 0.5 for number in range(len(clients) + 1)]
+    for name, colour in colours.items():
         end = [before + counts.get(name, 0) for before, counts in zip(start, clients, strict=True)]
-        style: dict[str, Any] = {"color": colours[index % 20], "fill": True, "orientation": "horizontal", "linewidth": 0}
-        drawn.append(axes.stairs(end, edges, baseline=start, **style))
+        style: dict[str, Any] = {"color": colour, "fill": True, "orientation": "horizontal", "linewidth": 0}
+        axes.stairs(end, edges, baseline=start, **style)
         start = end
     if len(clients) <= 100:
-        axes.hlines(edges, 0, max(start), color="white", linewidth=2)
-    if legend and len(names) <= 20:  # a longer legend would hide the bars
-        axes.legend(drawn, [printable(name, _NAME) for name in names], fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
+        axes.hlines(edges, 0, max(start), color="white", linewidth=2 if len(clients) <= 30 else 0.5)
+    axes.set(xlim=(0, None), ylim=(edges[0], edges[-1]))
+
+
+def _legend(axes: Axes, colours: Mapping[str, Any]) -> None:
+    from matplotlib.patches import Patch
+
+    patches = [Patch(color=colour, label=printable(name, _NAME)) for name, colour in colours.items()]
+    names = [printable(name, _NAME) for name in colours]
+    axes.legend(patches, names, fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
 
 def new_figure(

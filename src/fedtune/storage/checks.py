@@ -17,14 +17,17 @@ def checked(found: Mapping[str, Any], form: Mapping[str, Check], optional: Seque
     Raises:
         ValueError: a value is missing, or is none of those allowed.
     """
-    missing = [name for name in form if name not in found and name not in optional]
-    if missing:
-        raise ValueError(f"{', '.join(missing)} missing")
+    if not form.keys() <= found.keys():
+        missing = [name for name in form if name not in found and name not in optional]
+        if missing:
+            raise ValueError(f"{', '.join(missing)} missing")
     return {name: check(name, found[name]) for name, check in form.items() if name in found}
 
 
 def count(name: str, value: Any) -> int:
     """A whole number, 0 or more, which 64 bits hold."""
+    if type(value) is int and 0 <= value < 2**63:
+        return value
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
         raise _wrong(name, value, "a whole number, 0 or more,")
     return value
@@ -32,6 +35,8 @@ def count(name: str, value: Any) -> int:
 
 def finite(name: str, value: Any) -> float:
     """A finite number."""
+    if type(value) is float and math.isfinite(value):  # nearly all are
+        return value
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_finite(value):
         raise _wrong(name, value, "a finite number")
     return value
@@ -79,14 +84,17 @@ def listed(name: str, value: Any) -> list[Any]:
 
 def finite_or_none_each(name: str, value: Any) -> list[float | None]:
     """A list of finite numbers, null where one is not known."""
-    return [finite_or_none(f"{name}[{number}]", one) for number, one in enumerate(listed(name, value))]
+    return [
+        one if type(one) is float and math.isfinite(one) else finite_or_none(f"{name}[{number}]", one)  # nearly all are
+        for number, one in enumerate(listed(name, value))
+    ]
 
 
 def measured_by_name(name: str, value: Any) -> dict[str, float]:
     """Numbers by name."""
     if not isinstance(value, dict):
         raise _wrong(name, value, "an object")
-    return {key: measured(f"{name}.{key}", one) for key, one in value.items()}
+    return {key: one if type(one) is float else measured(f"{name}.{key}", one) for key, one in value.items()}
 
 
 def clients_by_name(name: str, value: Any) -> dict[str, list[int]]:

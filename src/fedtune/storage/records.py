@@ -178,8 +178,8 @@ def _part(found: Any, name: str, form: Mapping[str, Check], optional: Sequence[s
     """One of the objects in a list of a record, which has no other names."""
     if not isinstance(found, dict):
         raise ValueError(f"{name} have {shown(found)}, where an object belongs")
-    strange = sorted(found.keys() - form.keys())
-    if strange:
+    if not found.keys() <= form.keys():
+        strange = sorted(found.keys() - form.keys())
         raise ValueError(f"{name} have {shown(strange)}, which no record has")
     return checked(found, form, optional)
 

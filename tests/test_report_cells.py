@@ -1,0 +1,177 @@
+"""Cells and tables of a report, from made-up runs: test part, chance, learning rates, and back from a spreadsheet."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from made_runs import TESTED, Made, grid, write_all, write_made
+
+import fedtune
+from fedtune.errors import UsageError
+from fedtune.reports.cells import standard_error, tuned
+from fedtune.reports.report import report
+from fedtune.reports.settings import settings
+from fedtune.reports.tables import markdown, tables_of
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+RATES = (3e-4, 1e-3, 3e-3)
+
+
+def summary_with(run: Path, **values: float | None) -> None:
+    """Change what a summary says."""
+    file = run / "summary.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def text_of(folder: Path) -> str:
+    rounds = fedtune.read_runs(folder)
+    return markdown(list(tables_of(fedtune.compare(rounds), tuned(rounds))), {})
+
+
+def test_the_test_part_stands_beside_the_part_of_the_rounds(tmp_path: Path) -> None:
+    write_all(tmp_path, grid(seed=(0, 1, 2), baselines=(True,)))
+    for number, accuracy in enumerate((0.5, 0.6, 0.7)):
+        told = {"test_accuracy": accuracy, "test_macro_f1": 0.4, "majority_accuracy": 0.2, "local_accuracy": 0.3}
+        summary_with(tmp_path / f"000{number}", **told, centralised_accuracy=0.8)
+    (cell,) = fedtune.compare(fedtune.read_runs(tmp_path)).to_dict("records")
+    assert [cell[f"test.{name}"] for name in ("score", "accuracy_min", "accuracy_max")] == pytest.approx([0.6, 0.5, 0.7])
+    assert [cell[f"test.{name}"] for name in ("majority", "local", "centralised")] == pytest.approx([0.2, 0.3, 0.8])
+    assert (cell["test.examples"], cell["test.standard_error"]) == (TESTED, pytest.approx((0.6 * 0.4 / TESTED) ** 0.5))
+    assert cell["accuracy"] != pytest.approx(0.6)
+    text = text_of(tmp_path)
+    for said in ("### Test part", "n = 2,000 examples", "The majority class has an accuracy of 0.200", "### Validation part"):
+        assert said in text
+    head = "| accuracy | standard error | macro-F1 | loss, nats | each client alone: accuracy | centralised: accuracy |"
+    assert head in text
+    assert "| 0.600 (0.500 to 0.700) | 0.011 | 0.400 (0.400 to 0.400) |" in text
+
+
+def test_a_run_that_went_on_has_no_test_part_of_fewer_rounds(tmp_path: Path) -> None:
+    write_made(tmp_path / "a", Made(rounds=3))
+    summary_with(tmp_path / "a", rounds=2)
+    assert fedtune.compare(fedtune.read_runs(tmp_path))["test.score"].isna().all()
+
+
+def test_a_decoder_is_told_by_its_loss_the_less_the_better(tmp_path: Path) -> None:
+    write_all(tmp_path, grid(task=("chats",), model=("smollm2",), rate=RATES, seed=(0,), causal=(True,), baselines=(True,)))
+    rounds = fedtune.read_runs(tmp_path)
+    cells, (best,) = fedtune.compare(rounds), tuned(rounds).to_dict("records")
+    assert set(cells.monitor) == {"loss_nats"}
+    assert best["score"] == cells.score.min()
+    text = text_of(tmp_path)
+    assert "| loss, nats | perplexity | token accuracy |" in text
+    assert "| accuracy" not in text
+    reached = cells.set_index("model.learning_rate").loc[1e-3]
+    last = rounds[(rounds.kind == "federated") & (rounds["model.learning_rate"] == 1e-3)]
+    there = last[last.score <= reached.baseline / 0.9].groupby("run")["round"].first().mean()
+    assert reached.rounds_to_90pct == pytest.approx(there, nan_ok=True)
+
+
+def test_no_round_is_looked_for_where_the_baseline_is_no_better_than_chance(tmp_path: Path) -> None:
+    write_all(tmp_path, grid(seed=(0,), clients=(1, 4), rounds=(3,)))
+    for run in tmp_path.iterdir():  # chance is within two standard errors of what one client reaches
+        last = json.loads((tmp_path / "0000" / "rounds.jsonl").read_text().splitlines()[-1])["accuracy"]
+        summary_with(run, majority_validation_accuracy=last - 1.9 * standard_error(last, TESTED))
+    assert fedtune.compare(fedtune.read_runs(tmp_path)).rounds_to_90pct.isna().all()
+    for run in tmp_path.iterdir():
+        summary_with(run, majority_validation_accuracy=last - 2.2 * standard_error(last, TESTED))
+    one = fedtune.compare(fedtune.read_runs(tmp_path)).query("clients == 1")
+    assert one.rounds_to_90pct.notna().all()
+
+
+def test_the_best_rate_of_a_cell_is_chosen_on_the_validation_part_and_its_baselines_alike(tmp_path: Path) -> None:
+    write_all(tmp_path, grid(clients=(4, 16), rate=RATES, seed=(0, 1), rounds=(8,), baselines=(True,)))
+    for run in tmp_path.iterdir():  # the test part says the opposite, and is not heard
+        summary_with(run, test_accuracy=1 - json.loads((run / "summary.json").read_text())["accuracy"])
+    rounds = fedtune.read_runs(tmp_path)
+    cells, best = fedtune.compare(rounds), tuned(rounds)
+    assert best.clients.tolist() == [4, 16]
+    for _, row in best.iterrows():
+        of_cell = cells[cells.clients == row.clients]
+        chosen = of_cell.loc[of_cell.score.idxmax()]
+        assert (row["model.learning_rate"], row.score) == (chosen["model.learning_rate"], chosen.score)
+        assert row["test.score"] == chosen["test.score"] < of_cell["test.score"].max()
+        pooled = of_cell.loc[of_cell.centralised.idxmax()]
+        assert row.centralised_rate == f"{pooled['model.learning_rate']:g}"
+        assert row["test.centralised"] == pytest.approx(pooled["test.centralised"])
+    assert best["model.learning_rate"].tolist() == [1e-3, 3e-4]  # more clients want a lower one here
+    assert set(best.centralised_rate) == {"0.001"}  # and the baseline keeps its own
+    text = text_of(tmp_path)
+    assert "### Best learning rate per cell, chosen on the validation part" in text
+    assert text.index("| 0.0003 |") < text.index("### Best learning rate")  # every rate is in the other tables
+
+
+def test_nothing_is_chosen_on_the_test_part(tmp_path: Path) -> None:
+    settings_ = ((("loop.evaluate_on", "test"),),)
+    write_all(tmp_path, grid(rate=RATES, seed=(0,), settings=settings_))
+    assert not len(tuned(fedtune.read_runs(tmp_path)))
+    assert "est learning rate" not in text_of(tmp_path)
+    assert "### Test part, after the last round" in text_of(tmp_path)
+
+
+def test_what_only_some_runs_have_is_a_setting_where_nothing_else_tells_them_apart(tmp_path: Path) -> None:
+    frozen = (("loop.algorithm.frozen", ["*.lora_A.*"]),)
+    write_all(tmp_path / "a", [Made(seed=seed, settings=some) for seed in (0, 1) for some in ((), frozen)])
+    rounds = fedtune.read_runs(tmp_path / "a")
+    assert settings(rounds) == ["loop.algorithm.frozen"]
+    assert fedtune.compare(rounds).seeds.tolist() == [2, 2]
+    own = [(("loop.algorithm.aggregator.name", "Mean"),)]
+    own += [(("loop.algorithm.aggregator.name", "Krum"), ("loop.algorithm.aggregator.chosen", 2))]
+    write_all(tmp_path / "b", [Made(settings=some) for some in own])
+    assert settings(fedtune.read_runs(tmp_path / "b")) == ["loop.algorithm.aggregator.name"]  # it tells them apart
+
+
+def test_a_report_of_a_run_writes_over_no_file_of_it(tmp_path: Path) -> None:
+    write_made(tmp_path / "a", Made(rounds=2))
+    for name in ("curves.png", "tables.md"):
+        (tmp_path / "a" / name).write_text("mine")
+    report(tmp_path / "a")
+    assert {(tmp_path / "a" / name).read_text() for name in ("curves.png", "tables.md")} == {"mine"}
+    assert (tmp_path / "a" / "report" / "report.html").exists()
+    with pytest.raises(UsageError, match=r"--out: got .*a directory that is no run's own"):
+        report(tmp_path, tmp_path / "a")
+
+
+def test_a_spreadsheet_says_the_tables_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_all(tmp_path / "runs", grid(task=("imdb", "yelp"), clients=(1, 4), seed=(0, 1), rounds=(3,), baselines=(True,)))
+    report(tmp_path / "runs", tmp_path / "out")
+    capsys.readouterr()
+    report(tmp_path / "out" / "tables.csv")
+    assert capsys.readouterr().out == (tmp_path / "out" / "tables.md").read_text()
+    report(tmp_path / "out" / "tables.csv", tmp_path / "again")
+    assert (tmp_path / "again" / "tables.md").read_text() == (tmp_path / "out" / "tables.md").read_text()
+
+
+@pytest.mark.parametrize("content", [None, "", "a,b\n1,2\n", "task,model,split,clients,accuracy\nx,y,z,1,many\n", "\0"])
+def test_what_is_no_spreadsheet_of_a_report_is_refused_in_one_line(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "x.csv").write_text(content)
+    with pytest.raises(UsageError, match=r"a tables\.csv that a report wrote") as caught:
+        report(tmp_path / "x.csv")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+SHIPPED = sorted(EXPERIMENTS.glob("*/*.csv"))
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_the_tables_of_an_experiment_are_those_that_its_command_prints(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report(file)
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    readme = (file.parent / "README.md").read_text()
+    command = f"fedtune report {file.relative_to(EXPERIMENTS.parent)}"
+    assert command in readme
+    told = [line for line in readme.splitlines() if line.startswith("| ")]
+    assert len(printed) > 2
+    assert set(printed) <= set(told)
+
+
+def test_made_up_runs_are_read_as_real_ones(tmp_path: Path) -> None:
+    write_all(tmp_path, grid(clients=(1, 2), seed=(0, 1)))
+    shutil.rmtree(tmp_path / "0000")
+    rounds = fedtune.read_runs(tmp_path)
+    assert rounds.run.nunique() == 3
+    assert rounds.complete.all()
