@@ -30,6 +30,7 @@ class Run:
         print: prints a line, above the progress bar.
         history: the rounds so far, those before a resume included.
         summary: as in `summary.json`; complete in `on_fit_end`.
+        baselines: "centralised" (round records) and "local" (a record a client), as far as they are done.
         should_stop: a callback that sets it ends the rounds after this one.
         logged: numbers that callbacks add to what the loggers get of this round.
         base: the names of frozen weights that the server moves all the same (FLoRA, FedEx-LoRA).
@@ -42,6 +43,7 @@ class Run:
     print: Callable[[str], None] = print
     history: list[RoundRecord] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
+    baselines: dict[str, list[Any]] = field(default_factory=dict)
     should_stop: bool = False
     logged: dict[str, float] = field(default_factory=dict)
     base: frozenset[str] = frozenset()

@@ -23,11 +23,11 @@ from fedtune.models.adapters import lora_of
 from fedtune.models.pretrained import MODELS
 from fedtune.runs.arguments import check_data
 from fedtune.runs.kinds import build_model, check_model, kind_of, more_options
+from fedtune.runs.loggers import LOGGERS
 from fedtune.runs.loop import FederatedLoop
 from fedtune.runs.options import RunOptions
 from fedtune.runs.parser import ConfigFile, Parser, check_plain
 from fedtune.runs.renamed import in_configuration
-from fedtune.runs.wandb import LOGGERS
 from fedtune.runtimes.faulty import faults_of, plain_faults
 from fedtune.runtimes.processes import ranks_of
 from fedtune.storage.config import KEPT, fingerprint, settled, without

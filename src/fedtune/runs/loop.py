@@ -70,7 +70,7 @@ class FederatedLoop:
         evaluate_on: the part that the rounds are evaluated on: "validation", or "test" as in the paper.
         baselines: what the result is compared with: "centralised" (pooled data, the same number of examples a round)
             and "local" (each client alone, its own epochs). They run after the rounds; () leaves them out.
-        logger: "none", "wandb" to mirror the run, or a logger of Lightning.
+        logger: "wandb" to mirror the run, a logger of Lightning, or a list of them; "none", None or False is none.
         callbacks: hooks into the run, see `FederatedCallback`.
         monitor, mode: the metric of the rounds that says which is the best, and whether it should be "max" or "min". Where that
             is "accuracy", and the module has an attribute `monitor` of its own, (metric, mode), as `CausalLM` has, it is that.
@@ -278,7 +278,7 @@ class FederatedLoop:
         found = Baselines(
             evaluator, progress, run, self.local_epochs, everyone, path, self.options.keep, self.check_val_every_n_rounds
         )
-        self.baseline_runs = found.records
+        self.baseline_runs = run.baselines = found.records
         return found
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import RunError, UsageError
-from fedtune.runs.wandb import import_wandb, is_online
+from fedtune.runs.wandb_start import import_wandb, is_online, out_of_reach
 from fedtune.sweeps.grid import check, load
 from fedtune.sweeps.runner import gpu
 from fedtune.sweeps.several import EACH, of_wandb, runs_at_a_time
