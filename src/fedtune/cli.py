@@ -202,10 +202,10 @@ def _report(options: Namespace) -> None:
 
 
 def _describe(options: Namespace) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from fedtune.data.classification import FederatedDataModule
+    from fedtune.runs.displays import new_console
     from fedtune.runs.figures import plot_split
     from fedtune.runs.flags import flags
 
@@ -229,7 +229,7 @@ def _describe(options: Namespace) -> None:
     for row in rows:
         plain = [f"{row[name]:.2f}" if isinstance(row[name], float) else str(row[name]) for name in columns]
         table.add_row(*plain, *(_most_frequent(row[name]) for name in counted))
-    Console(markup=False, emoji=False).print(table)  # names are as they are
+    new_console(markup=False, emoji=False).print(table)  # names are as they are
     try:
         plot_split(rows, options.picture, title)
     except Exception as error:  # whatever it is: each kind of picture has a library of its own

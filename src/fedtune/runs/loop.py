@@ -30,6 +30,7 @@ from fedtune.runs.baselines import BASELINES, Baselines
 from fedtune.runs.callbacks import FederatedCallback, MonitorCheck, Run, exceptions_reported, watched
 from fedtune.runs.conclusion import conclude
 from fedtune.runs.counterparts import check_callbacks
+from fedtune.runs.forecast import Plan
 from fedtune.runs.hardware import resolve_precision
 from fedtune.runs.loggers import mirror_of
 from fedtune.runs.options import RunOptions
@@ -194,6 +195,7 @@ class FederatedLoop:
         share(module, ranks)
         personal = bool(self._algorithm.personal or self._algorithm.client.personal)
         rounds = Rounds(evaluator, progress, directory, self.check_val_every_n_rounds, personal, base)
+        progress.plan(self._plan(run.data.num_clients, ranks.size))
         final = self._federated(rounds, run, adapters)
         training.trainer.at(final.position)
         self._position = final.position
@@ -268,6 +270,12 @@ class FederatedLoop:
 
         with rounds.progress.phase("federated", self.max_rounds, self.clients_per_round or data.num_clients):
             return rounds.play(run, rounds.directory.start, next_round, self._hooked)
+
+    def _plan(self, num_clients: int, processes: int) -> Plan:
+        """What is to be done, for the time left."""
+        baselines = tuple(name for name in BASELINES if name in self.baselines)
+        alone = min(num_clients, self.options.local_clients)
+        return Plan(self.max_rounds, self.clients_per_round or num_clients, num_clients, baselines, alone, processes)
 
     def _baselines(self, evaluator: Evaluator, progress: Progress, run: Run) -> Baselines:
         folder = (self.options.baseline_dir and os.path.expanduser(self.options.baseline_dir)) or (

@@ -1,4 +1,4 @@
-"""The numbers of a round as loggers get them: names in sections, as `validation/accuracy`, `train/loss_nats`, `time/round_seconds`.
+"""The numbers of a round as loggers get them, in sections: `validation/accuracy`, `train/loss_nats`, `time/round_seconds`.
 
 W&B and TensorBoard make a section of charts of what stands before the first slash.
 """
@@ -52,7 +52,9 @@ def numbers_of(run: Run, record: RoundRecord) -> dict[str, float]:
 
 def pooled_numbers(record: RoundRecord) -> dict[str, float]:
     """What is compared of a round of the centralised baseline."""
-    return {f"centralised/{name}": value for name, value in (record.metrics | {"train_loss_nats": record.train_loss_nats}).items()}
+    return {
+        f"centralised/{name}": value for name, value in (record.metrics | {"train_loss_nats": record.train_loss_nats}).items()
+    }
 
 
 def best_numbers(run: Run) -> dict[str, float]:
@@ -79,5 +81,6 @@ def levels_of(run: Run) -> dict[str, float]:
 
 
 def _apart(name: str) -> str:
-    """A name that a module logs in training, where another number of a round has it: of the last epoch, as all it logs there."""
+    """The name of what a module logs in training; where another number of a round has it, it says that this one is of the last
+    epoch, as all of them are."""
     return f"last_epoch_{name}" if name in ("loss_nats", "examples", "steps", "tokens") else name

@@ -133,7 +133,9 @@ class WandbMirror(FederatedCallback):
                 lines |= {name: [(1, level), (len(run.history), level)] for name, level in levels_of(run).items()}
             lines = {name: points for name, points in lines.items() if points}
             xs, ys = ([[point[axis] for point in points] for points in lines.values()] for axis in (0, 1))
-            chart = self._wandb.plot.line_series(xs, ys, list(lines), f"{metric} beside the baselines", "round", split_table=True)
+            chart = self._wandb.plot.line_series(
+                xs, ys, list(lines), f"{metric} beside the baselines", "round", split_table=True
+            )
             if len(lines) > 1:
                 self._mirror.log({f"{section_of(run.config)}/{metric}_and_baselines": chart, "round": len(run.history)})
 
@@ -177,7 +179,11 @@ class WandbMirror(FederatedCallback):
 def _points(history: list[RoundRecord], metric: str) -> list[tuple[int, float]]:
     """The rounds of which a metric is known, and its values."""
     values = [record.train_loss_nats if metric == "train_loss_nats" else record.metrics.get(metric) for record in history]
-    return [(record.round, value) for record, value in zip(history, values, strict=True) if value is not None and math.isfinite(value)]
+    return [
+        (record.round, value)
+        for record, value in zip(history, values, strict=True)
+        if value is not None and math.isfinite(value)
+    ]
 
 
 def _plain(report: Mapping[str, Any]) -> dict[str, Any]:

@@ -136,7 +136,9 @@ def _settings(wandb: Any, mode: str, given: Mapping[str, Any]) -> Any:
     """
     known = getattr(wandb.Settings, "model_fields", {})
     wanted: dict[str, Any] = {"finish_timeout_raises": True}
-    defaults = {"finish_timeout": FINISH_SECONDS, "init_timeout": _INIT_SECONDS} | ({"quiet": True} if mode == "offline" else {})
+    defaults = {"finish_timeout": FINISH_SECONDS, "init_timeout": _INIT_SECONDS} | (
+        {"quiet": True} if mode == "offline" else {}
+    )
     wanted |= {name: value for name, value in defaults.items() if f"WANDB_{name.upper()}" not in os.environ}
     own = given.get("settings") or {}
     own = dict(own) if isinstance(own, Mapping) else own.model_dump(exclude_unset=True)
