@@ -205,6 +205,7 @@ def _describe(options: Namespace) -> None:
     from rich.table import Table
 
     from fedtune.data.classification import FederatedDataModule
+    from fedtune.data.holdings import most_frequent
     from fedtune.runs.displays import new_console
     from fedtune.runs.figures import plot_split
     from fedtune.runs.flags import flags
@@ -228,7 +229,7 @@ def _describe(options: Namespace) -> None:
         table.add_column(f"{name} (most frequent)")
     for row in rows:
         plain = [f"{row[name]:.2f}" if isinstance(row[name], float) else str(row[name]) for name in columns]
-        table.add_row(*plain, *(_most_frequent(row[name]) for name in counted))
+        table.add_row(*plain, *(most_frequent(row[name]) for name in counted))
     new_console(markup=False, emoji=False).print(table)  # names are as they are
     try:
         plot_split(rows, options.picture, title)
@@ -251,11 +252,6 @@ def _export(options: Namespace) -> None:
         tags = ("text-classification", "text-generation")
         tag = tags["pipeline_tag: text-generation" in (folder / "README.md").read_text()]
         print(f"model: {folder.resolve()}; transformers.pipeline('{tag}', model=...) opens it")
-
-
-def _most_frequent(counts: dict[str, int]) -> str:
-    ranked = sorted(counts, key=lambda name: -counts[name])
-    return f"{len(counts)}: " + ", ".join(f"{printable(name, _NAME)} {counts[name]}" for name in ranked[:2])
 
 
 class _Command(NamedTuple):

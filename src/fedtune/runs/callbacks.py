@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 
 from fedtune.errors import UsageError, one_of
 from fedtune.federated.messages import ClientReport
+from fedtune.storage.history import History
 from fedtune.storage.records import RoundRecord
 from fedtune.storage.summary import MODES
 
@@ -41,7 +42,7 @@ class Run:
     max_rounds: int
     run_dir: str | None = None
     print: Callable[[str], None] = print
-    history: list[RoundRecord] = field(default_factory=list)
+    history: list[RoundRecord] = field(default_factory=History)
     summary: dict[str, Any] = field(default_factory=dict)
     baselines: dict[str, list[Any]] = field(default_factory=dict)
     should_stop: bool = False

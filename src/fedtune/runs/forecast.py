@@ -97,12 +97,15 @@ class Forecast:
         left, here = self._total - self._done, self._done - self._before
         if not self._phase or not left:
             return 0.0
-        return (self._last - self._began) / here * left - (self.clock() - self._last) if here else None
+        if here:
+            return (self._last - self._began) / here * left - (self.clock() - self._last)
+        expected = self._baseline(self._phase)
+        return None if expected is None else expected * left / self._total - (self.clock() - self._began)
 
     def _baseline(self, name: str) -> float | None:
-        """Of one that has not begun."""
+        """Of a whole one, before anything of it is done."""
         plan, reports = self.plan, [report for record in self._seen for report in record.clients]
-        if plan is None or not reports:
+        if plan is None or not reports or name not in plan.baselines:
             return None
         trained, rounds = sum(report.seconds for report in reports), len(self._seen)
         if name == "centralised":

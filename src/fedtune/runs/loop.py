@@ -43,6 +43,7 @@ from fedtune.runtimes.faulty import faults_of, plain_faults, runtime_of
 from fedtune.runtimes.processes import ranks_of
 from fedtune.storage.config import describe, identified
 from fedtune.storage.directory import RunDirectory
+from fedtune.storage.history import History
 from fedtune.storage.locks import locked
 from fedtune.storage.records import RoundRecord
 from fedtune.tensors import assign_, buffers, carried, resting, restore_counters, snapshot, travelling, without
@@ -116,11 +117,11 @@ class FederatedLoop:
     options: RunOptions = field(default_factory=RunOptions)
     runtime: str = "auto"
 
-    config: dict[str, Any] = field(default_factory=dict, init=False)
+    config: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     data: Any = field(default=None, init=False, repr=False)
-    history: list[RoundRecord] = field(default_factory=list, init=False)
-    baseline_runs: dict[str, list[Any]] = field(default_factory=dict, init=False)
-    summary: dict[str, Any] = field(default_factory=dict, init=False)
+    history: list[RoundRecord] = field(default_factory=History, init=False, repr=False)
+    baseline_runs: dict[str, list[Any]] = field(default_factory=dict, init=False, repr=False)
+    summary: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_arguments(self)
