@@ -750,7 +750,7 @@ def test_limits_of_evaluation_hold() -> None:
         ({"callbacks": [fedtune.EarlyStopping]}, "callbacks: got 'the class EarlyStopping'; allowed: an object of it"),
         ({"callbacks": [print]}, "callbacks: got 'builtin_function_or_method'; allowed: objects of FederatedCallback"),
         ({"callbacks": fedtune.EarlyStopping()}, "callbacks: got 'EarlyStopping'; allowed: a list of them"),
-        ({"logger": "tensorboard"}, "logger: got 'tensorboard'; allowed: none, wandb, a logger of Lightning, or a list of them"),
+        ({"logger": "tensorboard"}, "logger: got 'tensorboard'; allowed: none, wandb, a logger of Lightning, or a list of"),
         ({"baselines": "local"}, None),
     ],
 )
