@@ -27,7 +27,8 @@ from fedtune.models.cache import cache_folder
 from fedtune.reports.folders import failures
 from fedtune.reports.report import FILES, report, spreadsheet
 from fedtune.runs import figures
-from fedtune.runs.wandb import WandbMirror, _run_id
+from fedtune.runs.wandb import WandbMirror
+from fedtune.runs.wandb_start import run_id
 from fedtune.storage import checkpoint
 from fedtune.storage.locks import Busy, locked
 from fedtune.sweeps.board import Board
@@ -335,15 +336,15 @@ def test_wandb_that_fails_after_the_start_is_left_alone(
 
 
 def test_the_id_of_a_mirror_is_an_id(tmp_path: Path, victim: Path) -> None:
-    known = _run_id(str(tmp_path))
-    assert _run_id(str(tmp_path)) == known
+    known = run_id(str(tmp_path))
+    assert run_id(str(tmp_path)) == known
     (tmp_path / "wandb_id").write_text("../../x\n")
     with pytest.warns(UserWarning, match="wandb_id is damaged"):
-        assert _run_id(str(tmp_path)) != known
+        assert run_id(str(tmp_path)) != known
     (tmp_path / "wandb_id").unlink()
     (tmp_path / "wandb_id").symlink_to(victim)
     with pytest.raises(OSError, match="symbolic link"):
-        _run_id(str(tmp_path))
+        run_id(str(tmp_path))
 
 
 @pytest.mark.parametrize("text", ["[]", '{"state": "finished"}', '{"state": "finished", "metrics": [1], "seconds": 1}', "\x00"])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "fedtune"
-GROUND = ("errors", "files", "randomness", "tensors", "threads", "version", "yaml_files")
+GROUND = ("errors", "files", "randomness", "tables", "tensors", "threads", "version", "yaml_files")
 # folder -> the folders it may import from; every folder may import the modules on the ground
 FOLDERS = {
     "experiments": (),  # files that come with the package

@@ -750,7 +750,7 @@ def test_limits_of_evaluation_hold() -> None:
         ({"callbacks": [fedtune.EarlyStopping]}, "callbacks: got 'the class EarlyStopping'; allowed: an object of it"),
         ({"callbacks": [print]}, "callbacks: got 'builtin_function_or_method'; allowed: objects of FederatedCallback"),
         ({"callbacks": fedtune.EarlyStopping()}, "callbacks: got 'EarlyStopping'; allowed: a list of them"),
-        ({"logger": "tensorboard"}, "logger: got 'tensorboard'; allowed: none, wandb, or a logger of Lightning"),
+        ({"logger": "tensorboard"}, "logger: got 'tensorboard'; allowed: none, wandb, a logger of Lightning, or a list of"),
         ({"baselines": "local"}, None),
     ],
 )
@@ -792,8 +792,8 @@ def test_a_logger_of_lightning_gets_every_round(tmp_path: Path) -> None:
     make_loop(max_rounds=3, logger=logger, callbacks=[fedtune.LearningRateMonitor()]).fit(module, Three())
     assert all(one is logger for one in seen)
     lines = (tmp_path / "metrics.csv").read_text().splitlines()
-    assert len(lines) == 4
-    assert {"accuracy", "train_loss_nats", "lr-SGD", "step"} <= set(lines[0].split(","))
+    assert len(lines) == 5  # names, rounds, summary
+    assert {"validation/accuracy", "train/loss_nats", "final/accuracy", "lr-SGD", "step"} <= set(lines[0].split(","))
 
 
 # ---------------------------------------------------------------- callbacks

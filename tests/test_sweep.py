@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from fedtune.reports import results
 from fedtune.storage.locks import is_locked, locked
 from fedtune.sweeps import grid, runner, worker
 from fedtune.sweeps import wandb_agents as wandb_sweep
+from fedtune.sweeps.metric import for_wandb
 
 PROCESSES = multiprocessing.get_context("forkserver")  # as in test_kill.py: real processes that start at once
 PROCESSES.set_forkserver_preload(
@@ -238,6 +240,47 @@ def test_a_wandb_sweep_runs_our_command_on_any_machine(write: Write, monkeypatch
     path.write_text(values)
     options = parser("run").parse_args(["--config", str(path), "--logger", "wandb", "--runs_dir", "runs/w"])
     assert name_of(resolved(options)) == cell.name
+
+
+@pytest.mark.parametrize(
+    ("parameters", "name", "at_wandb"),
+    [
+        ({}, "accuracy", "validation/accuracy"),
+        ({}, "validation/loss_nats", "validation/loss_nats"),
+        ({"loop.evaluate_on": {"value": "test"}}, "macro_f1", "test/macro_f1"),
+        ({"loop": {"parameters": {"evaluate_on": {"values": ["test"]}}}}, "accuracy", "test/accuracy"),
+        ({}, "final/test_accuracy", "final/test_accuracy"),
+    ],
+)
+def test_wandb_has_the_metric_of_a_sweep_by_the_name_that_runs_log(
+    write: Write, parameters: dict[str, Any], name: str, at_wandb: str
+) -> None:
+    metric = {"name": name, "goal": "maximize"}
+    early = {"early_terminate": {"type": "hyperband", "min_iter": 1}}
+    content = yaml.safe_load(Path(write()).read_text())
+    content["parameters"] = {one: of for one, of in content["parameters"].items() if one != "loop.evaluate_on"} | parameters
+    file = Path(write()).with_name("other.yaml")
+    file.write_text(yaml.safe_dump(content | {"metric": metric} | early))
+    found = wandb_sweep.registered(str(file), "runs/w")
+    assert found["metric"] == metric | {"name": at_wandb}
+    assert found["early_terminate"] == early["early_terminate"]
+    if not name.startswith("final/"):  # here the same file compares what records have
+        assert grid.read(str(file)).metric == (at_wandb.rpartition("/")[2], True)
+
+
+def test_a_metric_of_two_parts_has_no_name_at_wandb() -> None:
+    both = {"loop.evaluate_on": {"values": ["validation", "test"]}}
+    with pytest.raises(UsageError, match="metric, name: got 'accuracy'; allowed: final/NAME"):
+        for_wandb({"name": "accuracy"}, {}, both)
+
+
+def test_a_sweep_without_a_network_is_done_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "online")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{free.getsockname()[1]}")
+        with pytest.warns(UserWarning, match=r"W&B cannot be reached \(127.0.0.1: Connection refused\)"):
+            assert not wandb_sweep.online()
 
 
 def test_a_worker_gets_one_of_the_gpus_that_the_sweep_may_use(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -242,8 +242,8 @@ class FederatedDataModule(pl.LightningDataModule):
         """The test part, sorted by length."""
         return self._evaluation(self.task.parts["test"])
 
-    def describe(self) -> list[dict[str, Any]]:
-        """The split as a table, one row a client; `pandas.DataFrame(data.describe())` shows it.
+    def describe(self) -> holdings.SplitTable:
+        """The split as a table, a list of one row a client; it shows itself, and `pandas.DataFrame(data.describe())` takes it.
 
         Returns:
             rows with `client`, `examples`, `tokens`, `mean_characters`, of conversations `answer_tokens`, and where there are

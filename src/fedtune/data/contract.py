@@ -156,3 +156,12 @@ def whole_at_least(argument: str, came: Any, least: int) -> None:
     at_least(argument, came, least)
     if isinstance(came, bool) or not isinstance(came, numbers.Integral):
         raise UsageError(argument, came, f"a whole number, {least} or more")
+
+
+def task_said(task: Any, what: str) -> str:
+    """A task in a line: its name, how many texts of which parts, labels and authors; not the texts themselves."""
+    parts = ", ".join(f"{part} {len(task.parts[part]):,}" for part in TASK_PARTS)
+    named = {"labels": len(task.label_names), "authors": len(task.author_names)}
+    more = "".join(f", {count:,} {name}" for name, count in named.items() if count)
+    source = f", source {shown(task.source)}" if task.source else ""
+    return f"{type(task).__name__}({shown(task.name)}: {len(task):,} {what}, {parts}{more}{source})"

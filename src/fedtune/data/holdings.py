@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -16,9 +16,31 @@ from fedtune.data.splits import OF_LABELS, Columns, Split, entropy_bits
 from fedtune.data.task import TASK_PARTS, IntArray, TextTask
 from fedtune.data.tokens import TokenStore
 from fedtune.errors import UsageError
+from fedtune.files import printable
+from fedtune.tables import Shown
 
 Task = TextTask | InstructionTask
+_NAME = 60  # characters of a name in a table
 _OF_AUTHORS = ("by_author", "natural", "by_author_and_label")  # splits after which a client is known by its authors
+
+
+@final
+class SplitTable(Shown[dict[str, Any]]):
+    """What each client holds, a list of rows; shown without counts of names, but for the most frequent ones."""
+
+    def cells(self, record: dict[str, Any]) -> dict[str, Any]:
+        """What is shown of a client."""
+        return {name: most_frequent(value) if isinstance(value, Mapping) else value for name, value in record.items()}
+
+
+def most_frequent(counts: Mapping[str, int]) -> str:
+    """How many names there are, and the two most frequent, for a table.
+
+    >>> most_frequent({"a": 1, "b": 3, "c": 2})
+    '3: b 3, c 2'
+    """
+    ranked = sorted(counts, key=lambda name: -counts[name])
+    return f"{len(counts)}: " + ", ".join(f"{printable(name, _NAME)} {counts[name]}" for name in ranked[:2])
 
 
 def digest_of(task: Task, tokens: TokenStore) -> str:
@@ -70,7 +92,7 @@ def characters_of(task: Task) -> IntArray:
     return found
 
 
-def table_of(task: Task, parts: Sequence[IntArray], tokens: TokenStore, characters_N: IntArray) -> list[dict[str, Any]]:
+def table_of(task: Task, parts: Sequence[IntArray], tokens: TokenStore, characters_N: IntArray) -> SplitTable:
     """A row for each client.
 
     Args:
@@ -78,7 +100,7 @@ def table_of(task: Task, parts: Sequence[IntArray], tokens: TokenStore, characte
         tokens: of each text of the task.
         characters_N: characters of each text of the task.
     """
-    rows, tokens_N, answers_N = [], tokens.lengths.numpy(), tokens.answers.numpy()
+    rows, tokens_N, answers_N = SplitTable(), tokens.lengths.numpy(), tokens.answers.numpy()
     for client, chosen in enumerate(parts):
         row: dict[str, Any] = {
             "client": client,

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fedtune.data.contract import IntArray, check_classes, names_of, numbers_of, parts_of
+from fedtune.data.contract import IntArray, check_classes, names_of, numbers_of, parts_of, task_said
 from fedtune.data.conversations import Conversation, pairs_of, recognised, rows_of, turns_of
 from fedtune.data.formats import Format, Table
 from fedtune.data.hub import columns_of_hub, read_hub
@@ -20,7 +20,7 @@ from fedtune.data.values import authors_of, documents_of, ids_of, joined_names, 
 from fedtune.errors import UsageError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class InstructionTask:
     """Conversations of which a causal model learns the answers, divided once and for all into train, validation and test.
 
@@ -79,6 +79,9 @@ class InstructionTask:
 
     def __len__(self) -> int:
         return len(self.conversations)
+
+    def __repr__(self) -> str:
+        return task_said(self, "conversations")
 
     @property
     def conversations(self) -> list[Conversation]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from fedtune.data.contract import TASK_PARTS as TASK_PARTS
 from fedtune.data.contract import IntArray as IntArray
-from fedtune.data.contract import check_classes, names_of, numbers_of, parts_of, texts_of
+from fedtune.data.contract import check_classes, names_of, numbers_of, parts_of, task_said, texts_of
 from fedtune.data.formats import Format, Table
 from fedtune.data.hub import read_hub
 from fedtune.data.parts import SplitChoice, cut
@@ -22,7 +22,7 @@ from fedtune.data.values import numbered as _numbered
 from fedtune.errors import UsageError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TextTask:
     """Texts with their labels, divided once and for all into train, validation and test.
 
@@ -55,6 +55,9 @@ class TextTask:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def __repr__(self) -> str:
+        return task_said(self, "pairs of texts" if self.second_texts is not None else "texts")
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:

@@ -74,7 +74,7 @@ class ModuleTrainer:
         self.callback_metrics: dict[str, Tensor] = {}
         self.max_epochs_, self.steps_in_all = 1, _unknown
         self.asked_for_the_end, self.on_horizon = False, _nothing
-        self.logger: Any = None
+        self.loggers: list[Any] = []
         self.callbacks: list[Any] = []
         self._results: Any = None  # where `self.log` leads
         self._takes_index: dict[str, bool] = {}
@@ -119,9 +119,9 @@ class ModuleTrainer:
         self.on_horizon()
 
     @property
-    def loggers(self) -> list[Any]:
-        """The logger, where there is one."""
-        return [] if self.logger is None else [self.logger]
+    def logger(self) -> Any:
+        """The first logger, where there is one."""
+        return self.loggers[0] if self.loggers else None
 
     @property
     def log_dir(self) -> str | None:

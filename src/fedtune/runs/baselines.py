@@ -107,13 +107,14 @@ class Baselines:
         part = "test" if evaluator.loader("test") is not None else evaluator.part
         with (
             self._directory("local", start, split_matters=True, clients=clients, part=part) as (directory, _),
-            self.progress.phase("local", 1, len(clients)),
+            self.progress.phase("local", len(clients), 1),
         ):
             if len(clients) < self.evaluator.data.num_clients:
                 self.progress.line(
                     f"local: {len(clients)} of {self.evaluator.data.num_clients} clients, drawn (options.local_clients)"
                 )
             done = ranks.from_first(lambda: directory.read("local.jsonl", "client", clients))
+            self.progress.resumed(done)
             left = clients[len(done) :]
             for place in range(0, len(left), ranks.size):  # a client a rank
                 own = []

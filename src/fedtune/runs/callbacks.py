@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 
 from fedtune.errors import UsageError, one_of
 from fedtune.federated.messages import ClientReport
+from fedtune.storage.history import History
 from fedtune.storage.records import RoundRecord
 from fedtune.storage.summary import MODES
 
@@ -30,6 +31,7 @@ class Run:
         print: prints a line, above the progress bar.
         history: the rounds so far, those before a resume included.
         summary: as in `summary.json`; complete in `on_fit_end`.
+        baselines: "centralised" (round records) and "local" (a record a client), as far as they are done.
         should_stop: a callback that sets it ends the rounds after this one.
         logged: numbers that callbacks add to what the loggers get of this round.
         base: the names of frozen weights that the server moves all the same (FLoRA, FedEx-LoRA).
@@ -40,8 +42,9 @@ class Run:
     max_rounds: int
     run_dir: str | None = None
     print: Callable[[str], None] = print
-    history: list[RoundRecord] = field(default_factory=list)
+    history: list[RoundRecord] = field(default_factory=History)
     summary: dict[str, Any] = field(default_factory=dict)
+    baselines: dict[str, list[Any]] = field(default_factory=dict)
     should_stop: bool = False
     logged: dict[str, float] = field(default_factory=dict)
     base: frozenset[str] = frozenset()

@@ -19,11 +19,11 @@ from fedtune.models import CausalLM, TextClassifier
 from fedtune.models.adapters import lora_of
 from fedtune.runs.building import flags
 from fedtune.runs.kinds import more_options
+from fedtune.runs.loggers import LOGGERS
 from fedtune.runs.loop import FederatedLoop
 from fedtune.runs.own import import_modules
 from fedtune.runs.parser import ConfigFile, Parser, Refusal, check_plain
 from fedtune.runs.renamed import in_configuration
-from fedtune.runs.wandb import LOGGERS
 from fedtune.runs.words import IMPORT, listed
 from fedtune.runtimes.faulty import faults_of, plain_faults
 from fedtune.storage.config import KEPT, fingerprint, settled, without

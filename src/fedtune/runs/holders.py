@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from fedtune.data.holdings import most_frequent
 from fedtune.errors import UsageError
 from fedtune.files import printable, said
+from fedtune.runs.displays import new_console
 from fedtune.runs.figures import plot_split
 
 _LONGEST, _NAME = 600, 60  # characters of a line, and of a name in a table
@@ -41,15 +42,10 @@ def show(data: Any, picture: str) -> None:
         table.add_column(f"{name} (most frequent)")
     for row in rows:
         plain = [f"{row[name]:.2f}" if isinstance(row[name], float) else str(row[name]) for name in columns]
-        table.add_row(*plain, *(_most_frequent(row[name]) for name in counted))
-    Console(markup=False, emoji=False).print(table)  # names are as they are
+        table.add_row(*plain, *(most_frequent(row[name]) for name in counted))
+    new_console(markup=False, emoji=False).print(table)  # names are as they are
     try:
         plot_split(rows, picture, title)
     except Exception as error:  # whatever it is: each kind of picture has a library of its own
         raise UsageError("--picture", picture, f"a file that can be written as a picture ({said(error)})") from error
     print(f"picture: {printable(Path(picture).resolve())}")
-
-
-def _most_frequent(counts: dict[str, int]) -> str:
-    ranked = sorted(counts, key=lambda name: -counts[name])
-    return f"{len(counts)}: " + ", ".join(f"{printable(name, _NAME)} {counts[name]}" for name in ranked[:2])

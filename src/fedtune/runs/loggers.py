@@ -1,4 +1,4 @@
-"""Where a run is mirrored: Weights & Biases, or a logger of Lightning."""
+"""Where a run is mirrored: Weights & Biases, other loggers of Lightning, or several."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.loggers import Logger
+from pytorch_lightning.loggers import Logger, WandbLogger
 
 from fedtune.errors import one_of
 from fedtune.files import said
 from fedtune.runs.callbacks import FederatedCallback, Run
-from fedtune.runs.wandb import LOGGERS, WandbMirror
+from fedtune.runs.sections import final_numbers, numbers_of, pooled_numbers
+from fedtune.runs.wandb import WandbMirror
 from fedtune.storage.records import RoundRecord
+
+LOGGERS = ("none", "wandb")
 
 
 class LoggerMirror(FederatedCallback):
-    """Gives every number of a round's record to a logger of Lightning; the step is the round. One that fails is left alone."""
+    """Gives every number of a round to a logger of Lightning; the step is the round. One that fails is left alone."""
 
     everywhere = False
 
@@ -36,31 +39,31 @@ class LoggerMirror(FederatedCallback):
             warnings.warn(f"the run is no longer logged, {name} failed: {type(error).__name__}: {said(error)}", stacklevel=4)
 
     def on_fit_start(self, run: Run, module: pl.LightningModule) -> None:
-        """Log the configuration; from now on `self.logger` of the module is the logger."""
+        """Log the configuration."""
         self._fails = False
-        module.trainer.logger = self._logger
         with self._no_harm():
             self._logger.log_hyperparams(run.config)
 
     def on_round_end(self, run: Run, module: pl.LightningModule, record: RoundRecord) -> None:
         """Log every number of the record."""
-        if self._fails:
-            return
-        flat = record.to_dict()
-        numbers = {f"drift/{layer}": value for layer, value in flat.pop("drift").items()}
-        numbers |= {f"train/{name}": value for name, value in flat.pop("train_metrics").items()}
-        numbers |= {name: value for name, value in (flat | run.logged).items() if isinstance(value, (int, float))}
-        with self._no_harm():
-            self._logger.log_metrics(numbers, step=record.round)
-            self._logger.save()
+        self._log(numbers_of(run, record), record.round)
 
     def on_fit_end(self, run: Run, module: pl.LightningModule) -> None:
-        """Close the log."""
+        """Log the centralised rounds and the numbers of the summary, and close the log."""
+        for record in run.baselines.get("centralised", ()):
+            self._log(pooled_numbers(record), record.round)
+        self._log(final_numbers(run), len(run.history))
         self._close("success")
 
     def on_exception(self, run: Run, module: pl.LightningModule, error: BaseException) -> None:
         """Close the log of a failed run."""
         self._close("failed")
+
+    def _log(self, numbers: dict[str, float], step: int) -> None:
+        if not self._fails:
+            with self._no_harm():
+                self._logger.log_metrics(numbers, step=step)
+                self._logger.save()
 
     def _close(self, status: str) -> None:
         if not self._fails:
@@ -68,16 +71,30 @@ class LoggerMirror(FederatedCallback):
                 self._logger.finalize(status)
 
 
-def mirror_of(logger: Any) -> list[FederatedCallback]:
-    """The callback that mirrors a run into what the argument `logger` names; none for "none", None and False.
+def loggers_of(given: Any) -> list[Any]:
+    """What the argument `logger` names, one by one: loggers of Lightning, and "wandb"; nothing for "none", None and False.
 
     Raises:
         UsageError: none of those.
     """
-    if logger is None or logger is False or logger == "none":
-        return []
-    if logger == "wandb":
-        return [WandbMirror()]
-    if isinstance(logger, Logger):
-        return [LoggerMirror(logger)]
-    raise one_of("logger", logger, LOGGERS, ", or a logger of Lightning")
+    several = list(given) if isinstance(given, (list, tuple)) else [given]
+    found = [one for one in several if one is not None and one is not False and one != "none"]
+    for one in found:
+        if one != "wandb" and not isinstance(one, Logger):
+            raise one_of("logger", one, LOGGERS, ", a logger of Lightning, or a list of them")
+    return found
+
+
+def mirror_of(logger: Any) -> list[FederatedCallback]:
+    """The callbacks that mirror a run into what the argument `logger` names.
+
+    Raises:
+        UsageError: as `loggers_of`.
+    """
+    found: list[FederatedCallback] = []
+    for one in loggers_of(logger):
+        if isinstance(one, str):
+            found.append(WandbMirror())
+        else:
+            found.append(WandbMirror(one) if isinstance(one, WandbLogger) else LoggerMirror(one))
+    return found

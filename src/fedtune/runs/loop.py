@@ -30,6 +30,7 @@ from fedtune.runs.baselines import BASELINES, Baselines
 from fedtune.runs.callbacks import FederatedCallback, MonitorCheck, Run, exceptions_reported, watched
 from fedtune.runs.conclusion import conclude
 from fedtune.runs.counterparts import check_callbacks
+from fedtune.runs.forecast import Plan
 from fedtune.runs.hardware import resolve_precision
 from fedtune.runs.loggers import mirror_of
 from fedtune.runs.options import RunOptions
@@ -42,6 +43,7 @@ from fedtune.runtimes.faulty import faults_of, plain_faults, runtime_of
 from fedtune.runtimes.processes import ranks_of
 from fedtune.storage.config import describe, identified
 from fedtune.storage.directory import RunDirectory
+from fedtune.storage.history import History
 from fedtune.storage.locks import locked
 from fedtune.storage.records import RoundRecord
 from fedtune.tensors import assign_, buffers, carried, resting, restore_counters, snapshot, travelling, without
@@ -70,7 +72,7 @@ class FederatedLoop:
         evaluate_on: the part that the rounds are evaluated on: "validation", or "test" as in the paper.
         baselines: what the result is compared with: "centralised" (pooled data, the same number of examples a round)
             and "local" (each client alone, its own epochs). They run after the rounds; () leaves them out.
-        logger: "none", "wandb" to mirror the run, or a logger of Lightning.
+        logger: "wandb" to mirror the run, a logger of Lightning, or a list of them; "none", None or False is none.
         callbacks: hooks into the run, see `FederatedCallback`.
         monitor, mode: the metric of the rounds that says which is the best, and whether it should be "max" or "min". Where that
             is "accuracy", and the module has an attribute `monitor` of its own, (metric, mode), as `CausalLM` has, it is that.
@@ -115,11 +117,11 @@ class FederatedLoop:
     options: RunOptions = field(default_factory=RunOptions)
     runtime: str = "auto"
 
-    config: dict[str, Any] = field(default_factory=dict, init=False)
+    config: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     data: Any = field(default=None, init=False, repr=False)
-    history: list[RoundRecord] = field(default_factory=list, init=False)
-    baseline_runs: dict[str, list[Any]] = field(default_factory=dict, init=False)
-    summary: dict[str, Any] = field(default_factory=dict, init=False)
+    history: list[RoundRecord] = field(default_factory=History, init=False, repr=False)
+    baseline_runs: dict[str, list[Any]] = field(default_factory=dict, init=False, repr=False)
+    summary: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_arguments(self)
@@ -194,6 +196,7 @@ class FederatedLoop:
         share(module, ranks)
         personal = bool(self._algorithm.personal or self._algorithm.client.personal)
         rounds = Rounds(evaluator, progress, directory, self.check_val_every_n_rounds, personal, base)
+        progress.plan(self._plan(run.data.num_clients, ranks.size))
         final = self._federated(rounds, run, adapters)
         training.trainer.at(final.position)
         self._position = final.position
@@ -269,6 +272,12 @@ class FederatedLoop:
         with rounds.progress.phase("federated", self.max_rounds, self.clients_per_round or data.num_clients):
             return rounds.play(run, rounds.directory.start, next_round, self._hooked)
 
+    def _plan(self, num_clients: int, processes: int) -> Plan:
+        """What is to be done, for the time left."""
+        baselines = tuple(name for name in BASELINES if name in self.baselines)
+        alone = min(num_clients, self.options.local_clients)
+        return Plan(self.max_rounds, self.clients_per_round or num_clients, num_clients, baselines, alone, processes)
+
     def _baselines(self, evaluator: Evaluator, progress: Progress, run: Run) -> Baselines:
         folder = (self.options.baseline_dir and os.path.expanduser(self.options.baseline_dir)) or (
             self.run_dir and str(Path(self.run_dir) / "baselines")
@@ -278,7 +287,7 @@ class FederatedLoop:
         found = Baselines(
             evaluator, progress, run, self.local_epochs, everyone, path, self.options.keep, self.check_val_every_n_rounds
         )
-        self.baseline_runs = found.records
+        self.baseline_runs = run.baselines = found.records
         return found
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.loggers import Logger
 
 from fedtune.errors import UsageError
 from fedtune.federated.client import Worker
@@ -22,6 +21,7 @@ from fedtune.federated.trainer import Line, ModuleTrainer, check_module
 from fedtune.federated.training import Training, steps_in
 from fedtune.runs.callbacks import Run
 from fedtune.runs.hardware import deterministic_algorithms, fabric_of, freed_memory_kept, resolve_precision
+from fedtune.runs.loggers import loggers_of
 from fedtune.runs.progress import Progress
 from fedtune.runtimes.environment import place_of
 from fedtune.storage.directory import RunDirectory
@@ -54,7 +54,7 @@ def prepared(
     trainer.default_root_dir, trainer.progress_bar_callback = loop.run_dir or ".", Line(progress.line)
     trainer.limit_train_batches, trainer.limit_val_batches, trainer.limit_test_batches = limits
     trainer.fast_dev_run, trainer.callbacks = loop.fast_dev_run, list(loop.callbacks)
-    trainer.logger = loop.logger if isinstance(loop.logger, Logger) else None
+    trainer.loggers = [one for one in loggers_of(loop.logger) if not isinstance(one, str)]
     trainer.at(loop._position if stage != "fit" else Position())
 
     def steps() -> float:

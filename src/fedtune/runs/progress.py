@@ -1,79 +1,111 @@
-"""What the terminal says of a run: a line a round, and a bar with the time left."""
+"""What is said of a run while it goes on: a line a round with the time left for all of it, and where it stands."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from fedtune.federated.messages import ClientReport
+from fedtune.runs.displays import display
+from fedtune.runs.forecast import Forecast, Plan, duration
 from fedtune.storage.records import RoundRecord
+
+_SILENCE = 60.0  # seconds after which a line says where a run stands, where there is no bar
 
 
 class Progress:
-    """A line for every round, and where the output is a terminal a bar over clients with the time left.
+    """A line for every round; a bar over clients on a terminal and in a notebook, elsewhere a line a minute.
 
     It also follows the baselines, which are no concern of the callbacks of a user.
     """
 
     def __init__(self, enabled: bool) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
+        self._display, self._forecast = display(enabled), Forecast()
+        self._note, self._said = "", time.monotonic()
 
-        self._console = Console(quiet=not enabled, highlight=False)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Bar(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
-        self._note = ""
+    def plan(self, plan: Plan) -> None:
+        """What the run consists of: its baselines are announced, and are part of the time left."""
+        self._forecast = Forecast(plan)
+        if plan.said():
+            self.line(plan.said())
 
     @contextmanager
     def phase(self, name: str, rounds: int, clients: int) -> Iterator[None]:
         """A stretch of work: the federated rounds, or a baseline.
 
         Args:
-            rounds, clients: how many rounds it has, and clients in each.
+            rounds, clients: how many rounds it has, and clients in each; of "local" each client is a round.
         """
         self._name, self._rounds, self._clients = name, rounds, clients
-        self._done, self._steps, self._note = 0, 0, ""
-        self._task = self._bar.add_task(name, total=rounds * clients)
+        self._done, self._steps, self._pieces, self._note = 0, 0, 0, ""
+        self._forecast.begin(name, rounds * clients)
+        self._show(name)
         try:
-            with self._bar:
-                yield
+            yield
         finally:
-            self._bar.remove_task(self._task)
+            self._forecast.end()
+            self._display.clear()
 
-    def resumed(self, done: int) -> None:
-        """So many rounds were done in an earlier start."""
-        self._done = done
-        if done:
-            self.line(f"{self._name}: {done} of {self._rounds} rounds were done before")
-            self._bar.reset(self._task, completed=done * self._clients)
+    def resumed(self, history: Sequence[Any]) -> None:
+        """These rounds were done in an earlier start; they have records."""
+        self._done, self._pieces = len(history), len(history) * self._clients
+        self._learn(history)
+        if history:
+            self._forecast.resumed(self._pieces)
+            what = "clients" if self._name == "local" else "rounds"
+            self.line(f"{self._name}: {len(history)} of {self._rounds} {what} were done before{self._left()}")
+            self._show(self._name)
 
     def client(self, report: ClientReport) -> None:
         """One more client is done."""
         self._steps += report.num_steps
+        self._reach(self._pieces + 1)
         number = f"round {self._done + 1}/{self._rounds}, client {report.client}"
         text = f"{self._name}: {number}, {self._steps} steps{self._note}"
-        self._bar.update(self._task, advance=1, description=text)
+        self._show(text)
+        if not self._display.live and time.monotonic() - self._said >= _SILENCE:
+            self.line(f"{text}{self._left()}")
 
     def round(self, record: RoundRecord) -> None:
         """One more round is done."""
         self._done = record.round
+        self._learn([record])
+        self._reach(record.round * self._clients)
         metrics = "  ".join(f"{name} {value:.3f}" for name, value in record.metrics.items())
         number = f"{record.round:>{len(str(self._rounds))}}/{self._rounds}"
         losses = f"{metrics}  train_loss_nats {record.train_loss_nats:.3f}"
-        self.line(f"{self._name} round {number}  {losses}  {record.seconds:.1f} s")
+        self.line(f"{self._name} round {number}  {losses}  {record.seconds:.1f} s{self._left()}")
         accuracy = record.metrics.get("accuracy")
         self._note = "" if accuracy is None else f", accuracy {accuracy:.3f}"
-        self._bar.update(self._task, completed=record.round * self._clients)
+        self._show(f"{self._name}: round {self._done}/{self._rounds}{self._note}")
 
     def local(self, record: Mapping[str, Any]) -> None:
         """One more client has trained alone."""
         part = "validation" if "validation" in record else "test"
         metrics = "  ".join(f"{name} {value:.3f}" for name, value in record[part].items())
-        self.line(f"local client {record['client']}  {metrics}  {record['seconds']:.1f} s")
-        self._bar.update(self._task, advance=1)
+        self._reach(self._pieces + 1)
+        self.line(f"local client {record['client']}  {metrics}  {record['seconds']:.1f} s{self._left()}")
+        self._show(f"local: {self._pieces}/{self._rounds} clients")
 
     def line(self, text: str) -> None:
         """Print a line, above the bar."""
-        self._console.print(text, markup=False, soft_wrap=True)
+        self._said = time.monotonic()
+        self._display.line(text)
+
+    def _learn(self, history: Sequence[RoundRecord]) -> None:
+        if self._name == "federated":
+            self._forecast.learn(history)
+
+    def _reach(self, pieces: int) -> None:
+        self._pieces = pieces
+        self._forecast.reached(pieces)
+
+    def _show(self, text: str) -> None:
+        self._display.show(text, self._pieces, self._rounds * self._clients, self._forecast.left())
+
+    def _left(self) -> str:
+        """The time that is left, for the end of a line; nothing where it is not known, or all is done."""
+        left = self._forecast.left()
+        return f"  {duration(left)} left in all" if left else ""

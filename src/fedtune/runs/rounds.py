@@ -69,7 +69,7 @@ class Rounds:
         if state.round > run.max_rounds:
             allowed = f"{state.round} or more, the rounds that {run.run_dir} has"
             raise UsageError("max_rounds", run.max_rounds, allowed)
-        self.progress.resumed(state.round)
+        self.progress.resumed(run.history)
         self._restore(run, callbacks)
         while state.round < run.max_rounds and not run.should_stop:
             for callback in callbacks:

@@ -16,7 +16,7 @@ from fedtune.storage import checks
 from fedtune.storage.checks import Check, checked
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RoundRecord:
     """What is known of one round. Times in seconds, losses in nats, traffic in bytes over all clients of the round.
 
@@ -105,6 +105,11 @@ class RoundRecord:
         if name in metrics:
             return float(metrics[name])
         raise AttributeError(f"a round record has no {name!r}; the module logged {sorted(metrics)}")
+
+    def __repr__(self) -> str:
+        values = self.metrics | {"train_loss_nats": self.train_loss_nats, "seconds": self.seconds}
+        said = ", ".join(f"{name}={value:.4g}" for name, value in values.items())
+        return f"RoundRecord(round={self.round}, {said}, {self.num_clients} clients, {self.num_examples} examples)"
 
     @property
     def cohort(self) -> list[int]:

@@ -17,6 +17,17 @@ def rounds_to(history: Sequence[RoundRecord], accuracy: float) -> int | None:
     return next((record.round for record in history if record.metrics.get("accuracy", -1.0) >= accuracy), None)
 
 
+def best_round(history: Sequence[RoundRecord], monitor: str, mode: str) -> RoundRecord | None:
+    """The first of the rounds that are the best by a metric; None where no round has it as a finite number.
+
+    Args:
+        mode: whether it should be "max" or "min".
+    """
+    known = [record for record in history if math.isfinite(record.metrics.get(monitor, math.nan))]
+    best: RoundRecord | None = MODES[mode](known, key=lambda record: record.metrics[monitor], default=None)
+    return best
+
+
 def mean_of(locals_: Sequence[Mapping[str, Any]], part: str, metric: str) -> float | None:
     """Mean of a metric of the local baseline over the clients for which it is known, or None where it is for none.
 
@@ -61,8 +72,7 @@ def summarise(
         `test_NAME`) and, where no other entry has that name, as NAME; accuracies as fractions, `loss_nats`, `seconds` of all
         rounds, `bytes_up` and `bytes_down` in all; null where not known.
     """
-    known = [record for record in history if math.isfinite(record.metrics.get(monitor, math.nan))]
-    best = MODES[mode](known, key=lambda record: record.metrics[monitor], default=None)
+    best = best_round(history, monitor, mode)
     reached = None if best is None else best.metrics[monitor]
     compared = _compared(monitor)
     pooled = [record.accuracy for record in baselines.get("centralised", ()) if "accuracy" in record.metrics]

@@ -12,6 +12,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from fedtune.runs.forecast import duration
 from fedtune.sweeps.cell import Cell
 from fedtune.sweeps.grid import Sweep
 from fedtune.sweeps.worker import status
@@ -145,9 +146,3 @@ def estimate(cells: Sequence[Cell], among: Sequence[Cell], done: Mapping[str, Ma
         alike = [seconds for of, seconds in known if of == kind(cell)] or [seconds for _, seconds in known]
         total += sum(alike) / len(alike)
     return total
-
-
-def duration(seconds: float) -> str:
-    """Seconds for a reader: `duration(75)` is 1 min 15 s."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -19,12 +19,11 @@ from fedtune.sweeps.cell import Cell
 from fedtune.sweeps.command import PROGRAMS, flags_of, words_of
 from fedtune.sweeps.files import load, said_of, stem
 from fedtune.sweeps.hyperband import Hyperband, rule_of
+from fedtune.sweeps.metric import metric_of
 from fedtune.sweeps.several import EACH, check_each, runs_at_a_time
 from fedtune.yaml_files import parse_or_text
 
 METHODS = ("grid", "random", "bayes")
-GOALS = ("minimize", "maximize")
-METRICS = ("accuracy", "macro_f1", "loss_nats", "perplexity", "token_accuracy", "exact_match")  # of runs of ours
 _TEXTS = ("name", "description", "project", "entity")
 _KEYS = ("method", "metric", "parameters", "run_cap", "early_terminate", "program", "command", *_TEXTS, EACH)
 
@@ -90,7 +89,7 @@ def read(file: str | Path | Mapping[str, Any], only: Sequence[str] = (), imports
             arguments = flags.resolve(nested(copy.deepcopy({**fixed, **values})), where)
             return Cell(arguments, {name: values[name] for name in varied})
 
-        metric, target = _metric(content.get("metric"))
+        metric, target = metric_of(content.get("metric"))
         search: Search | None = None
         cells: dict[str, Cell] = {}
         if content["method"] == "bayes":
@@ -131,7 +130,7 @@ def check(content: Mapping[str, Any], with_wandb: bool = False) -> dict[str, Any
         raise UsageError("program", content["program"], f"{PROGRAMS[0]}, or none: the runs are those of fedtune run")
     _check_cap(content, with_wandb)
     check_each(content)
-    metric, _ = _metric(content.get("metric"), with_wandb)
+    metric, _ = metric_of(content.get("metric"), with_wandb)
     if not with_wandb:
         _check_compared(content)
         if "early_terminate" in content:
@@ -199,25 +198,6 @@ def _check_compared(content: Mapping[str, Any]) -> None:
         raise UsageError("metric", metric, f"name and goal, for {'the method bayes' if is_bayes else 'early_terminate'}")
 
 
-def _metric(given: Any, with_wandb: bool = False) -> tuple[tuple[str, bool], float | None]:
-    """The name of what is best, whether more is better (W&B minimises unless told otherwise), and the target."""
-    if given is None:
-        return ("accuracy", True), None
-    if not isinstance(given, Mapping) or "name" not in given:
-        raise UsageError("metric", given, "name and goal")
-    for key in given:
-        if key not in ("name", "goal", "target"):
-            raise one_of("metric", key, ("name", "goal", "target"))
-    name, goal, target = given["name"], given.get("goal", "minimize"), given.get("target")
-    if name not in METRICS and not (with_wandb and isinstance(name, str) and name.startswith("final/")):
-        raise one_of("metric, name", name, METRICS)
-    if goal not in GOALS:
-        raise one_of("goal", goal, GOALS)
-    if "target" in given and (isinstance(target, bool) or not isinstance(target, (int, float)) or not math.isfinite(target)):
-        raise UsageError("metric, target", target, "a number")
-    return (str(name), goal == "maximize"), target
-
-
 def _search(
     content: Mapping[str, Any],
     parameters: Mapping[str, Mapping[str, Any]],
@@ -230,7 +210,7 @@ def _search(
         raise UsageError("--only", " ".join(only), "nothing, for the method bayes; take the part out of the file")
     same = {name: spec["value"] for name, spec in parameters.items() if specs.kind_of(name, spec) == "constant"}
     axes = {name: axis(name, spec) for name, spec in parameters.items() if name not in same}
-    metric, _ = _metric(content["metric"])
+    metric, _ = metric_of(content["metric"])
     seed = {**fixed, **same}.get("seed")
     about = {f"parameter {name}": repr(sorted(spec.items())) for name, spec in parameters.items()}
     about |= {f"flag {name}": repr(value) for name, value in fixed.items()} | {"metric": repr(metric)}

@@ -20,9 +20,11 @@ from rich.table import Table
 from rich.text import Text
 
 from fedtune.files import printable, write_text
+from fedtune.runs.displays import new_console
+from fedtune.runs.forecast import duration
 from fedtune.runs.launcher import MeetingPoint, threads_of
 from fedtune.storage.locks import is_locked, locked
-from fedtune.sweeps.board import Board, Running, duration, estimate
+from fedtune.sweeps.board import Board, Running, estimate
 from fedtune.sweeps.cell import Cell
 from fedtune.sweeps.grid import Sweep
 from fedtune.sweeps.hyperband import Stopping
@@ -43,7 +45,7 @@ def plan(sweep: Sweep, folder: Path, workers: int) -> None:
     Raises:
         RunError: what was proposed cannot be read.
     """
-    console = Console(highlight=False, markup=False)
+    console = new_console(highlight=False, markup=False)
     board = Board(sweep, folder, workers)
     done, outdated = board.ended(), stale(board.cells, folder)
     if sweep.search is not None:
@@ -82,7 +84,7 @@ def run(sweep: Sweep, folder: Path, workers: int = 1, logger: str = "none") -> i
         UsageError: the folder cannot be written.
         RunError: what was proposed cannot be read.
     """
-    console = Console(highlight=False, markup=False)
+    console = new_console(highlight=False, markup=False)
     board = Board(sweep, folder, workers)
     with locked(folder / _SHARED, wait=True):  # nothing but a look whether the folder can be written
         pass

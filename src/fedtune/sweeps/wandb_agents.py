@@ -7,14 +7,16 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fedtune.errors import RunError, UsageError
-from fedtune.runs.wandb import import_wandb, is_online
+from fedtune.runs.wandb_start import import_wandb, is_online, out_of_reach
 from fedtune.sweeps.files import File, load, said_of
 from fedtune.sweeps.grid import check
+from fedtune.sweeps.metric import for_wandb
 from fedtune.sweeps.runner import gpu
 from fedtune.sweeps.several import EACH, of_wandb, runs_at_a_time
 
@@ -24,12 +26,21 @@ _PATIENCE = 60  # seconds that an agent has to end its run, which keeps its last
 
 
 def online() -> bool:
-    """Whether W&B can be reached with a key (and is not switched off by WANDB_MODE).
+    """Whether W&B is to hand out the runs: there is a key, W&B is not switched off, and its server can be reached; a warning
+    says where it cannot.
 
     Raises:
         UsageError: wandb is not installed.
     """
-    return is_online(import_wandb("--wandb"))
+    wandb = import_wandb("--wandb")
+    if not is_online(wandb):
+        return False
+    why = out_of_reach(wandb)
+    if why is not None:
+        warnings.warn(
+            f"W&B cannot be reached ({why}): the sweep is done here, and its runs are written into offline files", stacklevel=2
+        )
+    return why is None
 
 
 def registered(file: File, runs_dir: str, imports: Sequence[str] = ()) -> dict[str, Any]:
@@ -43,7 +54,10 @@ def registered(file: File, runs_dir: str, imports: Sequence[str] = ()) -> dict[s
     each = content.get(EACH, 1)
     more += [f"--workers={each}"] if each > 1 else []
     more += [f"--import={name}" for name in imports]
-    return of_wandb(content) | {"command": [*_COMMAND, runs_dir, *more]}
+    found = of_wandb(content) | {"command": [*_COMMAND, runs_dir, *more]}
+    if "metric" in content:
+        found["metric"] = for_wandb(content["metric"], fixed, content["parameters"])
+    return found
 
 
 def run(file: File, runs_dir: str, workers: int, only: Sequence[str], imports: Sequence[str] = ()) -> int:
