@@ -12,7 +12,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-WITH_COMMANDS = ("howto", "index", "reproducing")
+WITH_COMMANDS = ("howto", "index", "reproducing", "sweeps")
 
 
 def pages() -> list[Path]:
