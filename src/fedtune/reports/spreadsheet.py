@@ -9,7 +9,7 @@ from fedtune.errors import RunError, UsageError
 from fedtune.files import content, said
 from fedtune.reports.cells import METRICS, REACHED
 from fedtune.reports.results import TEST
-from fedtune.reports.settings import CELL
+from fedtune.reports.settings import CELL, order, settings
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -70,4 +70,5 @@ def read_cells(file: Path) -> DataFrame:
     if wrong:
         raise UsageError("runs_dir", str(file), f"a tables.csv that a report wrote (its {wrong[0]} is no number)")
     lacking = {name: float("nan") for name in _NUMBERS if name not in cells}
-    return cells.assign(**lacking)
+    keys = [*CELL, *settings(cells)]
+    return cells.assign(**lacking).sort_values(keys, ignore_index=True, key=lambda column: column.map(order))
