@@ -38,8 +38,14 @@ def _no_formula(value: Any) -> Any:
     return value
 
 
+def _monitored(cells: DataFrame, before: str, end: str) -> list[float]:
+    """For each row the column of the metric that is monitored, where there is one."""
+    return [row.get(f"{before}{row['monitor']}{end}", float("nan")) for row in cells.to_dict("records")]
+
+
 def read_cells(file: Path) -> DataFrame:
-    """The table that `spreadsheet` wrote; columns that it left out are unknown, and scores are accuracies where it names none.
+    """The table that `spreadsheet` wrote; columns that it left out are unknown, and a score is that of
+    the metric that is monitored.
 
     Raises:
         UsageError: there is no such file, or it is no such table.
@@ -59,9 +65,8 @@ def read_cells(file: Path) -> DataFrame:
         cells[name] = cells[name].fillna(value) if name in cells else value
     for before in ("", TEST):
         for end in _RANGES:
-            score, accuracy = f"{before}score{end}", f"{before}accuracy{end}"
-            if score not in cells and accuracy in cells:
-                cells[score] = cells[accuracy]
+            if f"{before}score{end}" not in cells:
+                cells[f"{before}score{end}"] = _monitored(cells, before, end)
     wrong = [
         name
         for name in _NUMBERS
