@@ -249,7 +249,7 @@ def test_thousands_of_runs_are_one_picture_and_one_page(good: Path, tmp_path: Pa
     monkeypatch.setattr(curves, "_PANELS", 2)
     monkeypatch.setattr(page, "_MOST", 3)
     for number in range(5):
-        write_run(good / f"t{number}", [0.5], task=f"task {number}")
+        write_run(good / f"t{number}", [0.5], split=f"split {number}")
     report(good, tmp_path / "out")
     assert "2 of 6 panels; the tables have all" in (tmp_path / "out" / "curves.svg").read_text()
     assert "Curves of the first 1 only." in (tmp_path / "out" / "report.html").read_text()

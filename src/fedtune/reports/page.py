@@ -50,7 +50,7 @@ def page(rounds: DataFrame, tables: Sequence[Table], failed: Mapping[str, str], 
         title=_text(title),
         summary=about,
         failed=_list(failed),
-        data=json.dumps(_data(shown, tables, metrics)).replace("<", "\\u003c"),  # no name in it ends the script
+        data=json.dumps(_data(rounds, shown, tables, metrics)).replace("<", "\\u003c"),  # no name in it ends the script
         values=_packed(shown[metrics].astype("float32").to_numpy(), shown["round"].to_numpy()),
         plotly=_compressed(_plotly()),
         script=files["js"],
@@ -80,7 +80,7 @@ def _plotly() -> bytes:
     return bytes(get_plotlyjs().encode())
 
 
-def _data(rounds: DataFrame, tables: Sequence[Table], metrics: Sequence[str]) -> dict[str, Any]:
+def _data(rounds: DataFrame, drawn: DataFrame, tables: Sequence[Table], metrics: Sequence[str]) -> dict[str, Any]:
     """What the script of the page reads: dimensions with their values, tasks, runs and tables, which name values by number."""
     other = settings(rounds)
     labels = dict.fromkeys([*CELL, "seed"]) | short_names(other)
@@ -100,7 +100,7 @@ def _data(rounds: DataFrame, tables: Sequence[Table], metrics: Sequence[str]) ->
         "metrics": [printable(label_of(name), _LONGEST) for name in metrics],
         "tasks": [task | {"tuned": bool(chosen) and task["part"] != "test"} for task in tasks],
         "rates": chosen,
-        "runs": _runs(rounds, metrics, places),
+        "runs": _runs(drawn, metrics, places),
         "tables": [_table(one, numbers["task"], places) for one in tables]
         + _of_runs(federated, other, numbers["task"], places),
         "colours": PALETTE,
@@ -141,17 +141,11 @@ def _runs(rounds: DataFrame, metrics: Sequence[str], places: Any) -> list[dict[s
 
 
 def _table(table: Table, tasks: Mapping[str, int], places: Any) -> dict[str, Any]:
-    rows = [
-        {
-            "d": places(dict(cell) | {"seed": None}),
-            "t": texts,
-            "v": [_sortable(cell.get(column.name)) for column in table.columns],
-        }
-        for cell, texts in zip(table.cells, table.rows(), strict=True)
-    ]
-    for row in rows:
-        row["d"][-1] = -1  # a row is a mean over seeds, whichever is chosen
-        row["t"] = [printable(text, _LONGEST) for text in row["t"]]
+    rows = []
+    for cell, texts in zip(table.cells, table.rows(), strict=True):
+        by = [_sortable(cell.get(column.name)) for column in table.columns]
+        where = [*places(dict(cell) | {"seed": None})[:-1], -1]  # a row is a mean over seeds, whichever is chosen
+        rows.append({"d": where, "t": [printable(text, _LONGEST) for text in texts], "v": by})
     columns = [printable(column.label, _LONGEST) for column in table.columns]
     title = table.title[:1].upper() + table.title[1:]
     return {"task": tasks[_said(table.task)], "title": title, "note": table.note, "columns": columns, "rows": rows}

@@ -9,7 +9,7 @@ from fedtune.errors import RunError, UsageError
 from fedtune.files import content, said
 from fedtune.reports.cells import METRICS, REACHED
 from fedtune.reports.results import TEST
-from fedtune.reports.settings import CELL
+from fedtune.reports.settings import CELL, order, settings
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -38,8 +38,14 @@ def _no_formula(value: Any) -> Any:
     return value
 
 
+def _monitored(cells: DataFrame, before: str, end: str) -> list[float]:
+    """For each row the column of the metric that is monitored, where there is one."""
+    return [row.get(f"{before}{row['monitor']}{end}", float("nan")) for row in cells.to_dict("records")]
+
+
 def read_cells(file: Path) -> DataFrame:
-    """The table that `spreadsheet` wrote; columns that it left out are unknown, and scores are accuracies where it names none.
+    """The table that `spreadsheet` wrote; columns that it left out are unknown, and a score is that of
+    the metric that is monitored.
 
     Raises:
         UsageError: there is no such file, or it is no such table.
@@ -59,9 +65,8 @@ def read_cells(file: Path) -> DataFrame:
         cells[name] = cells[name].fillna(value) if name in cells else value
     for before in ("", TEST):
         for end in _RANGES:
-            score, accuracy = f"{before}score{end}", f"{before}accuracy{end}"
-            if score not in cells and accuracy in cells:
-                cells[score] = cells[accuracy]
+            if f"{before}score{end}" not in cells:
+                cells[f"{before}score{end}"] = _monitored(cells, before, end)
     wrong = [
         name
         for name in _NUMBERS
@@ -70,4 +75,5 @@ def read_cells(file: Path) -> DataFrame:
     if wrong:
         raise UsageError("runs_dir", str(file), f"a tables.csv that a report wrote (its {wrong[0]} is no number)")
     lacking = {name: float("nan") for name in _NUMBERS if name not in cells}
-    return cells.assign(**lacking)
+    keys = [*CELL, *settings(cells)]
+    return cells.assign(**lacking).sort_values(keys, ignore_index=True, key=lambda column: column.map(order))

@@ -77,24 +77,28 @@ def tables_of(cells: DataFrame, best: DataFrame) -> Iterator[Table]:
         monitors = dict.fromkeys(one["monitor"] for one in of_task)
         parts = ", ".join(dict.fromkeys(str(one["part"]) for one in of_task))
         named = [*_named(other, of_task), *_monitor(monitors)]
-        if any(_known(one[f"{TEST}score"]) for one in of_task):
-            yield _table(task, "test part", *_tested(named, monitors, of_task), of_task)
-        yield _table(task, f"{parts} part, after the last round", _ROUNDS, [*named, *_rounds(monitors)], of_task)
+        tested = [one for one in of_task if _known(one[f"{TEST}score"])]
+        if tested:
+            yield _table(task, "test part", *_tested(named, monitors, tested), tested)
+        note = _range(of_task) + (_ROUNDS if any(_known(one["baseline"]) for one in of_task) else "")
+        yield _table(task, f"{parts} part, after the last round", note, [*named, *_rounds(monitors)], of_task)
         tuned = best[best.task == task].to_dict("records")
         if tuned:
             columns = [*named, *_best(monitors, parts, rates(other))]
-            yield _table(task, f"best learning rate per cell, chosen on the {parts} part", _BEST, columns, tuned)
+            yield _table(
+                task, f"best learning rate per cell, chosen on the {parts} part", _BEST + _range(tuned), columns, tuned
+            )
 
 
-_RANGE = "Mean over seeds (least to greatest)."
-_ROUNDS = (
-    f"{_RANGE} Rounds to a share of the baseline's: mean over seeds, {_NONE} where one did not get there, or the baseline "
-)
-_ROUNDS += "is no better than chance. The baseline has one client, else it is centralised."
-_BEST = (
-    "Of each cell the learning rate whose mean over seeds is best on the part named above; baselines alike, each with a rate "
-)
-_BEST += "of its own (Reddi et al. 2021). The other table has every rate. " + _RANGE
+_ROUNDS = f" Rounds to a share of the baseline's: mean over seeds, {_NONE} where one did not get there, or the baseline is no "
+_ROUNDS += "better than chance. The baseline has one client, else it is centralised."
+_BEST = "Of each cell the learning rate whose mean over seeds is best on the part named above; baselines alike, each with a "
+_BEST += "rate of its own (Reddi et al. 2021). The other tables have every rate. "
+
+
+def _range(cells: Sequence[Row]) -> str:
+    several = any(one["seeds"] > 1 for one in cells)
+    return "Mean over seeds (least to greatest)." if several else "One seed."
 
 
 def _table(task: Any, title: str, note: str, columns: Sequence[Column], cells: Sequence[Row]) -> Table:
@@ -131,7 +135,7 @@ def _tested(named: Sequence[Column], monitors: Mapping[str, Any], cells: Sequenc
     score, *others = _measures(monitors, TEST)
     error, majority = _number("standard error", f"{TEST}standard_error"), _number("majority class: accuracy", f"{TEST}majority")
     examples = _number("n", f"{TEST}examples", 0)
-    note, found = f"After the last round. {_RANGE}", [*named, score, error, *others]
+    note, found = f"After the last round. {_range(cells)}", [*named, score, error, *others]
     for column, said in ((examples, "n = {} examples."), (majority, "The majority class has an accuracy of {}.")):
         values = {column.show(cell) for cell in cells}
         if len(values) > 1:
