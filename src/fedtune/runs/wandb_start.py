@@ -20,7 +20,16 @@ from fedtune.files import content, regular, said, write_text
 FINISH_SECONDS = 60.0  # that the end of a run waits for W&B, unless WANDB_FINISH_TIMEOUT says otherwise
 _INIT_SECONDS = 20.0  # the same of its start, and WANDB_INIT_TIMEOUT
 _CONNECT_SECONDS = 5.0  # that a server has to answer at all
-_LOG_MODEL = {"": False, "false": False, "0": False, "true": True, "1": True, "end": True, "all": "all", "checkpoint": "all"}
+_LOG_MODEL: dict[str, bool | str] = {
+    "": False,
+    "false": False,
+    "0": False,
+    "true": True,
+    "1": True,
+    "end": True,
+    "all": "all",
+    "checkpoint": "all",
+}
 _TAGGED = (("model", "name"), ("data", "task"), ("data", "split"))
 _HASH = re.compile(r"[0-9a-f]{8}")  # the name of a directory that is the hash of its run's configuration
 
