@@ -49,11 +49,11 @@ class Progress:
             self._display.clear()
 
     def resumed(self, history: Sequence[Any]) -> None:
-        """These rounds were done in an earlier start; they have records."""
+        """Work begins, after these rounds of an earlier start, which have records."""
         self._done, self._pieces = len(history), len(history) * self._clients
         self._learn(history)
+        self._forecast.resumed(self._pieces)
         if history:
-            self._forecast.resumed(self._pieces)
             what = "clients" if self._name == "local" else "rounds"
             self.line(f"{self._name}: {len(history)} of {self._rounds} {what} were done before{self._left()}")
             self._show(self._name)
@@ -108,4 +108,4 @@ class Progress:
     def _left(self) -> str:
         """The time that is left, for the end of a line; nothing where it is not known, or all is done."""
         left = self._forecast.left()
-        return f"  {duration(left)} left in all" if left else ""
+        return f"  {duration(max(1.0, left))} left in all" if left else ""

@@ -69,8 +69,8 @@ class Rounds:
         if state.round > run.max_rounds:
             allowed = f"{state.round} or more, the rounds that {run.run_dir} has"
             raise UsageError("max_rounds", run.max_rounds, allowed)
-        self.progress.resumed(run.history)
         self._restore(run, callbacks)
+        self.progress.resumed(run.history)
         while state.round < run.max_rounds and not run.should_stop:
             for callback in callbacks:
                 callback.on_round_start(run, module, state.round + 1)

@@ -68,7 +68,7 @@ class WandbMirror(FederatedCallback):
         if self._logger is None:
             return opened(self._wandb, run.config, run.run_dir, {})
         if self._logger._experiment is None and self._wandb.run is None:
-            self._logger._experiment = opened(self._wandb, run.config, run.run_dir, self._logger._wandb_init)
+            self._logger._experiment = opened(self._wandb, run.config, run.run_dir, _arguments(self._logger))
         else:  # the user has begun the run
             self._logger.experiment.config.update(run.config, allow_val_change=True)
         return self._logger.experiment
@@ -174,6 +174,12 @@ class WandbMirror(FederatedCallback):
         if self._mirror is not None:
             with self._no_harm():
                 self._close(run, exit_code=1)
+
+
+def _arguments(logger: WandbLogger) -> dict[str, Any]:
+    """What a logger was given for `wandb.init`; where it says nothing of the folder, ours comes first."""
+    given = {name: value for name, value in logger._wandb_init.items() if (name, value) != ("dir", ".")}
+    return given | ({"mode": "offline"} if logger._offline else {})
 
 
 def _points(history: list[RoundRecord], metric: str) -> list[tuple[int, float]]:

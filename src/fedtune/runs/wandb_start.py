@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-import socket
+import ssl
 import threading
+import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
@@ -19,8 +20,18 @@ from fedtune.files import content, regular, said, write_text
 
 FINISH_SECONDS = 60.0  # that the end of a run waits for W&B, unless WANDB_FINISH_TIMEOUT says otherwise
 _INIT_SECONDS = 20.0  # the same of its start, and WANDB_INIT_TIMEOUT
-_CONNECT_SECONDS = 5.0  # that a server has to answer at all
-_LOG_MODEL = {"": False, "false": False, "0": False, "true": True, "1": True, "end": True, "all": "all", "checkpoint": "all"}
+_ANSWER_SECONDS = 5.0  # that a server has to answer at all
+_GATEWAY = (407, 502, 503, 504)  # what a proxy says of a server that it does not reach
+_LOG_MODEL: dict[str, bool | str] = {
+    "": False,
+    "false": False,
+    "0": False,
+    "true": True,
+    "1": True,
+    "end": True,
+    "all": "all",
+    "checkpoint": "all",
+}
 _TAGGED = (("model", "name"), ("data", "task"), ("data", "split"))
 _HASH = re.compile(r"[0-9a-f]{8}")  # the name of a directory that is the hash of its run's configuration
 
@@ -64,31 +75,29 @@ def _has_key(settings: Any) -> bool:
 
 
 def out_of_reach(wandb: Any) -> str | None:
-    """Why W&B's server cannot be reached; None where it can. It takes seconds at most, where W&B itself tries for minutes."""
-    settings = wandb.setup().settings
-    host, port = _address(str(os.environ.get("WANDB_BASE_URL") or settings.base_url))
-    found: list[str | None] = []
+    """Why W&B's server does not answer; None where it does. It takes seconds at most, where W&B itself tries for a minute."""
+    url = str(os.environ.get("WANDB_BASE_URL") or wandb.setup().settings.base_url)
+    host, found = urllib.parse.urlsplit(url).hostname or url, list[str | None]()
 
-    def connect() -> None:
+    def ask() -> None:
         try:
-            socket.create_connection((host, port), _CONNECT_SECONDS).close()
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_ANSWER_SECONDS).close()
             found.append(None)
+        except urllib.error.HTTPError as error:  # it answers, unless that is what a proxy says of it
+            found.append(f"{host}: {error}" if error.code in _GATEWAY else None)
+        except ssl.SSLError:
+            found.append(None)  # W&B may know its certificate
         except OSError as error:
-            found.append(f"{host}: {error.strerror or said(error)}")
+            cause = getattr(error, "reason", error)
+            certificate = isinstance(cause, ssl.SSLError)
+            found.append(None if certificate else f"{host}: {getattr(cause, 'strerror', None) or said(error)}")
+        except ValueError as error:  # no address
+            found.append(f"{host}: {said(error)}")
 
-    thread = threading.Thread(target=connect, daemon=True)  # the question for the address of a name knows no time limit
+    thread = threading.Thread(target=ask, daemon=True)  # the question for the address of a name knows no time limit
     thread.start()
-    thread.join(_CONNECT_SECONDS)
-    return found[0] if found else f"{host}: no answer in {_CONNECT_SECONDS:.0f} s"
-
-
-def _address(url: str) -> tuple[str, int]:
-    """Host and port of a server, or of the proxy that leads to it."""
-    target = urllib.parse.urlsplit(url)
-    proxy = urllib.request.getproxies().get(target.scheme)
-    if proxy and not urllib.request.proxy_bypass(target.hostname or ""):
-        target = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    return target.hostname or "", target.port or {"https": 443}.get(target.scheme, 80)
+    thread.join(_ANSWER_SECONDS)
+    return found[0] if found else f"{host}: no answer in {_ANSWER_SECONDS:.0f} s"
 
 
 def opened(wandb: Any, config: Mapping[str, Any], run_dir: str | None, given: Mapping[str, Any]) -> Any:
@@ -126,20 +135,20 @@ def _init(wandb: Any, config: Mapping[str, Any], run_dir: str | None, given: Map
         ours["project"] = "fedtune"
     ours |= {key: value for key, value in told.items() if value and (key in ours or key == "notes")}
     ours |= {key: value for key, value in given.items() if value is not None}
-    return wandb.init(**(ours | {"mode": mode, "config": dict(config), "settings": _settings(wandb, mode, given)}))
+    return wandb.init(**(ours | {"mode": mode, "config": dict(config), "settings": _settings(wandb, mode, config, given)}))
 
 
-def _settings(wandb: Any, mode: str, given: Mapping[str, Any]) -> Any:
+def _settings(wandb: Any, mode: str, config: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
     """W&B's settings for a start and an end that come even where W&B cannot be reached, as far as this version knows them.
 
-    Offline it says nothing at the end: one line of ours says how the files are sent.
+    Offline it says nothing at the end where our progress does: one line of that says how the files are sent.
     """
     known = getattr(wandb.Settings, "model_fields", {})
-    wanted: dict[str, Any] = {"finish_timeout_raises": True}
-    defaults = {"finish_timeout": FINISH_SECONDS, "init_timeout": _INIT_SECONDS} | (
-        {"quiet": True} if mode == "offline" else {}
-    )
-    wanted |= {name: value for name, value in defaults.items() if f"WANDB_{name.upper()}" not in os.environ}
+    wanted: dict[str, Any] = {"finish_timeout": FINISH_SECONDS, "init_timeout": _INIT_SECONDS}
+    if mode in ("offline", "dryrun") and config["loop"]["options"]["progress"]:
+        wanted["quiet"] = True
+    wanted = {name: value for name, value in wanted.items() if f"WANDB_{name.upper()}" not in os.environ}
+    wanted["finish_timeout_raises"] = True
     own = given.get("settings") or {}
     own = dict(own) if isinstance(own, Mapping) else own.model_dump(exclude_unset=True)
     return wandb.Settings(**({name: value for name, value in wanted.items() if name in known} | own))
