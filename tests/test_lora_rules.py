@@ -26,6 +26,7 @@ import fedtune
 from fedtune.algorithms import ALGORITHMS
 from fedtune.algorithms.compression import Quantise
 from fedtune.algorithms.fedavg import Mean, fedavg
+from fedtune.algorithms.fedavgm import fedavgm
 from fedtune.algorithms.fedex_lora import Residual, fedex_lora
 from fedtune.algorithms.fedit import fedit
 from fedtune.algorithms.fedsa_lora import fedsa_lora
@@ -138,6 +139,12 @@ class World:
                 y = {name: one.detach() - (0 if one.grad is None else RATE * one.grad) for name, one in z.items()}
         return y
 
+    def cut(self, x: Tensors, k: int) -> Tensors:
+        """Local steps of a client that has r_k rows of A and columns of B, and the scale s_k; its B as it has it."""
+        r, s_k = self.ranks[k], S * R / self.ranks[k]
+        own = {f"A{i}": x[f"A{i}"][:r] for i in (0, 1)} | {f"B{i}": x[f"B{i}"][:, :r] * S / s_k for i in (0, 1)}
+        return self.local(x | own, k, s=s_k)
+
     def rounds(self) -> Any:
         """t, S_t, and p_k for each of its clients."""
         for t, cohort in enumerate(self.cohorts, 1):
@@ -174,6 +181,17 @@ def judge_rolora(world: World) -> Tensors:
     return x
 
 
+def judge_rolora_momentum(world: World) -> Tensors:
+    x, v = world.start, {}
+    for t, cohort, p in world.rounds():
+        names = "Buv" if t % 2 == 1 else "Auv"
+        y = {k: world.local(x, k, names) for k in cohort}
+        for name, one in mean(y, p, names).items():
+            v[name] = 0.9 * v.get(name, 0) + one - x[name]  # that of the other factor rests
+            x = x | {name: x[name] + v[name]}
+    return x
+
+
 def judge_fedsa(world: World) -> Tensors:
     x, own = world.start, {}
     for _, cohort, p in world.rounds():
@@ -186,14 +204,7 @@ def judge_fedsa(world: World) -> Tensors:
 def judge_flora(world: World) -> Tensors:
     x = world.start
     for t, cohort, p in world.rounds():
-        y, rng = {}, stream(SEED, "lora", t)
-        for k in cohort:
-            r, s_k = world.ranks[k], S * R / world.ranks[k]
-            y[k] = world.local(
-                x | {f"A{i}": x[f"A{i}"][:r] for i in (0, 1)} | {f"B{i}": x[f"B{i}"][:, :r] for i in (0, 1)}, k, s=s_k
-            )
-            for i in (0, 1):
-                x[f"W{i}"] = x[f"W{i}"] if k != cohort[0] else x[f"W{i}"].clone()
+        y, rng = {k: world.cut(x, k) for k in cohort}, stream(SEED, "lora", t)
         for i in (0, 1):
             for k in cohort:
                 x[f"W{i}"] = x[f"W{i}"] + p[k] * (S * R / world.ranks[k]) * y[k][f"B{i}"] @ y[k][f"A{i}"]
@@ -218,11 +229,7 @@ def judge_fedex(world: World) -> Tensors:
 def judge_flexlora(world: World) -> Tensors:
     x = world.start
     for _, cohort, p in world.rounds():
-        y = {}
-        for k in cohort:
-            r, s_k = world.ranks[k], S * R / world.ranks[k]
-            cut = {f"A{i}": x[f"A{i}"][:r] for i in (0, 1)} | {f"B{i}": x[f"B{i}"][:, :r] * S / s_k for i in (0, 1)}
-            y[k] = world.local(x | cut, k, s=s_k)
+        y = {k: world.cut(x, k) for k in cohort}
         x = x | mean(y, p, "uv")
         for i in (0, 1):
             total = sum(p[k] * (S * R / world.ranks[k]) * y[k][f"B{i}"] @ y[k][f"A{i}"] for k in cohort)
@@ -231,16 +238,32 @@ def judge_flexlora(world: World) -> Tensors:
     return x
 
 
+def judge_hetlora(world: World) -> Tensors:
+    x = world.start
+    for _, cohort, p in world.rounds():
+        y = {k: world.cut(x, k) for k in cohort}
+        x = x | mean(y, p, "uv")
+        for i in (0, 1):
+            a, b = torch.zeros_like(x[f"A{i}"]), torch.zeros_like(x[f"B{i}"])
+            for k, r in ((k, world.ranks[k]) for k in cohort):
+                a[:r] += p[k] * y[k][f"A{i}"]
+                b[:, :r] += p[k] * y[k][f"B{i}"] * R / r
+            x = x | {f"A{i}": a, f"B{i}": b}
+    return x
+
+
 CASES: dict[str, tuple[Any, Callable[[World], Tensors]]] = {
     "fedit": (fedit(), judge_fedit),
     "ffa_lora": (ffa_lora(), judge_ffa),
     "rolora": (rolora(), judge_rolora),
+    "rolora, momentum": (replace(rolora(), server=fedavgm().server), judge_rolora_momentum),
     "fedsa_lora": (fedsa_lora(), judge_fedsa),
     "flora": (flora(), judge_flora),
     "flora, ranks": (flora((1, 2, 4)), judge_flora),
     "fedex_lora": (fedex_lora(), judge_fedex),
     "flexlora": (flexlora(), judge_flexlora),
     "flexlora, ranks": (flexlora((1, 3, 4)), judge_flexlora),
+    "hetlora, ranks": (hetlora((1, 3, 4)), judge_hetlora),
 }
 
 
@@ -420,6 +443,21 @@ def test_of_the_base_a_client_is_sent_the_factors_that_it_lacks_and_never_more_t
     assert factors < matrices < 5 * factors
 
 
+def test_where_a_matrix_is_smaller_than_its_factors_it_is_sent_in_their_place() -> None:
+    module = Small()  # rank 4: three clients' factors of the first layer are larger than its matrix
+    module.last = Adapted(module.last.base_layer, 1, S).double()
+    history = fit(flora(), module, clients=3, max_rounds=2)[0].history
+    assert history[1].bytes_down - history[0].bytes_down == 3 * 8 * (8 * 6 + 3 * (7 + 8))
+
+
+def test_a_client_whose_reply_was_lost_is_sent_the_same_factors_again() -> None:
+    faults = [{"name": "Drop", "clients": [1]}]
+    history = fit(flora((1,)), Small(rank=1), clients=3, max_rounds=3, faults=faults)[0].history
+    factors = 2 * 8 * (8 + 6 + 7 + 8)  # of two clients in each round, fewer than the matrices' after two, too
+    added = [record.bytes_down - history[0].bytes_down for record in history]
+    assert added == [0, 3 * factors, 2 * factors + min(2 * factors, 8 * (8 * 6 + 7 * 8))]
+
+
 def test_ranks_are_dealt_evenly_by_seed_and_clients_train_with_their_own_scale() -> None:
     assert sorted(dealt((2, 4, 8), 7, 0)) == [2, 2, 2, 4, 4, 8, 8]
     assert len({dealt((2, 4, 8), 7, seed) for seed in range(9)}) > 1
@@ -566,6 +604,7 @@ def test_each_client_gets_the_nearest_of_its_rank_and_no_row_is_dead() -> None:
         apart = math.sqrt(squared(torch.cat([left, -first[:, :rank]], 1), torch.cat([right, second[:rank]])))
         assert apart == pytest.approx(float(singular[rank:].norm()), rel=1e-9)
     torch.testing.assert_close(second @ second.T, torch.eye(16).double(), rtol=0, atol=1e-12)
+    assert bool((second.gather(1, second.abs().argmax(1, keepdim=True)) > 0).all())  # one of the two signs, on any machine
     bs, as_ = [torch.ones(64, 4).double()], [torch.ones(4, 48).double()]  # one singular value
     layer = Layer("l", "default", "A", "B", "W", 4, 48, 64, 1.0)
     groups = Resized("uniform").combine(
@@ -664,6 +703,10 @@ def test_what_does_not_go_together_is_refused() -> None:
         replace(fedex_lora(), client=flora((2,)).client)
     with pytest.raises(UsageError, match=r"algorithm\.client\.ranks: got 5; allowed: at most 4"):
         fit(flora((2, 5)))
+    uneven = Small()
+    uneven.last = Adapted(uneven.last.base_layer, 2, S).double()
+    with pytest.raises(UsageError, match=r"algorithm\.client\.ranks: got 3; allowed: at most 2"):  # the smallest adapter's
+        fit(flora((1, 3)), uneven)
     with pytest.raises(UsageError, match="ranks: got 0; allowed: whole numbers"):
         flora((0,))
     with pytest.raises(
@@ -684,7 +727,7 @@ def test_what_does_not_go_together_is_refused() -> None:
         fit(flora((2,)), faults=[{"name": "Alie", "clients": [0]}])
 
 
-def test_a_base_that_cannot_be_moved_is_refused_and_a_half_precise_one_becomes_fp32() -> None:
+def test_a_base_that_cannot_be_moved_is_refused() -> None:
     tied = Small()
     tied.again = nn.Linear(6, 8)
     tied.again.weight = tied.first.base_layer.weight
@@ -694,8 +737,12 @@ def test_a_base_that_cannot_be_moved_is_refused_and_a_half_precise_one_becomes_f
     trained.first.base_layer.requires_grad_(True)
     with pytest.raises(UsageError, match=r"module: got 'first.base_layer.weight'; allowed: .*is trained"):
         fit(fedex_lora(), trained)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_a_base_of_half_precision_becomes_fp32_where_it_moves(kind: torch.dtype) -> None:
     half = Small(dtype=torch.float32)
-    half.first.base_layer.bfloat16()
+    half.first.base_layer.to(kind)
     products = Products()
     fit(flora(), half, callbacks=[products])
     assert half.first.base_layer.weight.dtype == half.first.base_layer.bias.dtype == torch.float32
