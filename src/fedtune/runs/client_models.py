@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedtune.errors import UsageError, shown
+from fedtune.errors import RunError, UsageError, shown
 from fedtune.federated.memory import MemoryOnDisk
 from fedtune.storage import checkpoint
 from fedtune.storage.records import read_rounds
@@ -20,13 +20,14 @@ def own_weights(run: Path, config: Mapping[str, Any], number: int, which: str, c
         UsageError: no such client, one that has nothing of its own, or none chosen of a run whose server has no whole model.
         RunError: the files of the client's memory are damaged.
     """
-    clients = (config.get("data") or {}).get("num_clients")
-    parts = _parts(config)
-    if client is None:
-        if parts:
-            where = f"{shown(parts)} stay with each client, and the server has nothing trained in their place"
-            raise UsageError("client", None, f"a number from 0 to {clients - 1}, whose model is meant: {where}")
+    parts, clients = _parts(config), (config.get("data") or {}).get("num_clients")
+    if client is None and not parts:
         return {}
+    if type(clients) is not int or clients < 1:
+        raise RunError(f"{run / 'config.yaml'} has {shown(clients)} for data.num_clients, which is no number of clients")
+    if client is None:
+        where = f"{shown(parts)} stay with each client, and the server has nothing trained in their place"
+        raise UsageError("client", None, f"a number from 0 to {clients - 1}, whose model is meant: {where}")
     if type(client) is not int or not 0 <= client < clients:
         raise UsageError("client", client, f"a number from 0 to {clients - 1}")
     if which != "last":
