@@ -145,6 +145,24 @@ def test_exact_match_is_what_greedy_generation_would_write(decoders: dict[str, s
     assert 0 < sum(right) < len(right)
 
 
+def test_shares_are_of_all_tokens_and_of_all_conversations_whatever_the_batches(decoders: dict[str, str]) -> None:
+    said, model = ["no" if row % 3 else "yes" for row in range(31)], decoders["llama"]
+    prompts = [f"word{row}" + " and so on" * (row % 4) for row in range(31)]
+    task = fedtune.InstructionTask("x", prompts, said, {"train": list(range(20)), "test": list(range(20, 31))})
+    data, module = data_of(model, task, num_clients=1), module_of(model, exact_match=True, learning_rate=3e-2)
+    make_loop(max_rounds=20, evaluate_on="test").fit(module, data)
+    with torch.no_grad():
+        logits, target, conversation = module.eval().answer_logits(data.tokens.batch(torch.arange(20, 31)))
+    right = logits.argmax(-1) == target
+    whole = [bool(right[conversation == number].all()) for number in range(11)]
+    assert 0 < sum(whole) < right.float().mean() * 11 < 11
+    assert len(set(conversation.bincount().tolist())) > 1
+    for size in (1, 4, 100):
+        [found] = make_loop().test(module, data_of(model, task, num_clients=1, eval_batch_size=size))
+        assert found["token_accuracy"] == pytest.approx(float(right.float().mean()), rel=1e-6)
+        assert found["exact_match"] == pytest.approx(sum(whole) / 11, rel=1e-6)
+
+
 # ---- rows
 
 
@@ -164,15 +182,14 @@ def test_packed_conversations_have_the_losses_and_gradients_of_unpacked_ones(
 
 
 def test_rows_are_within_the_budget_and_hold_every_token_once() -> None:
-    lengths = [5, 3, 9, 2, 2, 7, 1]
-    ids = torch.zeros(7, 9, dtype=torch.int64)
+    lengths = [5, 3, 9, 2, 7, 1]
+    ids = torch.zeros(6, 9, dtype=torch.int64)
     mask = (torch.arange(9) < torch.tensor(lengths)[:, None]).long()
     for number, length in enumerate(lengths):
         ids[number, :length] = 10 * number + torch.arange(length) + 1
     rows = Rows.of(ids, mask, 9)
     assert rows is not None
-    assert rows.ids_RW.shape[1] <= 9
-    assert rows.ids_RW.shape[0] < 7
+    assert rows.ids_RW.shape == (3, 9)  # 9, 7 + 2, 5 + 3 + 1: all full
     for number, length in enumerate(lengths):
         row, first = int(rows.row_B[number]), int(rows.first_B[number])
         assert torch.equal(rows.ids_RW[row, first : first + length], ids[number, :length])
@@ -219,9 +236,13 @@ def test_of_adapters_alone_there_are_gradients_and_a_half_base_is_in_bf16(decode
 
 
 def test_the_dropout_of_a_family_is_set_and_a_family_without_is_one_line(decoders: dict[str, str]) -> None:
-    assert {part.p for part in module_of(decoders["gpt2"], dropout=0.3).modules() if isinstance(part, torch.nn.Dropout)} == {
-        0.3
-    }
+    import transformers
+
+    module = module_of(decoders["gpt2"], dropout=0.3)
+    assert {part.p for part in module.modules() if isinstance(part, torch.nn.Dropout)} == {0.3}
+    assert module.network.config.summary_first_dropout == transformers.GPT2Config().summary_first_dropout  # of another head
+    with pytest.raises(fedtune.UsageError, match=r"dropout: got 0\.3; allowed: nothing, as the family mamba has no dropout"):
+        causal_lm.set_dropout(transformers.MambaConfig(), 0.3)
     assert module_of(decoders["llama"], dropout=0.2).network.config.attention_dropout == 0.2
 
 

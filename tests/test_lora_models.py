@@ -156,6 +156,17 @@ def test_a_network_with_adapters_computes_what_the_merged_one_computes(folder: s
         assert_close(logits_of(module), found)
 
 
+def test_the_dropout_of_adapters_is_theirs_alone_and_drawn_in_training(folders: dict[str, str]) -> None:
+    batch, found = batch_of([9, 2, 12, 5]), {}
+    for dropout in (0.0, 0.5):
+        module = built(folders["bert"], {**LORA, "dropout": dropout}, moved=10)
+        with torch.no_grad():
+            once, again = (module.train()(batch["input_ids"], batch["attention_mask"]) for _ in range(2))
+        assert torch.equal(once, again) == (dropout == 0)
+        found[dropout] = logits_of(module)
+    assert torch.equal(found[0.0], found[0.5])
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("block", [1, 2**18])

@@ -89,6 +89,23 @@ def test_a_client_without_a_model_of_its_own_is_refused(tiny_bert: str, tmp_path
         fedtune.export(tmp_path / "run", tmp_path / "out", client=away)
 
 
+@pytest.mark.parametrize("client", [True, 1.0, "1", -1])
+def test_a_client_is_a_whole_number(client: Any, tiny_bert: str, tmp_path: Path) -> None:
+    finished(tiny_bert, tmp_path / "run", "ditto")
+    with pytest.raises(fedtune.UsageError, match=f"client: got {client!r}; allowed: a number from 0 to 3"):
+        fedtune.export(tmp_path / "run", tmp_path / "out", client=client)
+
+
+def test_what_a_client_kept_of_an_earlier_round_is_not_exported_as_its_last(tiny_bert: str, tmp_path: Path) -> None:
+    finished(tiny_bert, tmp_path / "run", "ditto")
+    lost, earlier = (tmp_path / "run" / "clients" / "000001" / f"000{number}.safetensors" for number in (2, 1))
+    assert earlier.exists()
+    lost.unlink()
+    with pytest.raises(fedtune.RunError, match=rf"{lost.name} is missing, what 1 of 4 clients remember is lost"):
+        fedtune.export(tmp_path / "run", tmp_path / "out", client=1)
+    assert not (tmp_path / "out").exists()
+
+
 def test_ditto_exports_the_servers_model_too(tiny_bert: str, tmp_path: Path) -> None:
     finished(tiny_bert, tmp_path / "run", "ditto")
     shared = load_file(fedtune.export(tmp_path / "run", tmp_path / "out") / "model.safetensors")
