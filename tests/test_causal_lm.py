@@ -384,7 +384,8 @@ def test_a_command_runs_and_reports_by_the_loss(tmp_path: Path, decoders: dict[s
     assert [one.name for one in (tmp_path / "runs").iterdir()] == [run.name]
     assert command("report", str(tmp_path / "runs"), "--out", str(tmp_path / "report"))[0] == 0
     table = (tmp_path / "report" / "tables.md").read_text()
-    assert "| loss_nats |" in table
+    assert "| loss, nats | perplexity | token accuracy |" in table
+    assert "| accuracy |" not in table
 
 
 def test_a_command_describes_conversations(tmp_path: Path, decoders: dict[str, str], command: Command) -> None:

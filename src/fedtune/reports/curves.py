@@ -47,6 +47,7 @@ def plot_grid(rounds: DataFrame, path: str | Path, metric: str | None = None, al
         figure = _draw(rounds[rounds.task == task], str(task), metric)
         for one in (place, *(place.with_suffix(suffix) for suffix in also)):
             save(figure, one, dpi=110)
+            figure.set_layout_engine("none")  # it is laid out by now
             found.append(one)
     return found
 

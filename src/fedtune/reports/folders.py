@@ -65,16 +65,20 @@ def _followed(path: Path) -> list[tuple[Path, int | None]]:
     if not path.is_dir():
         raise RunError(f"{path} is neither a file nor a directory")
     try:
-        if is_run(path):
+        if _is_run(path):
             return [(path, None)]
-        return [(path, _DEPTH)] if any(is_run(path / name) for name in os.listdir(path)) else []
+        return [(path, _DEPTH)] if any(_is_run(path / name) for name in os.listdir(path)) else []
     except OSError as error:
         raise RunError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def is_run(path: Path) -> bool:
-    """Whether a folder has files of a run."""
+def _is_run(path: Path) -> bool:
     return any(os.path.lexists(path / name) for name in _OF_A_RUN)
+
+
+def has_rounds(path: Path) -> bool:
+    """Whether a folder is that of a run, or of a baseline, with files that a report could write over."""
+    return any(os.path.lexists(path / name) for name in ("config.yaml", "rounds.jsonl"))
 
 
 @contextlib.contextmanager

@@ -204,7 +204,7 @@ function draw() {
         line: { color: "#555", dash: "dot", width: 1.3 }, hovertemplate: `${task().chance}: %{y:.4f}<extra></extra>` });
     }
   });
-  Plotly.react("curves", traces, layout, { responsive: true, displaylogo: false, displayModeBar: width < 700 ? false : "hover" });
+  Plotly.react("curves", traces, layout, { responsive: true, displaylogo: false, modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]], displayModeBar: width < 700 ? false : "hover" });
   legend(panels);
   about(panels.length);
   tables();

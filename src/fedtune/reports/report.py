@@ -11,7 +11,7 @@ from fedtune.errors import UsageError
 from fedtune.files import printable, said, write_text
 from fedtune.reports.cells import compare, tuned
 from fedtune.reports.curves import plot_grid
-from fedtune.reports.folders import failures, is_run
+from fedtune.reports.folders import failures, has_rounds
 from fedtune.reports.page import page
 from fedtune.reports.results import read_runs, unfinished
 from fedtune.reports.spreadsheet import read_cells, spreadsheet
@@ -70,9 +70,9 @@ def report(folder: Path, out: Path | None = None) -> Path | None:
 def _place(folder: Path, out: Path | None) -> Path:
     """Where the report goes, which is never where a run has its own files."""
     if out is None:
-        return folder / _OWN if is_run(folder) else folder
+        return folder / _OWN if has_rounds(folder) else folder
     out = Path(os.path.expanduser(out))
-    if is_run(out):
+    if has_rounds(out):
         raise UsageError("--out", str(out), "a directory that is no run's own: a report writes over no file of a run")
     return out
 
