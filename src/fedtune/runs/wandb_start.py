@@ -137,16 +137,8 @@ def _init(wandb: Any, config: Mapping[str, Any], run_dir: str | None, given: Map
         ours["project"] = "fedtune"
     ours |= {key: value for key, value in told.items() if value and (key in ours or key == "notes")}
     ours |= {key: value for key, value in given.items() if value is not None}
-    return wandb.init(
-        **(
-            ours
-            | {
-                "mode": mode,
-                "config": {**(given.get("config") or {}), **config},
-                "settings": _settings(wandb, mode, config, given),
-            }
-        )
-    )
+    ours |= {"mode": mode, "config": {**(given.get("config") or {}), **config}}
+    return wandb.init(**(ours | {"settings": _settings(wandb, mode, config, given)}))
 
 
 def _settings(wandb: Any, mode: str, config: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
@@ -169,7 +161,7 @@ def name_of(config: Mapping[str, Any], run_dir: str | None) -> str:
     """What the run is called: as its directory is, or, where that is a hash or there is none, by what it is.
 
     >>> config = {"model": {"name": "minilm"}, "data": {"task": "imdb", "split": "iid", "num_clients": 8}}
-    >>> config["loop"] = {"seed": 1, "algorithm": {"client": {"name": "Proximal"}, "aggregator": {"name": "Mean"}, "server": []}}
+    >>> config["loop"] = {"seed": 1, "algorithm": {"client": {"name": "Proximal"}, "aggregator": {"name": "Mean"}}}
     >>> name_of(config, "runs/first/"), name_of(config, "runs/0f3a9b1c")
     ('first', 'minilm, imdb, iid, 8 clients, Proximal, seed 1 (0f3a9b1c)')
     """
