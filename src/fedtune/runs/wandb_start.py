@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import re
 import ssl
@@ -32,6 +33,7 @@ _LOG_MODEL: dict[str, bool | str] = {
     "all": "all",
     "checkpoint": "all",
 }
+_PLAIN = ("LocalTraining", "Mean")  # the parts of federated averaging
 _TAGGED = (("model", "name"), ("data", "task"), ("data", "split"))
 _HASH = re.compile(r"[0-9a-f]{8}")  # the name of a directory that is the hash of its run's configuration
 
@@ -91,7 +93,7 @@ def out_of_reach(wandb: Any) -> str | None:
             cause = getattr(error, "reason", error)
             certificate = isinstance(cause, ssl.SSLError)
             found.append(None if certificate else f"{host}: {getattr(cause, 'strerror', None) or said(error)}")
-        except ValueError as error:  # no address
+        except (ValueError, http.client.HTTPException) as error:  # no address, no answer of a server
             found.append(f"{host}: {said(error)}")
 
     thread = threading.Thread(target=ask, daemon=True)  # the question for the address of a name knows no time limit
@@ -135,7 +137,8 @@ def _init(wandb: Any, config: Mapping[str, Any], run_dir: str | None, given: Map
         ours["project"] = "fedtune"
     ours |= {key: value for key, value in told.items() if value and (key in ours or key == "notes")}
     ours |= {key: value for key, value in given.items() if value is not None}
-    return wandb.init(**(ours | {"mode": mode, "config": dict(config), "settings": _settings(wandb, mode, config, given)}))
+    ours |= {"mode": mode, "config": {**(given.get("config") or {}), **config}}
+    return wandb.init(**(ours | {"settings": _settings(wandb, mode, config, given)}))
 
 
 def _settings(wandb: Any, mode: str, config: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
@@ -157,20 +160,27 @@ def _settings(wandb: Any, mode: str, config: Mapping[str, Any], given: Mapping[s
 def name_of(config: Mapping[str, Any], run_dir: str | None) -> str:
     """What the run is called: as its directory is, or, where that is a hash or there is none, by what it is.
 
-    >>> config = {"model": {"name": "minilm"}, "data": {"task": "imdb", "split": "iid", "num_clients": 8}, "loop": {"seed": 1}}
-    >>> name_of(config, "runs/first/"), name_of(config, "runs/0f3a9b1c"), name_of(config, None)
-    ('first', 'minilm, imdb, iid, 8 clients, seed 1 (0f3a9b1c)', 'minilm, imdb, iid, 8 clients, seed 1')
+    >>> config = {"model": {"name": "minilm"}, "data": {"task": "imdb", "split": "iid", "num_clients": 8}}
+    >>> config["loop"] = {"seed": 1, "algorithm": {"client": {"name": "Proximal"}, "aggregator": {"name": "Mean"}}}
+    >>> name_of(config, "runs/first/"), name_of(config, "runs/0f3a9b1c")
+    ('first', 'minilm, imdb, iid, 8 clients, Proximal, seed 1 (0f3a9b1c)')
     """
     folder = Path(run_dir).absolute().name if run_dir else ""
     if folder and not _HASH.fullmatch(folder):
         return folder[:128]
     model, data, loop = config["model"], config["data"], config["loop"]
-    algorithm = loop.get("algorithm")
     parts = [model.get("name", model.get("from")), data.get("task", data.get("from")), data.get("split")]
     parts += [f"{data['num_clients']} clients"] if "num_clients" in data else []
-    parts += [algorithm.get("name") if isinstance(algorithm, Mapping) else algorithm, f"seed {loop['seed']}"]
+    parts += [_parts_of(loop["algorithm"]), f"seed {loop['seed']}"]
     text = ", ".join(Path(str(part)).name or str(part) for part in parts if part)
     return f"{text} ({folder})" if folder else text
+
+
+def _parts_of(algorithm: Mapping[str, Any]) -> str:
+    """The parts in which an algorithm, in plain values, is not federated averaging."""
+    groups = (part if isinstance(part, list) else [part] for part in algorithm.values())
+    names = [part["name"] for group in groups for part in group if isinstance(part, Mapping) and "name" in part]
+    return " + ".join(name for name in names if name not in _PLAIN) or "fedavg"
 
 
 def _tags(config: Mapping[str, Any]) -> list[str]:
