@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from fedtune.reports.cells import standard_error, tuned
 from fedtune.reports.report import report
 from fedtune.reports.settings import settings
 from fedtune.reports.tables import markdown, tables_of
+from fedtune.runs.figures import _held
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 RATES = (3e-4, 1e-3, 3e-3)
@@ -175,3 +177,12 @@ def test_made_up_runs_are_read_as_real_ones(tmp_path: Path) -> None:
     rounds = fedtune.read_runs(tmp_path)
     assert rounds.run.nunique() == 3
     assert rounds.complete.all()
+
+
+@pytest.mark.parametrize(("clients", "authors"), [(8, 16), (100, 40), (100, 5000)])
+def test_no_colour_of_a_split_means_two_things_and_no_text_is_left_out(clients: int, authors: int) -> None:
+    held = [Counter(f"author {(client * 7 + text * text) % authors}" for text in range(300)) for client in range(clients)]
+    rows, colours, _ = _held(held)
+    assert len(set(colours.values())) == len(colours) <= 20
+    assert {name for row in rows for name in row} <= set(colours)
+    assert [row.total() for row in rows] == [300] * clients

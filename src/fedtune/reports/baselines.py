@@ -3,38 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
+from typing import Any
 
 _NAMED = ("task", "model", "seed")
 
 
-def baselines_among(rounds: DataFrame, split: str) -> DataFrame:
-    """What runs of a split are compared with, among rounds of one task, model and setting: those of one client with the same
-    split, as in Hilmkil et al. 2021; else of one client; else the centralised baseline."""
-    single = rounds[(rounds.kind == "federated") & (rounds.clients == 1)]
-    for found in (single[single.split == split], single):
-        if len(found):
-            return found
-    return rounds[rounds.kind == "centralised"]
-
-
-def alike(rounds: DataFrame, row: Any, columns: list[str]) -> DataFrame:
-    """The rounds that are equal to a row in some columns. What a centralised baseline does not depend on, it does not have,
-    and so does not differ in."""
-    from pandas import isna
-
-    same = rounds["round"].notna()
-    for column in columns:
-        missing = rounds[column].isna()
-        same &= missing if isna(row[column]) else (rounds[column] == row[column]) | (missing & (rounds.kind != "federated"))
-    return rounds[same]
-
-
 class Baselines:
-    """What each run is compared with, as `baselines_among` has it, of those with the same seed and setting.
+    """What each run is compared with, of those with the same task, model, seed and setting: the run of one client with the same
+    split, as in Hilmkil et al. 2021; else of one client; else the centralised baseline. What a centralised baseline does not
+    depend on, it does not have, and so does not differ in.
 
     Runs are looked up by what they have in common: to go through a table of all rounds for each run takes a time that grows
     with the square of their number.
