@@ -74,6 +74,8 @@ class Quantise(Channel):
 
     Args:
         bits: 8, or 4: two elements a byte.
+        feedback: then numbers are rounded to nearest, so that no error is longer than what is sent: else, in a tensor of a few
+            large elements and many small ones, errors would grow from message to message.
     """
 
     bits: int = 8
@@ -86,7 +88,7 @@ class Quantise(Channel):
     def parts(self, tensor: Tensor, rng: np.random.Generator, before: Parts) -> Parts:
         """The numbers, the scale, and, where numbers share a byte, the shape."""
         scale = torch.linalg.vector_norm(tensor, ord=float("inf")).float()
-        numbers = rounded(tensor, scale, _levels(self.bits), rng)
+        numbers = rounded(tensor, scale, _levels(self.bits), None if self.feedback else rng)
         if self.bits == 8:
             return {"": numbers, _SCALE: scale}
         return {"": packed(numbers.view(-1) + _levels(self.bits), self.bits), _SCALE: scale, _SHAPE: header(tensor)}
@@ -110,6 +112,8 @@ class QSGD(Channel):
     Args:
         bits: 8, 4, or 2: the numbers -1, 0, 1.
         bucket: its elements; the paper's experiments have 512.
+        feedback: refused where errors may be longer than what is sent, and so grow from message to message: with 4 bits a
+            bucket has 48 elements at most, with 8 bits 16,128.
     """
 
     bits: int = 4
@@ -121,6 +125,13 @@ class QSGD(Channel):
         _one_of("bits", self.bits, (2, 4, 8))
         if isinstance(self.bucket, bool) or not isinstance(self.bucket, int) or self.bucket < 1:
             raise UsageError("bucket", self.bucket, "a whole number, 1 or more")
+        most = _levels(self.bits) ** 2 - 1
+        if self.feedback and self.bucket > most:
+            raise UsageError(
+                "bucket",
+                self.bucket,
+                f"for {self.bits} bits with feedback, up to {most}" if most else "no feedback with 2 bits",
+            )
 
     def parts(self, tensor: Tensor, rng: np.random.Generator, before: Parts) -> Parts:
         """The numbers, the scales and the shape."""

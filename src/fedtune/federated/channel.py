@@ -99,15 +99,18 @@ class Channel(Stage):
         return f"{group}.{type(self).__name__}.{part}" if part else group
 
 
-def rounded(values: Tensor, scales: Tensor, levels: int, rng: np.random.Generator) -> Tensor:
-    """Numbers from -levels to levels, int8: levels x values / scales, rounded up with the probability of the fraction.
+def rounded(values: Tensor, scales: Tensor, levels: int, rng: np.random.Generator | None) -> Tensor:
+    """Numbers from -levels to levels, int8: levels x values / scales, rounded.
 
     Args:
         values: of absolute values up to their scales.
         scales: one, or one a row.
+        rng: for rounding up with the probability of the fraction; None: to nearest.
     """
-    drawn = torch.from_numpy(rng.random(values.numel(), dtype=np.float32)).view(values.shape).to(values.device)
-    found = (values.float() / scales).nan_to_num_(0.0).mul_(levels).add_(drawn)  # all zeros: 0 / 0
+    found = (values.float() / scales).nan_to_num_(0.0).mul_(levels)  # all zeros: 0 / 0
+    if rng is None:
+        return found.add_(0.5).floor_().to(torch.int8)
+    found += torch.from_numpy(rng.random(values.numel(), dtype=np.float32)).view(values.shape).to(values.device)
     return found.floor_().clamp_(-levels, levels).to(torch.int8)  # a sum just below the next one may have been rounded to it
 
 
