@@ -27,13 +27,13 @@ _CHANGE, _HAS, _LACKS, _HOLDERS = "change.", "down.", "up.", "holders"  # in nam
 @torch.no_grad()
 def fed_back(groups: Groups, stages: tuple[Stage, ...], context: Context) -> Groups:
     """Encoded groups of a client, with what its earlier messages lack; what this one lacks goes into the context's memory."""
-    whole = dict(groups)
-    for group in groups.keys() - set(AS_THEY_ARE):
+    whole, mine = dict(groups), [group for group in groups if group not in AS_THEY_ARE]
+    for group in mine:
         lacks = context.memory.get(_LACKS + group, {})
         whole[group] = {name: _plus(tensor, lacks.get(name)) for name, tensor in groups[group].items()}
     message = encoded(whole, stages, context)
     arrives = decoded(message, stages, context)
-    for group in groups.keys() - set(AS_THEY_ARE):
+    for group in mine:
         lacks = {name: tensor - arrives[group][name] for name, tensor in whole[group].items() if _fits(name, tensor, context)}
         context.memory[_LACKS + group] = context.memory.get(_LACKS + group, {}) | lacks
     return message
