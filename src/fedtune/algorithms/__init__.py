@@ -49,7 +49,7 @@ _PARTS: tuple[type[Any], ...] = (
     *(LocalTraining, Continued, Proximal, Controlled, Normalised, Dynamic, Fair, Beside, InTurn),
     *(Mean, ClippedMean, Median, TrimmedMean, GeometricMedian, Krum, MultiKrum, CentredClipping, NearestMean),
     *(Momentum, Adagrad, Adam, Yogi, TorchOptimizer, Control, Rescaled, Drift, Scaled),
-    *(HalfPrecision, Quantise, QSGD, Sign, TopK, PowerSGD),
+    *(Quantise, QSGD, HalfPrecision, Sign, TopK, PowerSGD),
     *(AdapterTraining, Alternating, Stacking, Residual, Resized, Padded),
 )
 ALGORITHM_PARTS: dict[str, type[Any]] = {part.__name__: part for part in _PARTS}
