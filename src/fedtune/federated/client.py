@@ -205,15 +205,15 @@ def _of_some(correct: Correction, names: Container[str]) -> Correction:
 class ClientUpdate(abc.ABC):
     """What a client does in a round: the part of an algorithm that runs at the client. A frozen dataclass of plain values.
 
-    `makes` names the groups that it sends, `alike` those with a tensor for each weight that it trains, of its shape.
-    `weighting` is "uniform" where all clients must weigh the same. `personal` is "model" where it keeps one of the client's
-    own (`Client.keep`), "part" where it works with that which stays with the client. One for `adapters` is refused for a
-    module without; `ranks` are those of the clients' adapters, dealt out by seed. One that `alternates` trains other tensors
-    from round to round (`trains`).
+    `makes` names the groups that it sends, `alike` those with a tensor for each weight that it trains, `numbers` those of
+    numbers. `weighting` is "uniform" where all clients must weigh the same. `personal` is "model" where it keeps one of its own
+    (`Client.keep`), "part" where it works with that which stays with the client. One for `adapters` is refused for a module
+    without; `ranks` are those of the clients' adapters, dealt out by seed. One that `alternates` trains other tensors (`trains`).
     """
 
     makes: ClassVar[tuple[str, ...]] = ("update",)
     alike: ClassVar[tuple[str, ...]] = ("update",)
+    numbers: ClassVar[tuple[str, ...]] = ()
     weighting: ClassVar[str | None] = None
     personal: ClassVar[str | None] = None
     adapters: ClassVar[bool] = False

@@ -181,7 +181,7 @@ class _Inbox:
         return reply
 
     def _misshapen(self, groups: Groups, client: int) -> str | None:
-        """What is wrong with the names and shapes of tensors that are as the weights, or as the buffers, if anything."""
+        """What is wrong with the names and shapes of groups and tensors, if anything."""
         part, trains = self._algorithm.client, self._algorithm.client.trains
         sent = {name: tensor for name, tensor in self._context.of(client).weights.items() if trains(name, self._context.round)}
         averaged = self._options.buffers - self._options.personal
@@ -195,10 +195,13 @@ class _Inbox:
                 if expected.get(name) != found.get(name):
                     came, belongs = found.get(name, "nothing"), expected.get(name, "nothing")
                     return f"its {group} has {came} for {name}, where {belongs} belongs"
-                if not groups[group][name].is_floating_point():
+                if group in part.alike and not groups[group][name].is_floating_point():
                     return f"its {group} has whole numbers for {name}"
-        lacking = [group for group in part.makes if group not in groups]
-        return f"it lacks the groups {', '.join(lacking)}" if lacking else None
+        makes = {*part.makes, *wanted}
+        if groups.keys() != makes:
+            return f"it has the groups {shown(sorted(groups))}, where {shown(sorted(makes))} belong"
+        several = [name for group in part.numbers for name, tensor in groups[group].items() if tensor.ndim]
+        return f"it has several numbers for {several[0]}, where one belongs" if several else None
 
     def _overweight(self, reply: Reply) -> str | None:
         if 0 <= reply.weight <= self._context.max_weight:
