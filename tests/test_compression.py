@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GivenLoaders, assert_equal, make_loop, weights_of
+from conftest import assert_equal, make_loop, weights_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
+from test_algorithm_edges import TinyLoaders
 from torch import Tensor
 
 import fedtune
@@ -36,7 +37,7 @@ from fedtune.federated.round import RoundOptions, run_round
 from fedtune.federated.state import ServerState
 from fedtune.storage import checkpoint
 from fedtune.tensors import Groups, Tensors, joined
-from fedtune.testing import TinyData, TinyModule, check_algorithm, play
+from fedtune.testing import TinyModule, check_algorithm, play
 
 CHANNELS: dict[str, tuple[Channel, Channel]] = {  # up, down
     "bf16": (HalfPrecision(), HalfPrecision()),
@@ -334,17 +335,6 @@ def test_a_client_whose_reply_was_lost_gets_the_whole_the_next_time(tmp_path: Pa
     assert lost[1].state.memory["down"]["holders"]["clients"].tolist() == [1, 3]
     assert lost[2].bytes_down > kept[2].bytes_down
     assert lost[2].state.memory["down"]["holders"]["clients"].tolist() == [0, 1, 2]
-
-
-class TinyLoaders(GivenLoaders):
-    """The tiny federation, evaluated on the batches of one client."""
-
-    def __init__(self) -> None:
-        data = TinyData()
-        super().__init__([data.client_dataloader(client) for client in range(4)], data.client_dataloader(0))
-
-    def test_dataloader(self) -> Any:
-        return self.val_dataloader()
 
 
 @pytest.mark.parametrize(
