@@ -185,6 +185,7 @@ def test_groups_that_cannot_be_right_are_a_failure_that_names_the_client(algorit
 class Sender(ServerStep):
     """Remembers the mean of a group and sends it down."""
 
+    needs = ("update", "control")
     sends = ("control",)
 
     def __call__(self, groups: Groups, memory: Groups, context: Context) -> tuple[Groups, Groups]:
