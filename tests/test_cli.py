@@ -84,7 +84,8 @@ def test_an_algorithm_its_parameters_and_its_parts_are_flags(run: Run, tiny: lis
     assert code == 0, err
     config = yaml.safe_load((one / "config.yaml").read_text())["loop"]["algorithm"]
     assert config["server"] == [{"name": "Momentum", "beta": 0.5, "learning_rate": 1.0}]
-    assert (config["client"], config["up"], config["down"]) == ({"name": "LocalTraining"}, [{"name": "Quantise"}], [])
+    assert (config["client"], config["down"]) == ({"name": "LocalTraining"}, [])
+    assert config["up"] == [{"name": "Quantise", "bits": 8, "feedback": False}]
     code, _, err = run("run", *tiny, *ALGORITHM, f"--run_dir={one}", "--loop.max_rounds=3")  # the same run goes on
     assert code == 0, err
     assert run("run", f"--config={one / 'config.yaml'}", "--loop.max_rounds=3", f"--run_dir={other}")[0] == 0
@@ -194,6 +195,10 @@ BAD = [
     (["--loop.algorithm=fedavgm", "--loop.algorithm.beta", "much"], "--loop.algorithm.beta: got 'much'; allowed: a number"),
     (["--loop.algorithm.client=os.system"], "--loop.algorithm.client: got 'os.system'; allowed: LocalTraining"),
     (["--loop.algorithm.up+=Halve"], "--loop.algorithm.up: got 'Halve'; allowed: Quantise"),
+    (
+        ["--loop.algorithm.up+=TopK", "--loop.algorithm.up.share=2"],
+        "--loop.algorithm.up.share: got 2.0; allowed: above 0 and up",
+    ),
     (
         ["--loop.algorithm.aggregator.weighting=all"],
         "--loop.algorithm.aggregator.weighting: got 'all'; allowed: examples, uniform",

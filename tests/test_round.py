@@ -15,6 +15,9 @@ from torch import nn
 
 import fedtune
 from fedtune.algorithms.fedavg import Mean, fedavg
+from fedtune.algorithms.fednova import fednova
+from fedtune.algorithms.qfedavg import qfedavg
+from fedtune.algorithms.scaffold import scaffold
 from fedtune.federated.client import Client, ClientUpdate
 from fedtune.federated.messages import ClientReport, Context, Failure, Position, Reply, Request
 from fedtune.federated.parts import Algorithm, Runtime, ServerStep
@@ -127,15 +130,62 @@ def test_a_round_needs_its_quorum() -> None:
         after({1: Failure(1, "dropped")}, min_clients=1)
 
 
+@dataclass(frozen=True)
+class Controlling(ClientUpdate):
+    """Says that it sends two groups."""
+
+    makes = ("update", "control")
+
+    def __call__(self, client: Client) -> Groups:
+        client.train()
+        return {"update": client.update(), "control": client.update()}
+
+
+@dataclass(frozen=True)
+class Keeping(ServerStep):
+    """Takes a group and leaves it where it is."""
+
+    needs = ("update", "control")
+
+    def __call__(self, groups: Groups, memory: Groups, context: Context) -> tuple[Groups, Groups]:
+        return groups, {}
+
+
 def test_a_group_that_no_server_step_takes_is_refused() -> None:
+    algorithm = replace(fedavg(), client=Controlling(), server=(Keeping(),))
     with pytest.raises(fedtune.RunError, match="no server step for the groups control"):
-        after({0: {"update": [1.0, 0.0], "control": {"w": torch.ones(2)}}})
+        after({0: {"update": [1.0, 0.0], "control": {"w": torch.ones(2)}}}, algorithm)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "sent", "reason"),
+    [
+        (FEDAVG, {"control": {"w": torch.ones(2)}}, "where ['buffers', 'update'] belong"),
+        (scaffold(), {}, "its control has nothing for w, where (2,) belongs"),
+        (scaffold(), {"control": {"w": torch.ones(3)}}, "its control has (3,) for w, where (2,) belongs"),
+        (scaffold(), {"control": {"w": torch.ones(2, dtype=torch.int8)}}, "its control has whole numbers for w"),
+        (fednova(), {}, "it has the groups ['buffers', 'update'], where ['buffers', 'lengths', 'update'] belong"),
+        (fednova(), {"lengths": {"w": torch.ones(2)}}, "it has several numbers for w, where one belongs"),
+        (qfedavg(), {"scale": {"h": torch.ones(3)}}, "it has several numbers for h, where one belongs"),
+    ],
+)
+def test_groups_that_cannot_be_right_are_a_failure_that_names_the_client(algorithm: Any, sent: Groups, reason: str) -> None:
+    good: dict[str, Groups] = {
+        "Controlled": {"control": {"w": torch.ones(2)}},
+        "Normalised": {"lengths": {"w": torch.ones(())}},
+        "Fair": {"scale": {name: torch.ones(()) for name in ("h", "loss", "rest")}},
+    }
+    mine = good.get(type(algorithm.client).__name__, {})
+    result, _ = after({0: {"update": [1.0, 0.0], **mine}, 1: {"update": [1.0, 0.0], **sent}}, algorithm)
+    assert [failure.client for failure in result.failures] == [1]
+    assert reason in result.failures[0].reason
 
 
 @dataclass(frozen=True)
 class Sender(ServerStep):
     """Remembers the mean of a group and sends it down."""
 
+    needs = ("update", "control")
     sends = ("control",)
 
     def __call__(self, groups: Groups, memory: Groups, context: Context) -> tuple[Groups, Groups]:
@@ -144,7 +194,7 @@ class Sender(ServerStep):
 
 
 def test_what_a_server_step_sends_reaches_the_next_round_in_the_type_of_the_weights() -> None:
-    algorithm = replace(fedavg(), server=(Sender(),))
+    algorithm = replace(fedavg(), client=Controlling(), server=(Sender(),))
     answers = {0: {"update": [1.0, 0.0], "control": {"w": torch.tensor([2.0, 6.0])}}}
     result, runtime = after(answers, algorithm)
     assert "control" not in runtime.requests[0].groups  # there was none yet

@@ -157,6 +157,7 @@ LORA = {"lora": {"rank": 4}}
         ({"name": "scaffold", "server": ["Control", "Adam"]}, SGD, False),
         ({"name": "scaffold", "server": ["Control", "Adam"]}, SGD, True),
         ({"name": "fedprox", "up": ["Quantise"]}, {}, True),
+        ({"name": "scaffold", "up": ["TopK", "HalfPrecision"], "down": [{"name": "PowerSGD", "rank": 1}]}, SGD, True),
         ({"name": "fedavg", "aggregator": "Median"}, {}, True),
         ("fedper", {}, False),
         ("fedper", {}, True),
@@ -169,7 +170,7 @@ LORA = {"lora": {"rank": 4}}
         ("fedsa_lora", LORA, True),
     ],
     ids=[
-        *("fedavg", "scaffold", "scaffold-keep", "quantised", "median", "fedper", "fedper-keep", "ditto"),
+        *("fedavg", "scaffold", "scaffold-keep", "quantised", "channels", "median", "fedper", "fedper-keep", "ditto"),
         *("flora-ranks", "flora", "flexlora", "fedex_lora", "ffa_lora", "fedsa_lora"),
     ],
 )

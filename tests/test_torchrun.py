@@ -40,6 +40,10 @@ CASES: dict[str, dict[str, Any]] = {
     "fedavg with baselines": {"baselines": ("centralised", "local")},
     "scaffold + adam": {"algorithm": {"name": "scaffold", "server": ["Control", {"name": "Adam", "learning_rate": 0.01}]}},
     "fedprox + quantised": {"algorithm": {"name": "fedprox", "mu": 0.1, "up": ["Quantise"]}},
+    "scaffold + channels": {
+        "algorithm": {"name": "scaffold", "up": [{"name": "PowerSGD", "rank": 1}, "HalfPrecision"], "down": ["Sign"]},
+        "clients_per_round": 3,
+    },
     "trimmed mean": {"algorithm": {"aggregator": {"name": "TrimmedMean", "num_malicious": 1}}},
     "ditto, two of five clients": {"algorithm": "ditto", "clients_per_round": 2, "max_rounds": 3},
     "faults": {"faults": [{"name": "Drop", "rate": 0.3}, {"name": "SignFlip", "clients": [1]}], "min_clients": 1},

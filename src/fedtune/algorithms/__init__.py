@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fedtune.algorithms.adaptive import Adagrad, Adam, Yogi, fedadagrad, fedadam, fedyogi
-from fedtune.algorithms.compression import Quantise
+from fedtune.algorithms.compression import QSGD, HalfPrecision, PowerSGD, Quantise, Sign, TopK
 from fedtune.algorithms.ditto import Beside, ditto
 from fedtune.algorithms.fedavg import LocalTraining, Mean, fedavg
 from fedtune.algorithms.fedavgm import Momentum, fedavgm
@@ -49,7 +49,7 @@ _PARTS: tuple[type[Any], ...] = (
     *(LocalTraining, Continued, Proximal, Controlled, Normalised, Dynamic, Fair, Beside, InTurn),
     *(Mean, ClippedMean, Median, TrimmedMean, GeometricMedian, Krum, MultiKrum, CentredClipping, NearestMean),
     *(Momentum, Adagrad, Adam, Yogi, TorchOptimizer, Control, Rescaled, Drift, Scaled),
-    *(Quantise,),
+    *(Quantise, QSGD, HalfPrecision, Sign, TopK, PowerSGD),
     *(AdapterTraining, Alternating, Stacking, Residual, Resized, Padded),
 )
 ALGORITHM_PARTS: dict[str, type[Any]] = {part.__name__: part for part in _PARTS}

@@ -65,6 +65,7 @@ class Normalised(ClientUpdate):
 
     mu: float = 0.0
     makes: ClassVar[tuple[str, ...]] = ("update", "lengths")
+    numbers: ClassVar[tuple[str, ...]] = ("lengths",)
 
     def __post_init__(self) -> None:
         if not self.mu >= 0:

@@ -38,6 +38,7 @@ class Fair(ClientUpdate):
 
     q: float = 1.0
     makes: ClassVar[tuple[str, ...]] = ("update", "scale")
+    numbers: ClassVar[tuple[str, ...]] = ("scale",)
     weighting: ClassVar[str | None] = "uniform"
 
     def __post_init__(self) -> None:

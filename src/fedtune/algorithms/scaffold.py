@@ -46,6 +46,7 @@ class Controlled(ClientUpdate):
 
     option: int = 2
     makes: ClassVar[tuple[str, ...]] = ("update", "control")
+    alike: ClassVar[tuple[str, ...]] = ("update", "control")
     weighting: ClassVar[str | None] = "uniform"
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from fedtune.errors import ClientError, Elsewhere, RunError, UsageError
+from fedtune.federated.feedback import fed_back, received
 from fedtune.federated.memory import ClientMemory
 from fedtune.federated.messages import ClientReport, Context, Reply, Request, Stage, bytes_of, decoded, encoded
 from fedtune.federated.optimisation import Filter, Optimisation, training_only
@@ -204,13 +205,15 @@ def _of_some(correct: Correction, names: Container[str]) -> Correction:
 class ClientUpdate(abc.ABC):
     """What a client does in a round: the part of an algorithm that runs at the client. A frozen dataclass of plain values.
 
-    `makes` names the groups that it sends. `weighting` is "uniform" where all clients must weigh the same. `personal` is
-    "model" where it keeps one of the client's own (`Client.keep`), "part" where it works with that which stays with the client.
-    One for `adapters` is refused for a module without; `ranks` are those of the clients' adapters, dealt out by seed. One that
-    `alternates` trains other tensors from round to round (`trains`).
+    `makes` names the groups that it sends, `alike` those with a tensor for each weight that it trains, `numbers` those of
+    numbers. `weighting` is "uniform" where all clients must weigh the same. `personal` is "model" where it keeps one of its own
+    (`Client.keep`), "part" where it works with that which stays with the client. One for `adapters` is refused for a module
+    without; `ranks` are those of the clients' adapters, dealt out by seed. `alternates`: see `trains`.
     """
 
     makes: ClassVar[tuple[str, ...]] = ("update",)
+    alike: ClassVar[tuple[str, ...]] = ("update",)
+    numbers: ClassVar[tuple[str, ...]] = ()
     weighting: ClassVar[str | None] = None
     personal: ClassVar[str | None] = None
     adapters: ClassVar[bool] = False
@@ -263,11 +266,14 @@ class Worker:
         """
         device, number = self.training.module.device, request.client
         adapters, rank = context.adapters, context.adapters.rank_of(number)
-        groups = decoded(request.groups, self.down, context)
+        memory = self.memory.load(number, request.round)
+        receive = received if any(stage.feedback for stage in self.down) else decoded
+        groups = receive(request.groups, self.down, replace(context, memory=memory))
+        here = replace(context.of(number), weights=groups["weights"])
         groups["weights"] = adapters.received(groups["weights"], rank)
         home = next(iter(groups["weights"].values())).device
         request = replace(request, groups=groups if home == device else mapped(groups, lambda _, tensor: tensor.to(device)))
-        memory = mapped(self.memory.load(number, request.round), lambda _, tensor: tensor.to(device))
+        memory = mapped(memory, lambda _, tensor: tensor.to(device))
         client = Client(self, request, memory, context)
         try:
             with seeded(context.seed, "client", request.round, number), adapters.at_rank(self.training.module, rank):
@@ -285,9 +291,10 @@ class Worker:
             groups = groups | {"buffers": client.buffers}
         if rank is not None:
             groups = groups | {"update": adapters.sent(groups["update"], rank)}
-        self.memory.save(number, request.round, client.memory)
         if home != device:
             groups = mapped(groups, lambda _, tensor: tensor.to(home))
-        groups = encoded(groups, self.up, context.of(number))
+        encode = fed_back if any(stage.feedback for stage in self.up) else encoded
+        groups = encode(groups, self.up, replace(here, memory=client.memory))
+        self.memory.save(number, request.round, client.memory)
         report = client.reports[-1]
         return Reply(number, report.num_examples, groups, report, bytes_of(groups), {} if self.up else client.pieces(groups))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from fedtune.federated.pieces import Pieces
 from fedtune.randomness import stream
 from fedtune.tensors import Groups, Tensors, num_bytes
 
-_AS_THEY_ARE = ("buffers", "base")
+AS_THEY_ARE = ("buffers", "base")  # groups that no stage touches
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Context:
         max_weight: the most examples that a round can have, each epoch counted.
         client: whose message it is; None on the server.
         answered: in a server step, the clients whose replies count.
-        weights: in a server step, what the server sent.
+        weights: what the server sent; of a client's message, as that client has it.
+        memory: what the sender of a message remembers; a stage that adds to it finds it so when next it encodes there.
         adapters: those of the module.
     """
 
@@ -52,11 +54,13 @@ class Context:
     client: int | None = None
     answered: tuple[int, ...] = ()
     weights: Tensors = field(default_factory=dict, compare=False, repr=False)
+    memory: Groups = field(default_factory=dict, compare=False, repr=False)
     adapters: Adapters = field(default_factory=Adapters, compare=False, repr=False)
 
     def of(self, client: int) -> Context:
-        """The same for one client's message."""
-        return replace(self, client=client)
+        """The same for one client's message, of a sender who remembers nothing."""
+        weights = self.adapters.narrowed(self.weights, self.adapters.rank_of(client))
+        return replace(self, client=client, weights=weights, memory={})
 
     def rng(self, purpose: str) -> np.random.Generator:
         """Random numbers of this place and purpose, the same whenever they are drawn."""
@@ -128,8 +132,12 @@ class Failure:
 class Stage(abc.ABC):
     """What happens to a message on its way: compression, a mask. `decode` is given what `encode` made.
 
-    Both return new groups and leave those that they were given as they are.
+    Both return new groups and leave those that they were given as they are. `feedback`: what a message lacks is made up for by
+    the next one (`federated.feedback`). One that `leads` works on tensors of the weights' shapes alone, so before other stages.
     """
+
+    feedback: bool = False
+    leads: ClassVar[bool] = False
 
     @abc.abstractmethod
     def encode(self, groups: Groups, context: Context) -> Groups:
@@ -142,18 +150,18 @@ class Stage(abc.ABC):
 
 def encoded(groups: Groups, stages: tuple[Stage, ...], context: Context) -> Groups:
     """Groups after all stages, buffers and the base apart, which travel as they are."""
-    rest = {name: group for name, group in groups.items() if name not in _AS_THEY_ARE}
+    rest = {name: group for name, group in groups.items() if name not in AS_THEY_ARE}
     for stage in stages:
         rest = stage.encode(rest, context)
-    return rest | {name: groups[name] for name in groups if name in _AS_THEY_ARE}
+    return rest | {name: groups[name] for name in groups if name in AS_THEY_ARE}
 
 
 def decoded(groups: Groups, stages: tuple[Stage, ...], context: Context) -> Groups:
     """Groups before `encoded`."""
-    rest = {name: group for name, group in groups.items() if name not in _AS_THEY_ARE}
+    rest = {name: group for name, group in groups.items() if name not in AS_THEY_ARE}
     for stage in reversed(stages):
         rest = stage.decode(rest, context)
-    return rest | {name: groups[name] for name in groups if name in _AS_THEY_ARE}
+    return rest | {name: groups[name] for name in groups if name in AS_THEY_ARE}
 
 
 def bytes_of(groups: Groups) -> int:

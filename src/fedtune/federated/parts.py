@@ -167,6 +167,32 @@ class Algorithm:
         if left := set(sent) - handled:
             steps = ", ".join(names) or "no step"
             raise UsageError("algorithm.server", steps, f"for {client}, one that takes {', '.join(sorted(left))}")
+        for direction in ("up", "down"):
+            _check_stages(self, direction)
+
+
+def _check_stages(algorithm: Algorithm, direction: str) -> None:
+    """Raise `UsageError` where the stages of a direction do not go together, or not with the algorithm."""
+    stages: tuple[Stage, ...] = getattr(algorithm, direction)
+    names, argument = [type(stage).__name__ for stage in stages], f"algorithm.{direction}"
+    if len(set(names)) < len(names):
+        raise UsageError(argument, names, "stages of different classes")
+    for place, stage in enumerate(stages):
+        if stage.leads and place:
+            raise UsageError(argument, names, f"{names[place]} before all others, as it knows the weights' shapes alone")
+        if stage.leads and direction == "down" and not stage.feedback:
+            raise UsageError(
+                f"{argument}.feedback", False, f"for {names[place]}, true: of whole weights it would leave too little"
+            )
+    if not any(stage.feedback for stage in stages):
+        return
+    if direction == "down" and algorithm.client.ranks:
+        raise UsageError(argument, names, "with clients of several ranks, stages without feedback")
+    if direction == "up" and algorithm.aggregator.adapters:
+        who = type(algorithm.aggregator).__name__
+        raise UsageError(
+            argument, names, f"for {who}, stages without feedback: it sets A and B anew, for which no error is kept"
+        )
 
 
 ROLES: dict[str, type[Any]] = {

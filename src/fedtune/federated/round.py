@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-from fedtune.errors import RunError
+from fedtune.errors import RunError, shown
 from fedtune.federated.agreement import RunningAgreement
 from fedtune.federated.base import bytes_needed, counted, moving
+from fedtune.federated.feedback import MEMORY, changes, held, holders
 from fedtune.federated.messages import ClientReport, Context, Failure, Position, Reply, Request, bytes_of, decoded, encoded
 from fedtune.federated.parts import Algorithm, Runtime
 from fedtune.federated.pieces import Pieces
@@ -55,7 +56,9 @@ def run_round(
         RunError: too few replies count, a client's training had to stop, or nothing is left to average.
     """
     began = time.perf_counter()
-    requests = _requests(state, algorithm, context, options)
+    sent = _sent(state, algorithm, context, options)
+    context = replace(context, weights=sent["weights"])
+    requests, kept = _requests(state, algorithm, context, sent)
     with _stacks(state, context, runtime, options) as stacks:
         inbox = _Inbox(state, algorithm, context, runtime, options, stacks)
         groups = algorithm.aggregator(inbox.replies(requests), state, context, runtime)
@@ -67,11 +70,13 @@ def run_round(
     agreement, diagnostics = inbox.agreement.result(mean, runtime), inbox.distance(mean)
     diagnostics |= {} if error is None else {"adapter_error": error}
     answered = tuple(sorted(report.client for report in runtime.gather(inbox.reports)))
-    here = replace(context, answered=answered, weights=_sent(state, algorithm, context, options)["weights"])
+    here = replace(context, answered=answered)
     groups, memory = stepped(groups, state, algorithm, here)
     diagnostics |= lengths(memory)
     if base := moving(algorithm, context.adapters):
         memory |= counted(state, here, groups)
+    if kept:
+        memory |= held(kept, answered)
     if options.buffers - options.personal:
         groups |= inbox.buffers.mean(runtime)
     reports = sorted(runtime.gather(inbox.reports), key=lambda report: report.client)
@@ -147,7 +152,10 @@ class _Inbox:
             return reply
         self.bytes_up += reply.bytes_up
         context, aggregator = self._context, self._algorithm.aggregator
-        groups = decoded(reply.groups, self._algorithm.up, context.of(reply.client))
+        try:
+            groups = decoded(reply.groups, self._algorithm.up, context.of(reply.client))
+        except Exception as error:  # of whatever kind: a client may have sent anything
+            return Failure(reply.client, f"its message cannot be decoded: {type(error).__name__} {shown(str(error))}")
         wrong = self._misshapen(groups, reply.client) or self._overweight(reply)
         if wrong:
             return Failure(reply.client, wrong)
@@ -173,18 +181,27 @@ class _Inbox:
         return reply
 
     def _misshapen(self, groups: Groups, client: int) -> str | None:
-        """What is wrong with the names and shapes of an update, if anything."""
-        adapters, trains = self._context.adapters, self._algorithm.client.trains
-        others = self._options.buffers | self._options.personal | moving(self._algorithm, adapters)
-        weights = adapters.narrowed(without(self._state.weights, others), adapters.rank_of(client))
-        expected = {name: tensor.shape for name, tensor in weights.items() if trains(name, self._context.round)}
-        found = {name: tensor.shape for name, tensor in groups.get("update", {}).items()}
-        different = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
-        if not different:
-            return None
-        name = different[0]
-        came, wanted = (tuple(shapes[name]) if name in shapes else "nothing" for shapes in (found, expected))
-        return f"its update has {came} for {name}, where {wanted} belongs"
+        """What is wrong with the names and shapes of groups and tensors, if anything."""
+        part, trains = self._algorithm.client, self._algorithm.client.trains
+        sent = {name: tensor for name, tensor in self._context.of(client).weights.items() if trains(name, self._context.round)}
+        averaged = self._options.buffers - self._options.personal
+        wanted = dict.fromkeys(part.alike, sent)
+        wanted |= {"buffers": {name: self._state.weights[name] for name in averaged}} if averaged else {}
+        for group, like in wanted.items():
+            expected, found = (
+                {name: tuple(tensor.shape) for name, tensor in those.items()} for those in (like, groups.get(group, {}))
+            )
+            for name in {**expected, **found}:
+                if expected.get(name) != found.get(name):
+                    came, belongs = found.get(name, "nothing"), expected.get(name, "nothing")
+                    return f"its {group} has {came} for {name}, where {belongs} belongs"
+                if group in part.alike and not groups[group][name].is_floating_point():
+                    return f"its {group} has whole numbers for {name}"
+        makes = {*part.makes, *wanted}
+        if groups.keys() != makes:
+            return f"it has the groups {shown(sorted(groups))}, where {shown(sorted(makes))} belong"
+        several = [name for group in part.numbers for name, tensor in groups[group].items() if tensor.ndim]
+        return f"it has several numbers for {several[0]}, where one belongs" if several else None
 
     def _overweight(self, reply: Reply) -> str | None:
         if 0 <= reply.weight <= self._context.max_weight:
@@ -228,17 +245,23 @@ def _stacks(state: ServerState, context: Context, runtime: Runtime, options: Rou
         yield found
 
 
-def _requests(state: ServerState, algorithm: Algorithm, context: Context, options: RoundOptions) -> list[Request]:
-    """One for each client of the round; what goes to those of one rank is the same."""
-    adapters, groups = context.adapters, _sent(state, algorithm, context, options)
+def _requests(state: ServerState, algorithm: Algorithm, context: Context, groups: Groups) -> tuple[list[Request], Groups]:
+    """One for each client of the round, and what the server remembers of them; what goes to those of one rank is the same."""
+    adapters, kept = context.adapters, Groups()
     if base := {name: state.weights[name] for name in moving(algorithm, adapters)}:
-        groups["base"] = base
-    ranks = {client: adapters.rank_of(client) for client in context.cohort}
-    sent = {
-        rank: encoded(groups | {"weights": adapters.narrowed(groups["weights"], rank)}, algorithm.down, context)
-        for rank in dict.fromkeys(ranks.values())
-    }
-    return [Request(context.round, client, state.position, context.cohort, sent[ranks[client]]) for client in context.cohort]
+        groups = groups | {"base": base}
+    if any(stage.feedback for stage in algorithm.down):
+        before = state.memory.get(MEMORY, {})
+        small, whole, kept = changes(groups, before, algorithm.down, context)
+        sent = {client: small if client in holders(before) else whole for client in context.cohort}
+    else:
+        ranks = {client: adapters.rank_of(client) for client in context.cohort}
+        of_rank = {
+            rank: encoded(groups | {"weights": adapters.narrowed(groups["weights"], rank)}, algorithm.down, context)
+            for rank in dict.fromkeys(ranks.values())
+        }
+        sent = {client: of_rank[rank] for client, rank in ranks.items()}
+    return [Request(context.round, client, state.position, context.cohort, sent[client]) for client in context.cohort], kept
 
 
 def _sent(state: ServerState, algorithm: Algorithm, context: Context, options: RoundOptions) -> Groups:
