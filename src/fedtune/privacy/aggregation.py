@@ -76,10 +76,10 @@ class PrivateMean(Aggregator):
         found = sums.mean(runtime, over=self.denominator).get("update", {})
         noise, scale = standard_normal(self.named(state, context), context), self._of_sum() * clip
         if isinstance(self.mechanism, Banded):
-            noise, groups["past"] = self._correlated(noise, memory.get("past", {}))
+            noise, groups["past"] = correlated(self.mechanism, noise, memory.get("past", {}))
             scale *= sensitivity(bands(self.mechanism.bands))
         if isinstance(self.mechanism, AdaptiveGaussian):
-            groups["clip"] = {"clip": self._next_clip(clip, sum(runtime.gather([halves])), context)}
+            groups["clip"] = {"clip": self._next_clip(self.mechanism, clip, sum(runtime.gather([halves])), context)}
         groups["update"] = {
             name: drawn * (scale / self.denominator) + found.get(name, torch.zeros_like(drawn)) for name, drawn in noise.items()
         }
@@ -129,30 +129,29 @@ class PrivateMean(Aggregator):
             return self.noise
         return noise_of_sum(self.noise, self.count_noise)
 
-    def _next_clip(self, clip: float, halves: float, context: Context) -> Tensor:
-        assert isinstance(self.mechanism, AdaptiveGaussian)
+    def _next_clip(self, mechanism: AdaptiveGaussian, clip: float, halves: float, context: Context) -> Tensor:
         drawn = float(context.rng("privacy count").standard_normal())
         share = (halves + self.count_noise * drawn) / self.denominator + 0.5
-        moved = clip * math.exp(-self.mechanism.clip_rate * (share - self.mechanism.quantile))
+        moved = clip * math.exp(-mechanism.clip_rate * (share - mechanism.quantile))
         return torch.tensor(moved, dtype=torch.float64)
 
-    def _correlated(self, fresh: Tensors, past: Tensors) -> tuple[Tensors, Tensors]:
-        """C^-1 z of this round, and the last ones, "1/name" being the newest."""
-        assert isinstance(self.mechanism, Banded)
-        column = bands(self.mechanism.bands)
-        found = {}
-        for name, drawn in fresh.items():
-            value = drawn
-            for back in range(1, len(column)):
-                if f"{back}:{name}" in past:
-                    value = value - column[back] * past[f"{back}:{name}"].to(value)
-            found[name] = value
-        kept = {f"1:{name}": value for name, value in found.items()} if len(column) > 1 else {}
-        for key, value in past.items():
-            back, _, name = key.partition(":")
-            if int(back) + 1 < len(column):
-                kept[f"{int(back) + 1}:{name}"] = value
-        return found, kept
+
+def correlated(mechanism: Banded, fresh: Tensors, past: Tensors) -> tuple[Tensors, Tensors]:
+    """C^-1 z of a round, by forward substitution, and what the next round needs of it and the rounds before.
+
+    Args:
+        fresh: z of this round.
+        past: as it was returned for the round before: "1:NAME" is C^-1 z of the last round, "2:NAME" of the one before.
+    """
+    column, found = bands(mechanism.bands), {}
+    for name, drawn in fresh.items():
+        known = [(back, past.get(f"{back}:{name}")) for back in range(1, len(column))]
+        found[name] = sum((-column[back] * value.to(drawn) for back, value in known if value is not None), start=drawn)
+    kept = {}
+    for back in range(1, len(column)):
+        before = found if back == 1 else {name: past[f"{back - 1}:{name}"] for name in fresh if f"{back - 1}:{name}" in past}
+        kept |= {f"{back}:{name}": value for name, value in before.items()}
+    return found, kept
 
 
 def noise_of_sum(noise: float, count_noise: float) -> float:
