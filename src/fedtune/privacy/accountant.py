@@ -62,6 +62,7 @@ def _library() -> Any:
     return dp_accounting
 
 
+@functools.lru_cache(maxsize=256)
 def epsilon_by(accountant: str, release: Release, count: int, delta: float) -> float:
     """Epsilon of `count` releases at `delta`, by "rdp" or "pld"; 0 of none.
 

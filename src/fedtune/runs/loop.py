@@ -268,10 +268,8 @@ class FederatedLoop:
         )
 
         def next_round(state: ServerState) -> RoundResult:
-            number = state.round + 1
-            drawn = (
-                plan.cohort(self.seed, number) if plan else cohort(self.seed, number, data.num_clients, self.clients_per_round)
-            )
+            number, size = state.round + 1, self.clients_per_round
+            drawn = plan.cohort(self.seed, number) if plan else cohort(self.seed, number, data.num_clients, size)
             context = Context(self.seed, number, data.num_clients, tuple(drawn), most, adapters=adapters)
             worker.personal.update({name: state.weights[name] for name in names})  # the server's stay as they were at first
             result = run_round(state, algorithm, context, runtime, options)
