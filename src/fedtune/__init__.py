@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fedtune.models.modernbert import ModernBertClassifier
     from fedtune.models.pretrained import MODELS
     from fedtune.models.roberta import RobertaClassifier
+    from fedtune.privacy.mechanisms import PRIVACY
     from fedtune.reports.cells import compare
     from fedtune.reports.curves import plot_grid
     from fedtune.reports.results import read_runs
@@ -68,6 +69,7 @@ _HOME = {
     "LoadedRun": "runs.loading",
     "Lora": "models.adapters",
     "MODELS": "models.pretrained",
+    "PRIVACY": "privacy.mechanisms",
     "RoundRecord": "storage.records",
     "RunOptions": "runs.options",
     "RunError": "errors",
@@ -94,6 +96,7 @@ __all__ = [
     "FAMILIES",
     "FAULTS",
     "MODELS",
+    "PRIVACY",
     "SPLITS",
     "TASKS",
     "AlbertClassifier",

@@ -70,6 +70,7 @@ class Drift(ServerStep):
     """
 
     on: bool = True
+    counts: ClassVar[bool] = True
 
     def __call__(self, groups: Groups, memory: Groups, context: Context) -> tuple[Groups, Groups]:
         """One step; `drift` is -h / alpha."""

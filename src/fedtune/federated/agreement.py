@@ -68,7 +68,7 @@ class RunningAgreement:
             self._clients = {client: found for one in workers.gather([self._clients]) for client, found in one.items()}
             self._moved = sum(workers.gather([self._moved]))
         clients = [self._clients[client] for client in sorted(self._clients)]
-        total = sum(weight for weight, _ in clients)
+        total = sum(weight for weight, _ in clients) or 1  # a round that nobody answered
         drift = {
             layer: max(0.0, sum(weight * squares[layer] for weight, squares in clients) / total - moved)
             for layer, moved in of_layers(mean.squares).items()

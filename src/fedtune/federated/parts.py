@@ -65,11 +65,13 @@ class Aggregator(abc.ABC):
 class ServerStep(abc.ABC):
     """What the server makes of the aggregate: momentum, an adaptive optimizer.
 
-    `needs` names the groups that it works with, and `sends` what of its memory goes to the clients of the next round.
+    `needs` names the groups that it works with, and `sends` what of its memory goes to the clients of the next round. `counts`
+    says that what it does depends on how many clients answered.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("update",)
     sends: ClassVar[tuple[str, ...]] = ()
+    counts: ClassVar[bool] = False
 
     @abc.abstractmethod
     def __call__(self, groups: Groups, memory: Groups, context: Context) -> tuple[Groups, Groups]:

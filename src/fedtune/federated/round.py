@@ -33,7 +33,7 @@ class RoundOptions:
         buffers: the names of buffers among the server's weights.
         personal: the names of what stays with each client; the server keeps its first values, and sends none.
         agreement: whether the cosines and the drift of the clients' updates are found, and the error of adapters.
-        min_clients: as many replies must count; None for all of the cohort.
+        min_clients: as many replies must count, 0 where a round may be without any; None for all of the cohort.
         on_reply: called with each report, as replies come in.
         resting: of adapters, those factors that are frozen.
     """
@@ -84,7 +84,8 @@ def run_round(
         round=context.round,
         weights=moved_weights(state.weights, groups, mean, context),
         position=Position(
-            state.position.steps + max(report.num_steps for report in reports), state.position.epochs + options.local_epochs
+            state.position.steps + max((report.num_steps for report in reports), default=0),
+            state.position.epochs + options.local_epochs,
         ),
         examples=state.examples + sum(report.num_examples for report in reports),
         memory=memory,
@@ -222,9 +223,8 @@ class _Inbox:
 
     def _quorum(self, answered: int) -> None:
         aggregator = self._algorithm.aggregator
-        least, why = max(
-            (self._options.min_clients or 1, "min_clients is"), (aggregator.least, f"{type(aggregator).__name__} needs")
-        )
+        fewest = 1 if self._options.min_clients is None else self._options.min_clients
+        least, why = max((fewest, "min_clients is"), (aggregator.least, f"{type(aggregator).__name__} needs"))
         if answered < least:
             reasons = "; ".join(f"client {failure.client}: {failure.reason}" for failure in self.failures[:3])
             raise RunError(

@@ -159,22 +159,23 @@ class ExactSum:
         return self._weight > 0
 
     @torch.no_grad()
-    def mean(self, workers: Workers | None = None) -> Groups:
+    def mean(self, workers: Workers | None = None, over: float | None = None) -> Groups:
         """The weighted mean of all contributions, fp64, in the memory of the sums.
 
         Args:
             workers: whose sums are one; None where there is only this one.
+            over: what the sums are divided by in place of the total weight; then there may be none.
 
         Raises:
             RunError: there is nothing to average: an empty round must not become zeros.
         """
         if workers is not None:
             self._join(workers)
-        if not self._weight:
+        if not self._weight and over is None:
             raise RunError("no client contributed an example to this round; there is nothing to average")
         found: Groups = {}
         for (group, name), total in self._totals.items():
-            mean, divisor = total.numbers.view(torch.float64), self._weight * 2.0 ** self._bits(group)
+            mean, divisor = total.numbers.view(torch.float64), (over or self._weight) * 2.0 ** self._bits(group)
             for place, numbers in total.pieces():
                 if isinstance(place, slice):
                     mean.view(-1)[place] = numbers.double().div_(divisor)

@@ -10,6 +10,8 @@ from fedtune.algorithms.specification import algorithm_of
 from fedtune.errors import UsageError, at_least, one_of, shown
 from fedtune.federated.parts import Aggregator
 from fedtune.federated.remote import Remote
+from fedtune.privacy.checks import check_privacy
+from fedtune.privacy.mechanisms import plain_privacy, privacy_of
 from fedtune.runs.baselines import BASELINES
 from fedtune.runs.callbacks import FederatedCallback
 from fedtune.runs.options import RunOptions
@@ -84,6 +86,8 @@ def check_data(loop: Any, data: Any) -> None:
     if algorithm.client.ranks and knowing:
         raise UsageError("faults", knowing[0], "with clients of different ranks, one that needs no mean of their updates")
     _check_cohort(loop, algorithm.aggregator, data.num_clients)
+    if (mechanism := privacy_of(loop.privacy)) is not None:
+        check_privacy(mechanism, algorithm, data.num_clients, loop.clients_per_round, loop.options.min_clients)
 
 
 def _check_remote(loop: Any) -> None:
@@ -92,6 +96,7 @@ def _check_remote(loop: Any) -> None:
     for name, came, allowed in (
         ("baselines", list(loop.baselines), f"none {where}, as they need the data: baselines: []"),
         ("faults", plain_faults(loop._faults, strict=False), f"none {where}"),
+        ("privacy", plain_privacy(privacy_of(loop.privacy), strict=False), f"none {where}"),
         ("options.evaluation", loop.options.evaluation, f"pooled, {where}"),
     ):
         if came and came != "pooled":

@@ -27,6 +27,8 @@ def conclude(loop: Any, run: Run, directory: RunDirectory, test: Mapping[str, fl
     known |= {f"examples_{part}": _examples(baselines.evaluator, part) for part in ("test", loop.evaluate_on)}
     run.summary.update(with_known_baselines(known, directory.read_json("summary.json")))
     run.summary["peak_memory_bytes"] = max(ranks.gather([peak_memory_bytes(baselines.evaluator.training.fabric.device)]))
+    if loop.plan is not None:
+        run.summary.update(loop.plan.figures(len(run.history)), privacy=loop.plan.sentence(len(run.history)))
     run.summary.update(ranks.from_first(lambda: dict(run.summary)))
     if directory.path is not None:
         with writing(directory.path / "curves.png"):

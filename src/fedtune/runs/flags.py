@@ -17,6 +17,7 @@ from fedtune.data.splits import DEFAULTS, SPLITS, WHOLE
 from fedtune.errors import Refused, UsageError, shown
 from fedtune.models import CausalLM, TextClassifier
 from fedtune.models.adapters import lora_of
+from fedtune.privacy.mechanisms import PRIVACY, plain_privacy, privacy_of
 from fedtune.runs.building import flags
 from fedtune.runs.kinds import more_options
 from fedtune.runs.loggers import LOGGERS
@@ -38,7 +39,7 @@ def add_run_arguments(run: Parser) -> None:
     add_import_argument(run)
     add_data_arguments(run)
     _add_model_arguments(run)
-    run.add_class_arguments(FederatedLoop, "loop", skip={"run_dir", "logger", "callbacks", "algorithm"})
+    run.add_class_arguments(FederatedLoop, "loop", skip={"run_dir", "logger", "callbacks", "algorithm", "privacy"})
     run.add_argument(
         "--loop.algorithm",
         type=dict[str, Any] | str,
@@ -46,7 +47,14 @@ def add_run_arguments(run: Parser) -> None:
         help=f"one of {', '.join(ALGORITHMS)}; its parameters and parts are flags, too: --loop.algorithm.beta 0.5, "
         "--loop.algorithm.aggregator.weighting uniform, --loop.algorithm.up+=Quantise",
     )
-    run.deep += ("loop.algorithm", "model.lora", "model.init_args")
+    run.add_argument(
+        "--loop.privacy",
+        type=dict[str, Any] | str | None,
+        default=None,
+        help=f"client-level differential privacy: one of {', '.join(PRIVACY)}; its parameters are flags, too: "
+        "--loop.privacy Gaussian --loop.privacy.noise 1.0 --loop.privacy.delta 1e-5",
+    )
+    run.deep += ("loop.algorithm", "loop.privacy", "model.lora", "model.init_args")
     run.add_argument("--seed", type=int | None, default=None, help="sets data.seed, model.seed and loop.seed")
     run.add_argument("--run_dir", type=str | None, default=None, help="directory of the run; nothing is written without it")
     run.add_argument(
@@ -155,6 +163,7 @@ def resolved(options: Namespace) -> dict[str, dict[str, Any]]:
         found["loop"]["algorithm"] = specification_of(algorithm_of(found["loop"]["algorithm"]))
         check_plain("algorithm", found["loop"]["algorithm"])
         found["loop"]["faults"] = plain_faults(faults_of(found["loop"]["faults"]))
+        found["loop"]["privacy"] = plain_privacy(privacy_of(found["loop"]["privacy"]))
     if found["data"]["num_clients"] == 1 and found["data"]["split"] in WHOLE:
         found["data"] |= {"split": "iid", **DEFAULTS}
     found["data"] = {key: value for key, value in found["data"].items() if value is not None or key not in DEFAULTS}

@@ -25,6 +25,8 @@ from fedtune.federated.remote import Remote
 from fedtune.federated.round import RoundOptions, run_round
 from fedtune.federated.state import RoundResult, ServerState
 from fedtune.federated.trainer import check_module
+from fedtune.privacy.mechanisms import plain_privacy, privacy_of
+from fedtune.privacy.plan import PrivacyPlan
 from fedtune.runs.arguments import check_arguments, check_data
 from fedtune.runs.baselines import BASELINES, Baselines
 from fedtune.runs.callbacks import FederatedCallback, MonitorCheck, Run, exceptions_reported, watched
@@ -35,6 +37,7 @@ from fedtune.runs.hardware import resolve_precision
 from fedtune.runs.loggers import mirror_of
 from fedtune.runs.options import RunOptions
 from fedtune.runs.prepared import evaluated, given, look_over, prepared, watch_the_end, worker_of
+from fedtune.runs.privately import planned
 from fedtune.runs.progress import Progress
 from fedtune.runs.renamed import taken
 from fedtune.runs.rounds import Rounds
@@ -64,6 +67,8 @@ class FederatedLoop:
             the same configuration, that run goes on. None writes nothing.
         faults: what goes wrong on purpose with some clients: names of `fedtune.FAULTS`, or dictionaries with a name and values
             ({"name": "Drop", "rate": 0.3}).
+        privacy: client-level differential privacy: a name of `fedtune.PRIVACY`, or a dictionary with it and its values
+            ({"name": "Gaussian", "noise": 1.0}). Cohorts are then drawn as it says, `clients_per_round` in the mean.
         algorithm: a name of `fedtune.ALGORITHMS`, an `Algorithm`, or a dictionary as in `fedtune.algorithms.specification`.
         precision: "auto" (bf16 mixed where the hardware has it, else fp32), "32-true" or 32, "bf16-mixed".
         accelerator: as in Lightning: "auto", "cpu", "gpu".
@@ -87,7 +92,8 @@ class FederatedLoop:
     Raises:
         UsageError: a value outside of what is allowed; in `fit` also a run directory of another configuration.
 
-    After `fit`: `data`, `history` (round records), `summary` (as in summary.json), `baseline_runs` (name -> records).
+    After `fit`: `data`, `history` (round records), `summary` (as in summary.json), `baseline_runs` (name -> records), `plan`
+    (of the privacy, or None).
     """
 
     max_rounds: int = 10
@@ -97,6 +103,7 @@ class FederatedLoop:
     run_dir: str | None = None
     algorithm: str | Mapping[str, Any] | Algorithm = "fedavg"
     faults: Sequence[Any] = ()
+    privacy: Any = None
     precision: str = "auto"
     accelerator: str = "auto"
     gradient_clip_val: float | None = None
@@ -122,6 +129,7 @@ class FederatedLoop:
     history: list[RoundRecord] = field(default_factory=History, init=False, repr=False)
     baseline_runs: dict[str, list[Any]] = field(default_factory=dict, init=False, repr=False)
     summary: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    plan: PrivacyPlan | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_arguments(self)
@@ -129,6 +137,7 @@ class FederatedLoop:
         self._position = Position()
         resolve_precision(self.precision, self.accelerator)
         self._algorithm, self._faults = algorithm_of(self.algorithm), faults_of(self.faults)
+        self._privacy = privacy_of(self.privacy)
         if self.fast_dev_run:
             self.max_rounds, self.check_val_every_n_rounds, self.run_dir, self.logger = 1, 1, None, "none"
             self.limit_train_batches = self.limit_val_batches = self.limit_test_batches = int(self.fast_dev_run)
@@ -220,6 +229,7 @@ class FederatedLoop:
         own = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.init}
         own["algorithm"] = specification_of(self._algorithm, strict=self.run_dir is not None)
         own["faults"] = plain_faults(self._faults, strict=self.run_dir is not None)
+        own["privacy"] = plain_privacy(self._privacy, strict=self.run_dir is not None)
         own["options"] = dataclasses.asdict(self.options)
         # a continuation on other hardware must not change the precision in silence
         own["precision"] = resolve_precision(self.precision, self.accelerator)
@@ -227,13 +237,14 @@ class FederatedLoop:
         self.config = describe(module, data, {name: value for name, value in own.items() if name not in _NOT_CONFIG})
         if self.run_dir is not None:
             identified(self.config)
-        run = Run(self.config, data, self.max_rounds, self.run_dir, progress.line)
+        self.plan, most = planned(self, data.num_clients, progress)
+        run = Run(self.config, data, most, self.run_dir, progress.line)
         self.data, self.history, self.summary, self.baseline_runs = data, run.history, run.summary, {}
         return run
 
     def _federated(self, rounds: Rounds, run: Run, adapters: Adapters) -> ServerState:
         """The rounds of the federation."""
-        training, data, algorithm = rounds.evaluator.training, run.data, self._algorithm
+        training, data, algorithm, plan = rounds.evaluator.training, run.data, self._algorithm, self.plan
         hooks = [one for one in self._hooked if type(one).on_client_end is not FederatedCallback.on_client_end]
 
         def client_ended(report: ClientReport) -> None:
@@ -247,29 +258,30 @@ class FederatedLoop:
         else:
             runtime = runtime_of(worker, ranks, self.options.on_client_error, self._faults)
             most = max_weight(data, self.local_epochs)
+        algorithm = algorithm if plan is None else plan.algorithm(algorithm, frozenset(buffers(training.module)), names)
         lenient = bool(self._faults) or self.options.on_client_error == "drop"
         options = RoundOptions(
             self.local_epochs,
             frozenset(buffers(training.module)),
             names,
-            self.options.agreement,
-            self.options.min_clients or (1 if lenient else None),
+            self.options.agreement and plan is None,  # of updates as they came, which say little of a mean with noise
+            0 if plan else self.options.min_clients or (1 if lenient else None),
             rounds.progress.client,
             resting_factors(training.module, adapters),
         )
 
         def next_round(state: ServerState) -> RoundResult:
-            number = state.round + 1
-            drawn = cohort(self.seed, number, data.num_clients, self.clients_per_round)
+            number, size = state.round + 1, self.clients_per_round
+            drawn = plan.cohort(self.seed, number) if plan else cohort(self.seed, number, data.num_clients, size)
             context = Context(self.seed, number, data.num_clients, tuple(drawn), most, adapters=adapters)
             worker.personal.update({name: state.weights[name] for name in names})  # the server's stay as they were at first
             result = run_round(state, algorithm, context, runtime, options)
             if ranks.size > 1:
                 check_weights(result.state.weights, number, ranks)
             restore_counters(training.module, worker.counters)  # those of the last client mean nothing to the average
-            return result
+            return result if plan is None else plan.noted(result)
 
-        with rounds.progress.phase("federated", self.max_rounds, self.clients_per_round or data.num_clients):
+        with rounds.progress.phase("federated", run.max_rounds, self.clients_per_round or data.num_clients):
             return rounds.play(run, rounds.directory.start, next_round, self._hooked)
 
     def _plan(self, num_clients: int, processes: int) -> Plan:

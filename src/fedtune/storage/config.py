@@ -22,7 +22,8 @@ from fedtune.version import __version__
 KEPT = {"loop.options.keep", "loop.options.progress", "loop.options.baseline_dir", "loop.monitor", "loop.mode", "loop.runtime"}
 KEPT |= {"loop.options.imports"}  # what they register is named where it is used
 # what may differ between the start of a run and its continuation: no number of a finished round depends on it
-_FREE = {"run_dir", "logger", "loop.max_rounds", "loop.baselines", "loop.options.local_clients", "content.label_names"} | KEPT
+_FREE = {"run_dir", "logger", "loop.max_rounds", "loop.baselines", "loop.options.local_clients"} | KEPT
+_FREE |= {"content.label_names", "content.privacy"}  # who exports the run has the names, who reads it what may be said of it
 _DEEPEST = 50  # levels of a configuration
 
 # what runs of earlier versions have not written
@@ -30,6 +31,7 @@ _LATER = {"model.from", "data.from", "data.num_clients"}
 # what runs of earlier versions did not have, and the value at which it does nothing: there it is left out
 NEUTRAL: dict[str, Any] = {
     "loop.faults": [],
+    "loop.privacy": None,
     "loop.options.on_client_error": "stop",
     "model.lora": None,
     "model.gradient_checkpointing": False,
@@ -41,7 +43,7 @@ NEUTRAL: dict[str, Any] = {
     "loop.options.imports": [],
 }
 AS_GIVEN = "_as_the_command_line_has_it"  # an attribute of a module of another's class that a command has built
-_NOT_OF_BASELINES = ("loop.algorithm.", "loop.faults", "loop.options.on_client_error")
+_NOT_OF_BASELINES = ("loop.algorithm.", "loop.faults", "loop.privacy", "loop.options.on_client_error")
 
 
 def describe(module: Any, data: Any, loop: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ class RoundRecord:
 
     Args:
         metrics: what the module logged when the averaged model was evaluated; `record.accuracy` reads it, too.
-        train_loss_nats: mean training loss over the examples of the round.
+        train_loss_nats: mean training loss over the examples of the round; no number where nobody answered.
         train_metrics: what else the module logged in training, means over the examples of the round.
         num_clients, num_examples, num_steps, num_tokens: trained in this round (tokens without padding).
         bytes_up, bytes_down: sent by the clients, and to them.
@@ -75,7 +76,9 @@ class RoundRecord:
         return cls(
             round=result.state.round,
             metrics=metrics,
-            train_loss_nats=sum(report.train_loss_nats * report.num_examples for report in reports) / examples,
+            train_loss_nats=(
+                sum(report.train_loss_nats * report.num_examples for report in reports) / examples if reports else math.nan
+            ),
             num_clients=len(reports),
             num_examples=examples,
             num_steps=sum(report.num_steps for report in reports),
@@ -156,7 +159,7 @@ _FORM: dict[str, Check] = {  # of a line of rounds.jsonl, metrics apart
     "round": checks.count,
     **dict.fromkeys(_COUNTS, checks.count),
     **dict.fromkeys(_TIMES, checks.not_negative),
-    "train_loss_nats": checks.finite,
+    "train_loss_nats": checks.measured,
     "mean_update_norm": checks.length,
     "update_cosine": checks.finite_or_none,
     "drift": checks.measured_by_name,
@@ -191,6 +194,8 @@ def _part(found: Any, name: str, form: Mapping[str, Check], optional: Sequence[s
 
 def _agrees(record: RoundRecord) -> None:
     """Raise `ValueError` where the numbers of a round are not those of its clients."""
+    if record.clients:
+        checks.finite("train_loss_nats", record.train_loss_nats)
     if len(set(record.cohort)) < len(record.cohort):
         raise ValueError(f"clients are {shown(record.cohort)}, where each belongs once")
     sums = {name: sum(getattr(one, name) for one in record.clients) for name in ("num_examples", "num_steps", "num_tokens")}

@@ -1,0 +1,136 @@
+"""What rounds of noise come to: epsilon by two accountants of `dp-accounting`, the noise for an epsilon, the rounds within one.
+
+    RDP    Mironov 2017, "Rényi Differential Privacy"; Mironov et al. 2019 (Poisson sampling); Wang, Balle and
+           Kasiviswanathan 2019 (fixed sizes)
+    PLD    Koskela et al. 2020; Doroshenko et al. 2022: privacy loss distributions, tighter, as upper bounds
+
+Epsilon is that of (epsilon, delta) differential privacy; smaller is more private.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fedtune.errors import UsageError
+
+ACCOUNTANTS = ("pld", "rdp", "classical")
+LEAST_NOISE, MOST_NOISE = 0.2, 1e6  # what is searched for a noise multiplier
+_MOST_COUNT = 2**40
+
+
+@dataclass(frozen=True)
+class Release:
+    """One noisy sum, as an accountant sees it.
+
+    Args:
+        rate: the probability with which a client is in it, or the share of clients that is.
+        noise: standard deviation of the noise over what one client can move the sum by.
+        fixed: (cohort, clients) where cohorts of a fixed size are drawn without replacement; None where each client is drawn by
+            itself, or all are there.
+    """
+
+    rate: float
+    noise: float
+    fixed: tuple[int, int] | None = None
+
+    def event(self) -> Any:
+        """In the words of `dp-accounting`."""
+        events = _library().dp_event
+        gaussian = events.GaussianDpEvent(self.noise)
+        if self.fixed is not None:
+            return events.SampledWithoutReplacementDpEvent(self.fixed[1], self.fixed[0], gaussian)
+        return events.PoissonSampledDpEvent(self.rate, gaussian) if self.rate < 1 else gaussian
+
+
+def check_installed() -> None:
+    """Raise `UsageError` where the package is missing."""
+    _library()
+
+
+@functools.cache
+def _library() -> Any:
+    try:
+        import dp_accounting
+    except ImportError as error:
+        raise UsageError(
+            "privacy", "no package dp-accounting", "after: pip install 'fedtune[privacy]' (the package dp-accounting)"
+        ) from error
+    return dp_accounting
+
+
+@functools.lru_cache(maxsize=256)
+def epsilon_by(accountant: str, release: Release, count: int, delta: float) -> float:
+    """Epsilon of `count` releases at `delta`, by "rdp" or "pld"; 0 of none.
+
+    Raises:
+        UsageError: by "pld", of cohorts of a fixed size, for which there is no such accountant.
+    """
+    if count == 0:
+        return 0.0
+    if accountant == "rdp":
+        return epsilon_of_rdp(*rdp_of(release), count, delta)
+    if release.fixed is not None:
+        raise UsageError("privacy.accountant", accountant, "rdp, for cohorts of a fixed size")
+    return float(_library().pld.PLDAccountant().compose(release.event(), count).get_epsilon(delta))
+
+
+@functools.lru_cache(maxsize=8)
+def rdp_of(release: Release) -> tuple[Any, Any]:
+    """(orders,) the orders and the Rényi divergences of one release."""
+    library = _library()
+    relations = library.NeighboringRelation
+    relation = relations.ADD_OR_REMOVE_ONE if release.fixed is None else relations.REPLACE_ONE
+    found = library.rdp.RdpAccountant(neighboring_relation=relation).compose(release.event())
+    return found.orders, found.rdp
+
+
+def epsilon_of_rdp(orders: Any, divergences: Any, count: int, delta: float) -> float:
+    """Epsilon from the Rényi divergences of one release, `count` times."""
+    found, _ = _library().rdp.compute_epsilon(orders, count * divergences, delta)
+    return float(found)
+
+
+def noise_for(make: Callable[[float], Release], count: int, delta: float, epsilon: float, accountant: str) -> float:
+    """The least noise, to a part in 100,000, with which `count` releases stay within `epsilon`.
+
+    Args:
+        make: from a noise multiplier to a release.
+
+    Raises:
+        UsageError: an epsilon that needs less noise than 0.2, which is as good as none, or more than 1,000,000.
+    """
+
+    def within(noise: float) -> bool:
+        return epsilon_by(accountant, make(noise), count, delta) <= epsilon
+
+    if accountant == "classical":
+        return math.sqrt(2 * math.log(1.25 / delta)) / epsilon
+    high = 1.0
+    while not within(high):
+        high *= 2
+        if high > MOST_NOISE:
+            raise UsageError("privacy.epsilon", epsilon, f"an epsilon that needs noise up to {MOST_NOISE:g} times the clip")
+    low = high / 2
+    while within(low):
+        high, low = low, low / 2
+        if high < LEAST_NOISE:
+            raise UsageError("privacy.epsilon", epsilon, f"an epsilon that needs noise from {LEAST_NOISE} times the clip on")
+    while high - low > 1e-5 * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if within(middle) else (middle, high)
+    return high
+
+
+def count_within(release: Release, delta: float, epsilon: float, accountant: str) -> int:
+    """How many releases stay within `epsilon`."""
+    low, high = 0, 1
+    while high < _MOST_COUNT and epsilon_by(accountant, release, high, delta) <= epsilon:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if epsilon_by(accountant, release, middle, delta) <= epsilon else (low, middle)
+    return low

@@ -1,0 +1,161 @@
+"""Mechanisms of client-level differential privacy, as parts of plain values.
+
+Gaussian            McMahan et al. 2018, "Learning Differentially Private Recurrent Language Models": fixed clipping
+AdaptiveGaussian    Andrew et al. 2021, "Differentially Private Learning with Adaptive Clipping"
+Banded              Choquette-Choo et al. 2023, "(Amplified) Banded Matrix Factorization: A unified approach to private
+                    training"; the bands are those of Kalinin and Lampert 2024, "Banded Square Root Matrix Factorization
+                    for Differentially Private Model Training"
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+from fedtune.errors import UsageError, at_least, one_of
+from fedtune.federated.values import made, plain
+from fedtune.privacy.accountant import ACCOUNTANTS
+
+SAMPLINGS = ("poisson", "fixed")
+NEIGHBOURS = ("add_or_remove_one", "replace_one")
+OF_SAMPLING = dict(zip(SAMPLINGS, NEIGHBOURS, strict=True))
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """What all have in common. The number of clients in a round, in the mean, is the loop's `clients_per_round`.
+
+    Args:
+        noise: z, standard deviation of the noise on the sum of clipped updates, in units of the clip; 0: found for `epsilon`
+            and `rounds`.
+        epsilon: the budget; 0: none. With `noise` it says how many rounds there may be.
+        delta: of (epsilon, delta); below 1 / num_clients.
+        rounds: for which noise is found, or after which the budget is used up; 0: not said.
+        clip: C, the largest Euclidean length of an update (in AdaptiveGaussian: the first).
+        accountant: which of "pld" and "rdp" finds noise and rounds; "": pld where there is one for the sampling. "classical",
+            sqrt(2 ln(1.25 / delta)) / epsilon, holds for one round with everyone and an epsilon up to 1.
+        sampling: "poisson": each client is in a round with probability q = clients_per_round / num_clients; "fixed": cohorts of
+            clients_per_round, whose epsilon is larger.
+        neighbours: what two federations differ by that cannot be told apart: "add_or_remove_one" client (with poisson),
+            "replace_one" (with fixed); "": that of the sampling.
+    """
+
+    noise: float = 0.0
+    epsilon: float = 0.0
+    delta: float = 1e-5
+    rounds: int = 0
+    clip: float = 1.0
+    accountant: str = ""
+    sampling: str = "poisson"
+    neighbours: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("noise", "epsilon"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise UsageError(name, value, "a number above 0, or 0 where it is not given")
+        if not 0 < self.delta < 1:
+            raise UsageError("delta", self.delta, "a number above 0 and below 1 / num_clients")
+        if not 0 < self.clip < math.inf:
+            raise UsageError("clip", self.clip, "a number above 0")
+        at_least("rounds", self.rounds, 0)
+        for name, allowed in (("sampling", SAMPLINGS), ("neighbours", ("", *NEIGHBOURS)), ("accountant", ("", *ACCOUNTANTS))):
+            if getattr(self, name) not in allowed:
+                raise one_of(name, getattr(self, name), [one for one in allowed if one])
+        if not self.noise and not self.epsilon:
+            raise UsageError(
+                "noise", self.noise, "noise (a multiple of the clip), or epsilon with rounds, for which it is found"
+            )
+        if not self.noise and not self.rounds:
+            raise UsageError("rounds", self.rounds, "with epsilon and without noise, the number of rounds that it is for")
+        if self.accountant == "classical" and self.epsilon > 1:
+            allowed = (
+                f"pld or rdp: sqrt(2 ln(1.25/delta)) / epsilon holds for epsilon up to 1 only, and epsilon is {self.epsilon:g}"
+            )
+            raise UsageError("accountant", self.accountant, allowed)
+
+    @property
+    def relation(self) -> str:
+        """The neighbouring relation."""
+        return self.neighbours or OF_SAMPLING[self.sampling]
+
+    @property
+    def finder(self) -> str:
+        """The accountant that finds noise and rounds."""
+        return self.accountant or ("pld" if self.sampling == "poisson" else "rdp")
+
+
+@final
+@dataclass(frozen=True)
+class Gaussian(Mechanism):
+    """DP-FedAvg with a fixed clip: x += (sum of D_k min(1, C / |D_k|) + N(0, z^2 C^2 I)) / (q N)."""
+
+
+@final
+@dataclass(frozen=True)
+class AdaptiveGaussian(Mechanism):
+    """DP-FedAvg whose clip follows a quantile of the updates' lengths, by a count with noise of its own.
+
+    Args:
+        quantile: gamma, the share of clients whose updates should stay as they are.
+        clip_rate: eta_C, by which the logarithm of the clip moves, times the difference from the quantile.
+        count_noise: sigma_b, standard deviation of the noise on the count; 0: a twentieth of the clients of a round.
+    """
+
+    clip: float = 0.1
+    quantile: float = 0.5
+    clip_rate: float = 0.2
+    count_noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.quantile < 1:
+            raise UsageError("quantile", self.quantile, "a number between 0 and 1")
+        for name in ("clip_rate", "count_noise"):
+            at_least(name, getattr(self, name), 0)
+
+
+@final
+@dataclass(frozen=True)
+class Banded(Mechanism):
+    """DP-FTRL with a banded matrix: the noise of a round takes back some of that of the rounds before.
+
+    Clients are in groups, k mod bands; round t draws from group (t - 1) mod bands alone.
+
+    Args:
+        bands: b, rounds over which noise is correlated; 1 is Gaussian. b - 1 copies of the noise, fp64, are kept.
+    """
+
+    bands: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("bands", self.bands, 1)
+        if self.sampling != "poisson":
+            raise UsageError("sampling", self.sampling, "poisson, for Banded")
+
+
+PRIVACY: dict[str, type[Mechanism]] = {one.__name__: one for one in (Gaussian, AdaptiveGaussian, Banded)}
+
+
+def privacy_of(given: Any) -> Mechanism | None:
+    """The mechanism that a name or a dictionary of plain values means; None for none.
+
+    Raises:
+        UsageError: an unknown name or parameter, or a value that it does not take.
+    """
+    if given is None or isinstance(given, Mechanism):
+        return given
+    values = {"name": given} if isinstance(given, str) else given
+    if not isinstance(values, Mapping):
+        raise UsageError("privacy", given, f"a name ({', '.join(PRIVACY)}), or a dictionary with it and its values")
+    if not isinstance(values.get("name"), str) or values["name"] not in PRIVACY:
+        raise one_of("privacy", values.get("name"), PRIVACY)
+    return made(PRIVACY[values["name"]], {key: one for key, one in values.items() if key != "name"}, "privacy")
+
+
+def plain_privacy(mechanism: Mechanism | None, strict: bool = True) -> dict[str, Any] | None:
+    """A mechanism in plain values."""
+    return None if mechanism is None else plain(mechanism, "privacy", PRIVACY, strict)
