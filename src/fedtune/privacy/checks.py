@@ -8,7 +8,7 @@ from fedtune.federated.parts import Algorithm
 from fedtune.privacy.accountant import Release, check_installed, epsilon_by
 from fedtune.privacy.aggregation import PrivateMean
 from fedtune.privacy.mechanisms import OF_SAMPLING, AdaptiveGaussian, Banded, Mechanism
-from fedtune.privacy.plan import Plan
+from fedtune.privacy.plan import PrivacyPlan
 
 
 def check_privacy(
@@ -18,7 +18,7 @@ def check_privacy(
     check_installed()
     check_algorithm(algorithm, mechanism)
     size = clients_per_round or num_clients
-    plan = Plan(mechanism, num_clients, size, mechanism.noise, None)
+    plan = PrivacyPlan(mechanism, num_clients, size, mechanism.noise, None)
     if not mechanism.delta < 1 / num_clients:
         allowed = f"below 1 / num_clients, {1 / num_clients:g}: else a whole client may be published"
         raise UsageError("privacy.delta", mechanism.delta, allowed)
