@@ -25,7 +25,7 @@ SLOWEST, LONGEST = 20.0, 700  # seconds; characters of the line
 
 def share(part: float) -> int:
     """The number of cases of a test that has this part of the whole suite."""
-    return max(1, round(TOTAL * part))
+    return max(5, round(TOTAL * part))  # fewer may all be refused
 
 
 class Hang(BaseException):
