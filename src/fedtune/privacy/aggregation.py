@@ -147,7 +147,7 @@ def correlated(mechanism: Banded, fresh: Tensors, past: Tensors) -> tuple[Tensor
     for name, drawn in fresh.items():
         known = [(back, past.get(f"{back}:{name}")) for back in range(1, len(column))]
         found[name] = sum((-column[back] * value.to(drawn) for back, value in known if value is not None), start=drawn)
-    kept = {}
+    kept: Tensors = {}
     for back in range(1, len(column)):
         before = found if back == 1 else {name: past[f"{back - 1}:{name}"] for name in fresh if f"{back - 1}:{name}" in past}
         kept |= {f"{back}:{name}": value for name, value in before.items()}

@@ -61,9 +61,9 @@ class Mechanism:
         if not 0 < self.clip < math.inf:
             raise UsageError("clip", self.clip, "a number above 0")
         at_least("rounds", self.rounds, 0)
-        for name, allowed in (("sampling", SAMPLINGS), ("neighbours", ("", *NEIGHBOURS)), ("accountant", ("", *ACCOUNTANTS))):
-            if getattr(self, name) not in allowed:
-                raise one_of(name, getattr(self, name), [one for one in allowed if one])
+        for name, known in (("sampling", SAMPLINGS), ("neighbours", ("", *NEIGHBOURS)), ("accountant", ("", *ACCOUNTANTS))):
+            if getattr(self, name) not in known:
+                raise one_of(name, getattr(self, name), [one for one in known if one])
         if not self.noise and not self.epsilon:
             raise UsageError(
                 "noise", self.noise, "noise (a multiple of the clip), or epsilon with rounds, for which it is found"

@@ -85,9 +85,9 @@ def check_data(loop: Any, data: Any) -> None:
     knowing = [type(fault).__name__ for fault in faults if fault.knows]
     if algorithm.client.ranks and knowing:
         raise UsageError("faults", knowing[0], "with clients of different ranks, one that needs no mean of their updates")
-    _check_cohort(loop, algorithm.aggregator, data.num_clients)
     if (mechanism := privacy_of(loop.privacy)) is not None:
         check_privacy(mechanism, algorithm, data.num_clients, loop.clients_per_round, loop.options.min_clients)
+    _check_cohort(loop, algorithm.aggregator, data.num_clients)
 
 
 def _check_remote(loop: Any) -> None:
