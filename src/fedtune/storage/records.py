@@ -132,6 +132,8 @@ class RoundRecord:
             ValueError: it is none: something is missing, or of another type or range, or numbers contradict each other.
         """
         own = checked(flat, _FORM, optional=("client_accuracy", "own_accuracy", "train_metrics", "injected", "diagnostics"))
+        if flat["clients"]:
+            checks.finite("train_loss_nats", flat["train_loss_nats"])
         own["clients"] = [
             ClientReport(**_part(one, "clients", _REPORT, ("update_norm", "metrics", "learning_rates")))
             for one in flat["clients"]
@@ -194,8 +196,6 @@ def _part(found: Any, name: str, form: Mapping[str, Check], optional: Sequence[s
 
 def _agrees(record: RoundRecord) -> None:
     """Raise `ValueError` where the numbers of a round are not those of its clients."""
-    if record.clients:
-        checks.finite("train_loss_nats", record.train_loss_nats)
     if len(set(record.cohort)) < len(record.cohort):
         raise ValueError(f"clients are {shown(record.cohort)}, where each belongs once")
     sums = {name: sum(getattr(one, name) for one in record.clients) for name in ("num_examples", "num_steps", "num_tokens")}
