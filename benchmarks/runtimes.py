@@ -32,6 +32,7 @@ APP = HERE / "experiments" / "flower"
 sys.path.insert(0, str(HERE / "tests"))
 from federation import BIN, Federation, federation  # noqa: E402 - the tests' folder is no package
 
+sys.modules["federation"].PATIENCE = 900  # type: ignore[attr-defined]  # seconds, also on a busy machine
 LOOK = 0.1  # seconds
 MARK = "FEDTUNE_BENCHMARK"  # in the environment of all processes that belong to a way
 
