@@ -174,6 +174,9 @@ def test_a_class_of_ones_own_is_run_continued_and_loaded(
     assert found == pytest.approx(loaded.history[-1].loss_nats, abs=1e-6)
     code, _, err = command("export", "r", "model")
     assert (code, "this is of 'my_module.Bag'" in err) == (2, True)
+    assert command("run", *flags, *BAG[:1], *FAST, "--run_dir=plain")[0] == 0  # built with its defaults
+    own()
+    assert fedtune.load("plain").module.rate == 0.5
     code, _, err = command("run", *three, *BAG[:1], "--model.init_args.width=4", *FAST, "--run_dir=r")
     assert (code, "model.init_args.width: 3 -> 4" in err) == (2, True)
 

@@ -74,13 +74,15 @@ def build_own(model: Mapping[str, Any], label_names: Sequence[str]) -> pl.Lightn
     """The module of one's own class; its fresh weights are drawn with the seed of the model.
 
     Args:
-        model: `class_path`, `init_args`, `name` (whose tokens the data are) and `seed`.
+        model: `class_path`, `name` (whose tokens the data are), `seed`, and `init_args`, which a configuration leaves out where
+            there are none.
         label_names: of the classes of the data, if there are any.
 
     Raises:
         UsageError: as `check_own`, and where the class itself refuses its arguments.
     """
-    kind, options = check_own(model["class_path"], model["init_args"]), dict(model["init_args"] or {})
+    given = model.get("init_args")
+    kind, options = check_own(model["class_path"], given), dict(given or {})
     known = inspect.signature(kind).parameters
     follows = {"name": model["name"], "num_labels": len(label_names), "label_names": list(label_names)}
     options = {name: value for name, value in follows.items() if name in known} | options
@@ -91,7 +93,7 @@ def build_own(model: Mapping[str, Any], label_names: Sequence[str]) -> pl.Lightn
         raise UsageError(f"init_args.{error.argument}", error.came, error.allowed) from error
     except Exception as error:  # of code that is not ours; the line says where
         allowed = f"values by which {model['class_path']} can be built ({_of(error)})"
-        raise UsageError("init_args", model["init_args"], allowed) from error
+        raise UsageError("init_args", given, allowed) from error
 
 
 def _imported(name: str, argument: str) -> ModuleType:
