@@ -42,7 +42,7 @@ DATA: dict[str, Any] = {
     "skew": 1.0,
     "batch_size": 8,
     "eval_batch_size": 16,
-    "limit": 256,
+    "limit": 192,
 }
 MODEL: dict[str, Any] = {"learning_rate": 2e-3, "lora": {"rank": 8, "alpha": 16}, "half_base": True, "exact_match": True}
 LOOP: dict[str, Any] = {"max_rounds": 3, "local_epochs": 1, "monitor": "exact_match", "mode": "max"}
