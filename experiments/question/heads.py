@@ -2,7 +2,9 @@
 
     fedtune run --model.class_path experiments.question.heads.Bert --model.init_args.head relu --model.init_args.gamma 2
 
-Everything but the head and the scale is `TextClassifier`'s; the embeddings are frozen. Legend: B texts, H width of the hidden states.
+Everything but the head and the scale is `TextClassifier`'s; the embeddings are frozen.
+
+Legend: B texts, L tokens, H width of the hidden states.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ class Bert(TextClassifier):
     """BERT's encoder.
 
     Args:
-        head: "pooler" (pretrained, tanh), "tanh" (a fresh layer, tanh), "relu" (a fresh layer, ReLU: DistilBERT's head), "none".
+        head: "pooler" (pretrained, tanh), "tanh" (a fresh layer, tanh), "relu" (a fresh layer, ReLU), or "none".
         gamma: what features are multiplied with before the last layer.
         optimizer, learning_rate, dropout: as in `TextClassifier`.
     """
@@ -101,7 +103,7 @@ class DistilBert(TextClassifier):
     """DistilBERT, whose head is a fresh layer with ReLU; arguments as of `Bert`, but for `head`.
 
     Args:
-        scaled_start: the fresh `pre_classifier` begins as an orthogonal matrix, which keeps lengths, in the place of N(0, 0.02).
+        scaled_start: the fresh `pre_classifier` begins as an orthogonal matrix, which keeps lengths, and not as N(0, 0.02).
     """
 
     model_type = "distilbert"

@@ -91,7 +91,9 @@ def clients() -> Iterator[Cell]:
             yield Cell("clients", head=head, clients=4, steps=None, rounds=8, seed=seed)
             yield Cell("clients", head=head, clients=16, steps=None, rounds=20, every=2, seed=seed)
             yield Cell("clients", head=head, clients=32, steps=None, rounds=36, every=2, seed=seed)
-            yield Cell("clients", head=head, clients=1, steps=2, rounds=60, every=3, seed=seed)  # the steps of 32 clients, by one
+            yield Cell(
+                "clients", head=head, clients=1, steps=2, rounds=60, every=3, seed=seed
+            )  # the steps of 32 clients, by one
 
 
 def remedies() -> Iterator[Cell]:
@@ -106,7 +108,9 @@ def remedies() -> Iterator[Cell]:
         {"probe": 1},
     )
     for seed, more in itertools.product((0, 1), given):
-        yield Cell("remedies", **{"head": "distilbert", "clients": 32, "steps": None, "rounds": 12, "every": 2, "seed": seed} | more)
+        yield Cell(
+            "remedies", **{"head": "distilbert", "clients": 32, "steps": None, "rounds": 12, "every": 2, "seed": seed} | more
+        )
 
 
 def screening() -> Iterator[Cell]:
@@ -214,7 +218,13 @@ def _probe(module: Any, data: Any, cell: Cell) -> None:
     quiet = fedtune.RunOptions(progress=False)
     algorithm = {"name": "fedavg", "weighting": "uniform"}
     fedtune.FederatedLoop(
-        max_rounds=cell.probe, baselines=(), limit_val_batches=1, limit_test_batches=1, algorithm=algorithm, options=quiet, seed=cell.seed
+        max_rounds=cell.probe,
+        baselines=(),
+        limit_val_batches=1,
+        limit_test_batches=1,
+        algorithm=algorithm,
+        options=quiet,
+        seed=cell.seed,
     ).fit(module, data)
     module.hparams["learning_rate"] = rate
     for weight in trained:
@@ -260,7 +270,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(PARTS), choices=list(PARTS), help="parts of the design")
     parser.add_argument("--seeds", type=int, default=2, help="replicates: 1 or 2")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
-    parser.add_argument("--quick", action="store_true", help="dose and remedies of the main heads, one seed: under a quarter of an hour")
+    parser.add_argument("--quick", action="store_true", help="seven runs: six heads at one rate each")
     parser.add_argument("--collect", action="store_true", help="write records.csv from what is there, run nothing")
     options = parser.parse_args()
     if options.collect:
@@ -268,7 +278,9 @@ def main() -> None:
         return
     cells = [cell for part in options.only for cell in PARTS[part]() if cell.seed < options.seeds]
     if options.quick:
-        cells = [cell for cell in cells if cell.seed == 0 and cell.part == "dose" and cell.gamma == 1 and cell.rate in (0.1, 0.01)]
+        cells = [
+            cell for cell in cells if cell.seed == 0 and cell.part == "dose" and cell.gamma == 1 and cell.rate in (0.1, 0.01)
+        ]
     left = [cell for cell in dict.fromkeys(cells) if not (FOLDER / f"{cell.name}.json").exists()]
     left.sort(key=lambda cell: cell.seed)  # a whole replicate before the next
     print(f"{len(cells)} runs, {len(left)} of them to do", flush=True)

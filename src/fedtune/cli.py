@@ -151,6 +151,9 @@ def _fill_describe(found: Parser) -> None:
     add_run_arguments(found)  # those of a run, whose data are shown; of the model its name alone matters
     found.of_data = True
     found.add_argument("--picture", type=str, default="split.png", help="where the picture goes")
+    found.add_argument(
+        "--features", action="store_true", help="also how fast the classifier would begin to learn: a forward and backward pass"
+    )
 
 
 def _fill_export(found: Parser) -> None:
@@ -235,6 +238,13 @@ def _describe(options: Namespace) -> None:
         data = FederatedDataModule(**given, model=options.model.name)
         data.setup()
     show(data, options.picture)
+    if options.features:
+        from fedtune.runs.building import build
+        from fedtune.runs.flags import resolved
+        from fedtune.runs.speeds import show_speed
+
+        module, data, _ = build(resolved(options), whole=False)
+        show_speed(module, data)
 
 
 def _export(options: Namespace) -> None:

@@ -4,9 +4,9 @@ Legend: n texts, B texts of a batch, C classes, H width of what the last layer r
 
 At the start the logits are nearly the same for all texts, so what there is to learn is r = (frequencies of the classes) - (the
 class of the text as a unit vector), of mean square 1 - sum of squared frequencies. A small step of plain gradient descent of
-rate e changes the mean loss by -e |g|^2 with g = mean of r^T df/dweights. `speed` is |g|^2 / mean |r|^2: the share of r that is
-learned by a step, divided by the rate; 1 / speed is of the order of (rate x steps) that a classifier needs to leave chance. It is
-the Rayleigh quotient of the neural tangent kernel (Jacot et al. 2018) at the labels, and a sum over the parts of the network.
+rate e changes the mean loss by -e |g|^2 with g = mean of r^T df/dweights. `speed` is |g|^2 / mean |r|^2: the share of r that
+is learned by a step, divided by the rate; 1 / speed is of the order of (rate x steps) that a classifier needs to leave chance.
+It is the Rayleigh quotient of the neural tangent kernel (Jacot et al. 2018) at the labels, a sum over parts of the network.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class Features:
         texts: n.
         square: mean of |phi|^2, phi (H,) what the last layer reads.
         variance: mean of |phi - mean phi|^2: what differs between texts.
-        between: mean over texts of |mean phi of the text's class - mean phi|^2, without what chance gives: what differs between classes.
+        between: mean over texts of |mean phi of the text's class - mean phi|^2, without what chance gives: what differs between
+            classes.
         speed: part of the network -> its share of the speed, per step and unit of learning rate.
     """
 
@@ -48,8 +49,8 @@ def features(module: Any, batches: Iterable[dict[str, Tensor]]) -> Features:
 
     Args:
         module: with `network` and `head`, its trained weights those that require gradients.
-        batches: as its `training_step` takes them; an even number of two or more of about one size, as both halves are compared:
-            the product of gradients of different texts is free of the noise that is in the square of one gradient.
+        batches: as its `training_step` takes them; an even number of two or more of about one size, as both halves are
+            compared: the product of gradients of different texts is free of the noise that is in the square of one gradient.
 
     Raises:
         UsageError: no classifier with a linear last layer; fewer than two batches.
@@ -59,43 +60,46 @@ def features(module: Any, batches: Iterable[dict[str, Tensor]]) -> Features:
         raise UsageError("batches", len(found), "two or more")
     kept: list[Tensor] = []
     hook = last.register_forward_pre_hook(lambda layer, given: kept.append(given[0].detach().float()))
-    labels_n = torch.cat([batch["labels"] for batch in found])
-    frequency_C = torch.bincount(labels_n, minlength=last.out_features) / len(labels_n)
     was = module.training
     module.eval()
     try:
-        halves = [_gradient(module, found[start::2], frequency_C) for start in (0, 1)]
+        halves = [_gradient(module, found[start::2], last.out_features) for start in (0, 1)]
     finally:
         hook.remove()
         module.train(was)
         module.zero_grad()
     phi_nH = torch.cat(kept)
     order_n = torch.cat([batch["labels"] for start in (0, 1) for batch in found[start::2]])
-    residual = 1 - float(frequency_C.square().sum())
+    residual = 1 - float((torch.bincount(order_n) / len(order_n)).square().sum())
     speed = dict.fromkeys((LAST, HEAD, ENCODER, EMBEDDINGS), 0.0)
     for name, one in halves[0].items():
         speed[_part(module, name, last)] += float((one * halves[1][name]).sum()) / residual
-    return Features(len(labels_n), *_moments(phi_nH, order_n), speed)
+    return Features(len(order_n), *_moments(phi_nH, order_n), speed)
 
 
 def _last_layer(module: Any) -> nn.Linear:
     """The linear layer that makes the logits: the last one of the head."""
-    heads = [module.network.get_submodule(name) for name in getattr(module, "head", ())]
+    heads = [module.network.get_submodule(name) for name in getattr(module, "head", ())]  # in their order
     layers = [layer for head in heads for layer in head.modules() if isinstance(layer, nn.Linear)]
     if not layers:
         raise UsageError("model", type(module).__name__, "a classifier whose head ends in a linear layer")
     return layers[-1]
 
 
-def _gradient(module: Any, batches: Sequence[dict[str, Tensor]], frequency_C: Tensor) -> dict[str, Tensor]:
-    """Name -> mean of r^T df/dweight over the texts of some batches."""
+def _gradient(module: Any, batches: Sequence[dict[str, Tensor]], classes: int) -> dict[str, Tensor]:
+    """Name -> mean of r^T df/dweight over the texts of some batches, r of their own frequencies.
+
+    With those of both halves, one half would have too many of a class where the other has too few, and the product of their
+    gradients would be too small by what all texts have in common.
+    """
+    labels_n = torch.cat([batch["labels"] for batch in batches])
+    frequency_C = torch.bincount(labels_n, minlength=classes) / len(labels_n)
     module.zero_grad()
-    count = sum(len(batch["labels"]) for batch in batches)
     for batch in batches:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         logits_BC = module(**inputs).float()
-        residual_BC = frequency_C - F.one_hot(batch["labels"], len(frequency_C))
-        ((residual_BC * logits_BC).sum() / count).backward()
+        residual_BC = frequency_C - F.one_hot(batch["labels"], classes)
+        ((residual_BC * logits_BC).sum() / len(labels_n)).backward()
     return {name: one.grad.clone() for name, one in module.named_parameters() if one.grad is not None}
 
 
@@ -105,7 +109,8 @@ def _part(module: Any, name: str, last: nn.Linear) -> str:
         return LAST
     if any(weight is one for one in module.embeddings().parameters()):
         return EMBEDDINGS
-    return ENCODER if any(weight is one for one in module.layers().parameters()) else HEAD
+    encoder = any(weight is one for one in module.network.base_model.parameters()) and ".pooler." not in f".{name}"
+    return ENCODER if encoder else HEAD  # a pretrained pooler stands between the encoder and the last layer
 
 
 def _moments(phi_nH: Tensor, labels_n: Tensor) -> tuple[float, float, float]:
