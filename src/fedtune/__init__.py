@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fedtune.models.modernbert import ModernBertClassifier
     from fedtune.models.pretrained import MODELS
     from fedtune.models.roberta import RobertaClassifier
+    from fedtune.privacy.calculator import plan_privacy
     from fedtune.privacy.mechanisms import PRIVACY
     from fedtune.reports.cells import compare
     from fedtune.reports.curves import plot_grid
@@ -82,6 +83,7 @@ _HOME = {
     "compare": "reports.cells",
     "export": "runs.export",
     "load": "runs.loading",
+    "plan_privacy": "privacy.calculator",
     "plot_curves": "runs.figures",
     "plot_grid": "reports.curves",
     "plot_split": "runs.figures",
@@ -125,6 +127,7 @@ __all__ = [
     "compare",
     "export",
     "load",
+    "plan_privacy",
     "plot_curves",
     "plot_grid",
     "plot_split",
