@@ -1,7 +1,8 @@
-"""What a score costs in bytes: columns of cells, and the picture that reports have where cells send different numbers of them."""
+"""What a score costs in bytes: columns of cells, and the picture that reports have where cells send differently many."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,8 @@ def test_each_task_has_its_picture_and_each_model_its_panel(tmp_path: Path, draw
 
 
 def test_nothing_is_chosen_on_the_test_part(tmp_path: Path, drawn: list[Figure]) -> None:
-    on_test = (("loop.evaluate_on", "test"),)
-    write_all(tmp_path, [Made(seed=one.seed, rate=one.rate, settings=one.settings + on_test, bytes_up=one.bytes_up) for one in runs()])
+    given = [replace(one, settings=(*one.settings, ("loop.evaluate_on", "test"))) for one in runs()]
+    write_all(tmp_path, given)
     costs.plot_costs(compare(read_runs(tmp_path)), tmp_path / "bytes.png")
     points = [line for line in drawn[0].axes[0].get_lines() if "up" in str(line.get_label())]
     assert len(points) == len(CHANNELS) * len(RATES)

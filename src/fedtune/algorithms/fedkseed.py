@@ -11,8 +11,8 @@
     a <- a + sum over k in S of (n_k / n) b_k
 
 No gradient is made, so a client needs the memory of inference. The paper adds up rho and multiplies by eta at the end; with eta
-in the sum a schedule is allowed. Both losses of a step are of one batch and one dropout. Every seed is as likely as another (the
-paper's FedKSeed-Pro has probabilities that the server learns).
+in the sum a schedule is allowed. Both losses of a step are of one batch and one dropout. Every seed is as likely as another
+(FedKSeed-Pro has probabilities that the server learns).
 """
 
 from __future__ import annotations

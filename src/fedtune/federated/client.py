@@ -225,8 +225,8 @@ class ClientUpdate(abc.ABC):
     `makes` names the groups that it sends, `alike` those with a tensor for each weight that it trains, `numbers` those of
     numbers. `weighting` is "uniform" where all clients must weigh the same. `personal` is "model" where it keeps one of its own
     (`Client.keep`), "part" where it works with that which stays with the client. One for `adapters` is refused for a module
-    without; `ranks` are those of the clients' adapters, dealt out by seed. `alternates`: see `trains`. With `seeds` so many scalars
-    travel in the place of weights, and its update is theirs (`federated.directions`).
+    without; `ranks` are those of the clients' adapters, dealt out by seed. `alternates`: see `trains`. With `seeds` so many
+    scalars travel in the place of weights, and its update is theirs (`federated.directions`).
     """
 
     makes: ClassVar[tuple[str, ...]] = ("update",)

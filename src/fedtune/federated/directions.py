@@ -3,10 +3,10 @@
     w(a) = w_0 - sum over j < K of a_j z_j       z_j: standard normal, drawn at the address (seed of the run, "direction", j)
 
 Whoever has w_0 has w(a) to the bit, whatever rounds it missed: z_j is drawn on the CPU by NumPy, in fp32 and in the order of
-the tensors' names, and the terms are taken off in the order of j, each multiplied, rounded, subtracted and rounded, which is the
-same on every device. (NumPy makes its normal numbers of random bits and multiplications; those beyond 3.65, one in 3,800, take
-a logarithm of the C library, so other machines need the same versions of both.) Neither z_j nor the sum is ever there as a
-whole beside the weights: both are made in pieces that the caches hold.
+the tensors' names, and the terms are taken off in the order of j. Each is multiplied, rounded, subtracted and rounded, which is
+the same on every device. (NumPy makes its normal numbers of random bits and multiplications; those beyond 3.65, one in 3,800,
+take a logarithm of the C library, so other machines need the same versions of both.) No z_j is ever there as a whole: it is
+made in pieces that the caches hold.
 """
 
 from __future__ import annotations

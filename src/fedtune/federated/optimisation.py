@@ -69,9 +69,10 @@ class Optimisation:
     def end(self, interval: str) -> None:
         """Advance the schedules after a "step" or an "epoch"."""
         self._done[interval] += 1
-        for schedule in self._schedules:
-            if schedule.interval == interval and self._done[interval] % schedule.frequency == 0:
-                self._module.lr_scheduler_step(cast(Any, schedule.scheduler), None)
+        with _silently() if self.walk else contextlib.nullcontext():  # the optimizer makes none of its steps
+            for schedule in self._schedules:
+                if schedule.interval == interval and self._done[interval] % schedule.frequency == 0:
+                    self._module.lr_scheduler_step(cast(Any, schedule.scheduler), None)
 
     def rates(self) -> dict[str, float]:
         """The learning rate of each parameter group, under the names of Lightning's LearningRateMonitor."""

@@ -26,7 +26,7 @@ def run_rebuilt(
     algorithm: Algorithm,
     context: Context,
     runtime: Runtime,
-    options: RoundOptions = RoundOptions(),
+    options: RoundOptions,
     *,
     directions: Directions,
 ) -> RoundResult:

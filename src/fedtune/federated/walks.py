@@ -1,4 +1,4 @@
-"""Steps that need no gradient: an algorithm asks for the loss of a batch, as often as it wants, and moves the weights itself."""
+"""Steps without gradients: an algorithm asks for the loss of a batch, as often as it wants, and moves the weights itself."""
 
 from __future__ import annotations
 
