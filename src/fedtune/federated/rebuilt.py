@@ -49,7 +49,7 @@ def _of_scalars(state: ServerState, directions: Directions) -> ServerState:
         if tensor is not state.weights[name] and not torch.equal(tensor, state.weights[name]):
             raise RunError(
                 f"round {state.round + 1}: {name} is not what the scalars of round {state.round} come to here; allowed: the "
-                "versions of NumPy and the C library with which the run began"
+                "version of NumPy with which the run began"
             )
     memory = {name: groups for name, groups in state.memory.items() if name != MEMORY}
     return replace(state, weights={SCALARS: scalars} | without(state.weights, weights), memory=memory)

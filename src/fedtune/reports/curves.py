@@ -49,7 +49,9 @@ def by_task(table: DataFrame, path: Path, also: Sequence[str], draw: Callable[[D
     found = []
     for task, place in zip(tasks, paths, strict=True):
         figure = draw(table[table.task == task], str(task))
-        for one in (place, *(place.with_suffix(suffix) for suffix in also)) if figure else ():
+        if figure is None:
+            continue
+        for one in (place, *(place.with_suffix(suffix) for suffix in also)):
             save(figure, one, dpi=110)
             figure.set_layout_engine("none")  # it is laid out by now
             found.append(one)
