@@ -96,9 +96,8 @@ def _quantiles() -> Any:
     """Of the standard normal distribution, in the middle of 65,536 shares, with the variance 1."""
     values = [NormalDist().inv_cdf((place + 0.5) / 65536) for place in range(65536)]
     length = math.sqrt(math.fsum(value**2 for value in values[32768:]) / 32768)
-    return np.array(
-        [math.copysign(abs(values[max(place, 65535 - place)]) / length, value) for place, value in enumerate(values)]
-    )
+    above = np.array(values[32768:]) / length
+    return np.concatenate([-above[::-1], above])
 
 
 QUANTILES = _quantiles().astype(np.float32)

@@ -5,7 +5,7 @@
 Whoever has w_0 has w(a) to the bit, whatever rounds it missed, on any machine: z_j is drawn on the CPU, in the order of the
 tensors' names, and the terms are taken off in the order of j, each multiplied, rounded, subtracted and rounded. An element of
 z_j is what 16 random bits choose of 65,536 quantiles of the standard normal distribution: no element needs a logarithm, which
-C libraries round as they like, and one takes 1.3 ns where NumPy's normal numbers take 8.6. None is beyond 4.4.
+C libraries round as they like, and one takes 1.3 ns where NumPy's normal numbers take 8.6. None is beyond 4.33.
 
 No z_j is ever there as a whole: it is made in pieces that the caches hold.
 """
