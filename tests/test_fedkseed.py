@@ -310,7 +310,6 @@ def test_bytes_are_those_of_the_scalars(stages: dict[str, Any], up: int, down: i
 @pytest.mark.parametrize(
     "algorithm",
     [
-        fedkseed(16),
         replace(fedkseed(16), server=(Momentum(0.5),), up=(TopK(0.5),), down=(Sign(),)),
         replace(fedkseed(16), aggregator=Median()),
     ],

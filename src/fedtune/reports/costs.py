@@ -11,7 +11,7 @@ from fedtune.reports.layout import Layout, values_of
 from fedtune.reports.results import TEST, column_of
 from fedtune.reports.settings import CELL, label_of, rates, settings, short_names
 from fedtune.reports.tables import size
-from fedtune.runs.figures import CHANCE, legend_below, new_figure, style_of
+from fedtune.runs.figures import legend_below, new_figure, style_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,9 +25,9 @@ _PANELS, _ACROSS, _SAME = 60, 3, 1.01  # panels in one picture, and in a row; by
 def plot_costs(cells: DataFrame, path: str | Path, also: Sequence[str] = ()) -> list[Path]:
     """Draw the score against the bytes that a client sends up in a round: a panel a model, split and number of clients.
 
-    A point is a cell, its bar goes from the least to the greatest over seeds, the dotted line is the majority class. Of cells
-    that differ in learning rates alone the best on the validation part is drawn. The score is that of the test part where all
-    cells of a task have it. A task has a picture where cells of a panel send different numbers of bytes.
+    A point is a cell, its bar goes from the least to the greatest over seeds. Of cells that differ in learning rates alone the
+    best on the validation part is drawn. The score is that of the test part where all cells of a task have it. A task has a
+    picture where cells of a panel send different numbers of bytes.
 
     Args:
         cells: as from `compare`.
@@ -84,9 +84,6 @@ def _point(panel: Axes, cell: Mapping[str, Any], score: str, name: str, number: 
     style = style_of(number, number) | {"linestyle": "", "markersize": 6}
     panel.plot([cell["bytes_up"]], [cell[score]], label=name, **style)
     panel.vlines(cell["bytes_up"], cell[f"{score}_min"], cell[f"{score}_max"], color=style["color"], linewidth=1.2)
-    majority = cell[f"{TEST}majority"] if score != "score" and cell["monitor"] == "accuracy" else float("nan")
-    if majority == majority:
-        panel.axhline(majority, label=f"majority class ({majority:.2f})", **CHANCE)
 
 
 def _over_bytes(panel: Axes, title: str) -> None:
