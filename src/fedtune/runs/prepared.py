@@ -106,20 +106,13 @@ def worker_of(
 
 
 def round_of(loop: Any, module: pl.LightningModule, directory: RunDirectory, ranks: Ranks) -> Callable[..., RoundResult]:
-    """What does one round of a loop: `run_round`, or, where scalars travel in the place of weights, `run_rebuilt`.
-
-    Raises:
-        UsageError: scalars travel, and the clients are at other sites.
-    """
-    part = loop._algorithm.client
-    if not part.seeds:
+    """What does one round of a loop: `run_round`, or, where scalars travel in the place of weights, `run_rebuilt`."""
+    seeds = loop._algorithm.client.seeds
+    if not seeds:
         return run_round
-    if isinstance(loop.data, Remote):
-        allowed = "at other sites, one whose weights travel: a site has nothing that it began with"
-        raise UsageError("algorithm.client", type(part).__name__, allowed)
     start, here = ranks.from_first(directory.start).weights, trainable(module)
     device = "cpu" if module.device.type == "mps" else module.device
-    directions = Directions(loop.seed, {name: start[name].to(device) for name in here}, part.seeds)
+    directions = Directions(loop.seed, {name: start[name].to(device) for name in here}, seeds)
     return functools.partial(run_rebuilt, directions=directions)
 
 
