@@ -38,7 +38,7 @@ RATE, NAMES = 0.01, {"above": (4,), "left": (2, 3)}  # names in order, as direct
 class Bowl(pl.LightningModule):
     """Two tensors whose loss is quadratic: half the squared distances to the rows of a batch, each element with its weight.
 
-    `seen` are the weights of every loss, `graphs` whether it would have had gradients.
+    `seen` are the weights of every loss, `graphs` whether it would have had gradients, `outputs` the loss that each step tells.
     """
 
     def __init__(self, kind: torch.dtype = torch.float64, **optimizer: Any) -> None:
@@ -49,9 +49,13 @@ class Bowl(pl.LightningModule):
         self.seen: list[Tensor] = []
         self.starts: list[Tensor] = []
         self.graphs: list[bool] = []
+        self.outputs: list[float] = []
 
     def flat(self) -> Tensor:
         return torch.cat([self.above.detach().view(-1), self.left.detach().view(-1)]).clone()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, index: int) -> None:
+        self.outputs.append(float(outputs["loss"]))
 
     def on_train_start(self) -> None:
         self.starts.append(self.flat())
@@ -154,11 +158,18 @@ def test_a_client_walks_by_the_exact_slope_of_a_quadratic_loss_and_adds_up_its_s
         gradient = _scales() * (here - data._clients[0][step % 4].mean(0))
         slope = float(z @ gradient)
         gone[number] += RATE * slope
+        assert module.outputs[step] == pytest.approx(_mean_of_both(module, data._clients[0][step % 4], step), rel=1e-9)
         used.add(number)
         if step + 1 < len(middles):
             torch.testing.assert_close(middles[step + 1], here - RATE * slope * z, rtol=1e-9, atol=1e-9)
     assert len(used) > 1
     torch.testing.assert_close(scalars(end), gone, rtol=1e-8, atol=1e-9)
+
+
+def _mean_of_both(module: Bowl, batch: Tensor, step: int) -> float:
+    """The mean of the two losses of a step."""
+    both = [(_scales() * (here - batch) ** 2).sum(1).mean() / 2 for here in module.seen[2 * step : 2 * step + 2]]
+    return float(sum(both)) / 2
 
 
 class Masked(Bowl):
@@ -189,6 +200,9 @@ def test_a_batch_that_the_module_skips_moves_nothing(tmp_path: Path) -> None:
     class Skipping(Bowl):
         def training_step(self, batch: Tensor) -> Tensor | None:  # type: ignore[override]
             return None if len(batch) == 2 else super().training_step(batch)
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, index: int) -> None:
+            assert ("loss" in outputs) == (len(batch) == 3)
 
     data = batches(2)
     data._clients[0][0] = torch.zeros(3, 10, dtype=torch.float64)

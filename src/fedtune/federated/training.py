@@ -98,9 +98,7 @@ class Steps:
         self._passes = self.seen = 0
         self._output: dict[str, Any] = {}
         self.log, self.metrics = TrainingLog(), dict[str, float]()
-        self.losses: list[Tensor] = []
-        self.sizes: list[int] = []
-        self.tokens: list[Tensor] = []
+        self.losses, self.sizes, self.tokens = list[Tensor](), list[int](), list[Tensor]()
 
     @property
     def num_steps(self) -> int:
@@ -126,6 +124,7 @@ class Steps:
         answer = trainer.call("on_train_batch_start", batch, index)
         if answer != -1 and optimisation.walk is not None:
             self._loss = walked(optimisation.walk, lambda: self._forward(batch, index)[1], trainer.strategy.root_device)
+            self._output = {} if self._loss is None else {"loss": self._loss}
             trainer.global_step += 1
             optimisation.end("step")
         elif answer != -1:

@@ -57,7 +57,7 @@ def _drawn(cells: DataFrame, task: str) -> Figure | None:
     figure, axes = new_figure(down, across, (max(5.5, 4.0 * across) + 0.6, 2.7 * down + 1.6), sharey=True)
     for panel, key in zip(axes, drawn, strict=False):
         for cell in cells[(cells[_PANEL] == list(key)).all(axis=1)].to_dict("records"):
-            name = layout.name(other, [cell[key] for key in other])
+            name = layout.name(other, [cell[setting] for setting in other])
             _point(panel, cell, score, name, names.index(name))
         _over_bytes(panel, layout.name(_PANEL, key))
     for panel in axes[len(drawn) :]:

@@ -261,13 +261,12 @@ class FederatedLoop:
             most = max_weight(data, self.local_epochs)
         one_round = round_of(self, training.module, rounds.directory, ranks)
         algorithm = algorithm if plan is None else plan.algorithm(algorithm, frozenset(buffers(training.module)), names)
-        lenient = bool(self._faults) or self.options.on_client_error == "drop"
         options = RoundOptions(
             self.local_epochs,
             frozenset(buffers(training.module)),
             names,
             self.options.agreement and plan is None,  # of updates as they came, which say little of a mean with noise
-            0 if plan else self.options.min_clients or (1 if lenient else None),
+            0 if plan else self.options.min_clients or (1 if self._faults or self.options.on_client_error == "drop" else None),
             rounds.progress.client,
             resting_factors(training.module, adapters),
         )
