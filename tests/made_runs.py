@@ -9,7 +9,7 @@ import itertools
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class Made:
         settings: dotted names -> values, beside those below.
         causal: a decoder, which has a loss but no accuracy.
         baselines: write a centralised baseline, too.
+        bytes_up: of a client in a round.
     """
 
     task: str = "spooky_author"
@@ -43,6 +44,7 @@ class Made:
     settings: tuple[tuple[str, Any], ...] = ()
     causal: bool = False
     baselines: bool = False
+    bytes_up: int = field(default=45_000_000, repr=False)  # what a run says goes into its curves
 
     def config(self) -> dict[str, Any]:
         """As in config.yaml."""
@@ -143,7 +145,7 @@ def _record(made: Made, number: int, clients: int, reach: float, rng: random.Ran
         seconds_train=1.5,
         seconds_aggregate=0.1,
         seconds_evaluate=0.4,
-        bytes_up=45_000_000 * clients,
+        bytes_up=made.bytes_up * clients,
         bytes_down=45_000_000 * clients,
         mean_update_norm=1.0,
         update_cosine=rng.uniform(-0.1, 0.5) if clients > 1 else None,

@@ -24,6 +24,7 @@ from fedtune.algorithms.fedavgm import Momentum, fedavgm
 from fedtune.algorithms.feddyn import feddyn
 from fedtune.algorithms.fedex_lora import fedex_lora
 from fedtune.algorithms.fedit import fedit
+from fedtune.algorithms.fedkseed import fedkseed
 from fedtune.algorithms.fednova import fednova
 from fedtune.algorithms.fedper import fedper, fedrep
 from fedtune.algorithms.fedprox import fedprox
@@ -86,6 +87,7 @@ CASES: dict[str, tuple[Algorithm, Algorithm | None, Any]] = {
     "krum": (replace(ditto(), aggregator=Krum(0)), None, None),
     "centred clipping": (replace(fedper(("network.4.*",)), aggregator=CentredClipping(tau=0.1, steps=2)), None, None),
     "nearest mean": (replace(fedavg(), aggregator=NearestMean(0)), None, None),
+    "fedkseed": (fedkseed(), None, None),
     "fedit": (fedit(), None, None),
     "ffa_lora": (ffa_lora(), None, None),
     "ffa_lora, adam": (replace(ffa_lora(), server=fedadam().server), None, None),
@@ -121,7 +123,7 @@ REFUSED = {(name, rule) for name in SEVERAL_GROUPS for rule in RULES if rule != 
     for name in UNIFORM_ONLY
     for rule in ("Mean", "ClippedMean", *OF_PRODUCTS)  # by default weighted by examples
 }
-REFUSED.add(("rolora", "CentredClipping"))
+REFUSED |= {("rolora", "CentredClipping"), *(("fedkseed", rule) for rule in OF_PRODUCTS)}
 NOT_BOTH = ("ffa_lora", "rolora", "fedsa_lora", "fedper", "fedrep")  # of A and B of each layer in each round
 
 

@@ -269,6 +269,10 @@ def test_what_does_not_agree_is_said_in_one_line(setup: Any, make_data: Any, mak
         federated(good, Post(good, {70: {"client": 7}}))
     with pytest.raises(UsageError, match=r"baselines: got .*; allowed: none with clients at other sites"):
         federated(good, Post(good, NODES), baselines=("local",))
+    with pytest.raises(
+        UsageError, match=r"algorithm.client: got 'ZerothOrder'; allowed: one whose weights travel, with clients"
+    ):
+        federated(good, Post(good, NODES), algorithm="fedkseed")
 
 
 def test_an_app_may_answer_in_the_process_of_the_message(setup: Any) -> None:

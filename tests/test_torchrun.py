@@ -49,6 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
     "faults": {"faults": [{"name": "Drop", "rate": 0.3}, {"name": "SignFlip", "clients": [1]}], "min_clients": 1},
     "flora": {"algorithm": "flora"},
     "fedex": {"algorithm": "fedex_lora"},
+    "fedkseed": {"algorithm": {"name": "fedkseed", "seeds": 8}, "clients_per_round": 3},
     "evaluated on clients": {"evaluation": "clients", "evaluate_on": "test"},
     "decoder": {"monitor": "loss_nats", "mode": "min"},
 }
@@ -57,6 +58,7 @@ CASES: dict[str, dict[str, Any]] = {
 def case(name: str, folder: Path, model: str, **changes: Any) -> dict[str, Any]:
     """All numbers of a run."""
     plain_sgd = {"optimizer": "sgd", "learning_rate": 0.05} if "scaffold" in name else {}
+    plain_sgd |= {"optimizer": "sgd", "learning_rate": 1e-4} if name == "fedkseed" else {}
     adapters = {"lora": {"rank": 2}} if name in ("flora", "fedex") else {}
     if name == "decoder":
         model = str(decoder_beside(model))

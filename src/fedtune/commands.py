@@ -62,8 +62,8 @@ def report(runs_dir: str | Path, out: str | Path | None = None) -> Path | None:
         out: where the report goes; by default `runs_dir`, or "report" below it where that is a run itself.
 
     Returns:
-        the directory of the report: tables.md, tables.csv, curves.png, curves.svg, report.html; None where the tables of a
-        tables.csv were printed.
+        the directory of the report: tables.md, tables.csv, curves.png, curves.svg, report.html, and bytes.png where clients
+        send differently many; None where the tables of a tables.csv were printed.
 
     Raises:
         UsageError: there is no run that can be read, or `out` cannot be written.

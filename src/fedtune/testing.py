@@ -6,7 +6,8 @@ def test_my_algorithm(tmp_path):
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, final
@@ -21,18 +22,20 @@ from fedtune.algorithms.specification import algorithm_of, specification_of
 from fedtune.federated.adapted import adapted, resting_factors
 from fedtune.federated.base import moving
 from fedtune.federated.client import Worker
+from fedtune.federated.directions import Directions
 from fedtune.federated.evaluation import attached
 from fedtune.federated.memory import ClientMemory, MemoryInRam, MemoryOnDisk
 from fedtune.federated.messages import Context, Failure, Reply, Request
 from fedtune.federated.parts import Algorithm, Runtime
 from fedtune.federated.personal import personal_names
+from fedtune.federated.rebuilt import run_rebuilt
 from fedtune.federated.round import RoundOptions, run_round
 from fedtune.federated.state import RoundResult, ServerState
 from fedtune.federated.sums import Value
 from fedtune.federated.training import Training
 from fedtune.runtimes.serial import Serial
 from fedtune.storage import checkpoint
-from fedtune.tensors import buffers, carried, counters, snapshot, travelling
+from fedtune.tensors import Tensors, buffers, carried, counters, snapshot, trainable, travelling
 
 SIZES = (9, 5, 14, 6)  # examples of the clients, none left over alone
 
@@ -148,14 +151,21 @@ def play(
         state = checkpoint.latest(folder / "checkpoints") or ServerState(0, snapshot(carried(module, base)))
         memory.rewind(state.round)
         worker.personal.update({name: state.weights[name] for name in names})
+        one_round = _round_of(algorithm, snapshot(trainable(module)))
         while state.round < until:
             number = state.round + 1
             cohort = tuple(client for client in range(TinyData.num_clients) if client != number % TinyData.num_clients)
             context = Context(3, number, TinyData.num_clients, cohort, 2 * sum(SIZES), adapters=adapters)
-            results.append(run_round(state, algorithm, context, runtime, options))
+            results.append(one_round(state, algorithm, context, runtime, options))
             state = results[-1].state
             checkpoint.save(folder / "checkpoints", state, keep=2)
     return results
+
+
+def _round_of(algorithm: Algorithm, start: Tensors) -> Callable[..., RoundResult]:
+    """What does one round, as in a run that begins with these weights."""
+    seeds = algorithm.client.seeds
+    return functools.partial(run_rebuilt, directions=Directions(3, start, seeds)) if seeds else run_round
 
 
 QUADRATICS = ((1.0, 0.0), (3.0, 10.0))  # (a, b) of a client's f(w) = a / 2 (w - b)^2; together they are least at 7.5
@@ -222,10 +232,11 @@ def quadratics(
     training = Training(Fabric(accelerator="cpu", devices=1), module, 0)
     with attached(training):
         runtime = Serial(Worker(training, QuadraticData(steps, functions), algorithm.client, memory))
-        state = ServerState(0, snapshot(travelling(module)))
+        state, one_round = ServerState(0, snapshot(travelling(module))), _round_of(algorithm, snapshot(trainable(module)))
         for number in range(1, rounds + 1):
             cohort = cohorts[(number - 1) % len(cohorts)] if cohorts else tuple(range(len(steps)))
-            state = run_round(state, algorithm, Context(0, number, len(steps), cohort, sum(steps)), runtime).state
+            context = Context(0, number, len(steps), cohort, sum(steps))
+            state = one_round(state, algorithm, context, runtime, RoundOptions()).state
     return state.weights["w"].item(), state, memory
 
 

@@ -13,6 +13,7 @@ from fedtune.algorithms.fedavgm import Momentum, fedavgm
 from fedtune.algorithms.feddyn import Drift, Dynamic, feddyn
 from fedtune.algorithms.fedex_lora import Residual, fedex_lora
 from fedtune.algorithms.fedit import AdapterTraining, fedit
+from fedtune.algorithms.fedkseed import ZerothOrder, fedkseed
 from fedtune.algorithms.fednova import Normalised, Rescaled, fednova
 from fedtune.algorithms.fedper import InTurn, fedper, fedrep
 from fedtune.algorithms.fedprox import Proximal, fedprox
@@ -41,12 +42,12 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     make.__name__: make
     for make in (
         *(fedavg, fedavgm, fedadagrad, fedadam, fedyogi, fedopt, diloco),
-        *(fedprox, scaffold, fednova, feddyn, qfedavg, ditto, fedper, fedrep),
+        *(fedprox, scaffold, fednova, feddyn, qfedavg, ditto, fedper, fedrep, fedkseed),
         *(fedit, ffa_lora, rolora, fedsa_lora, flora, fedex_lora, flexlora, hetlora),
     )
 }
 _PARTS: tuple[type[Any], ...] = (
-    *(LocalTraining, Continued, Proximal, Controlled, Normalised, Dynamic, Fair, Beside, InTurn),
+    *(LocalTraining, Continued, Proximal, Controlled, Normalised, Dynamic, Fair, Beside, InTurn, ZerothOrder),
     *(Mean, ClippedMean, Median, TrimmedMean, GeometricMedian, Krum, MultiKrum, CentredClipping, NearestMean),
     *(Momentum, Adagrad, Adam, Yogi, TorchOptimizer, Control, Rescaled, Drift, Scaled),
     *(Quantise, QSGD, HalfPrecision, Sign, TopK, PowerSGD),

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 
 from fedtune.errors import ClientError, Elsewhere, RunError, UsageError
+from fedtune.federated.corrections import of_some
+from fedtune.federated.directions import SCALARS, Directions
 from fedtune.federated.feedback import fed_back, received
 from fedtune.federated.memory import ClientMemory
 from fedtune.federated.messages import ClientReport, Context, Reply, Request, Stage, bytes_of, decoded, encoded
@@ -23,6 +25,7 @@ from fedtune.federated.passes import one_pass
 from fedtune.federated.pieces import Pieces
 from fedtune.federated.still import Still
 from fedtune.federated.training import Correction, Training, train_epochs
+from fedtune.federated.walks import Walk, check_walk
 from fedtune.randomness import seeded
 from fedtune.tensors import (
     Groups,
@@ -70,6 +73,18 @@ class Client:
         return self.request.groups["weights"]
 
     @property
+    def weights(self) -> Tensors:
+        """What the module has in their place, live."""
+        return self._weights
+
+    @property
+    def directions(self) -> Directions:
+        """Along which they move, where the part says so (`seeds`)."""
+        if self._context.directions is None:
+            raise RunError(f"{self._where}: {type(self._worker.client).__name__} has no seeds, so there are no directions")
+        return self._context.directions
+
+    @property
     def personal(self) -> Tensors:
         """What of the client's model is its own, as it was after its last round; at first as the run began."""
         return self.memory.get("personal") or self._worker.personal
@@ -89,7 +104,13 @@ class Client:
         """To what gradients are clipped; None or 0: to nothing."""
         return self._worker.training.gradient_clip_val
 
-    def train(self, epochs: int | None = None, correct: Correction | None = None, only: Filter | None = None) -> ClientReport:
+    def train(
+        self,
+        epochs: int | None = None,
+        correct: Correction | None = None,
+        only: Filter | None = None,
+        walk: Walk | None = None,
+    ) -> ClientReport:
         """Train the module, as it stands, on the client's data with a fresh optimizer.
 
         Args:
@@ -97,14 +118,19 @@ class Client:
             correct: called after each backward pass and before gradients are clipped, with the names of the tensors that
                 travel, their gradients (to be changed in place) and the weights.
             only: which tensors are trained, by their names; by default all that the run trains.
+            walk: makes each step in the optimizer's place, without gradients (`federated.walks`).
 
         Returns:
             what was done. The last one of a round is what its record says of the client.
         """
         worker, request = self._worker, self.request
+        if walk is not None:
+            training = worker.training
+            check_walk(training.module, type(worker.client).__name__, self.gradient_clip_val, training.accumulate_grad_batches)
         with training_only(worker.training.module, only):
+            self._next.walk = walk
             loader, epochs = worker.data.client_dataloader(request.client), epochs or worker.local_epochs
-            correct = _of_some(correct, self.server) if correct and self.own else correct
+            correct = of_some(correct, self.server) if correct and self.own else correct
             report = train_epochs(worker.training, self._next, loader, epochs, self._where, request.client, correct)
         self._optimisation = None
         self.reports.append(report)
@@ -193,22 +219,14 @@ class Client:
         return {name: self._pieces for name, group in groups.items() if self._pieces is not None and self._pieces.are(group)}
 
 
-def _of_some(correct: Correction, names: Container[str]) -> Correction:
-    """The correction, of tensors with these names."""
-
-    def of_some(*given: list[Any]) -> None:
-        correct(*map(list, zip(*(one for one in zip(*given, strict=True) if one[0] in names), strict=True)))
-
-    return of_some
-
-
 class ClientUpdate(abc.ABC):
     """What a client does in a round: the part of an algorithm that runs at the client. A frozen dataclass of plain values.
 
     `makes` names the groups that it sends, `alike` those with a tensor for each weight that it trains, `numbers` those of
     numbers. `weighting` is "uniform" where all clients must weigh the same. `personal` is "model" where it keeps one of its own
     (`Client.keep`), "part" where it works with that which stays with the client. One for `adapters` is refused for a module
-    without; `ranks` are those of the clients' adapters, dealt out by seed. `alternates`: see `trains`.
+    without; `ranks` are those of the clients' adapters, dealt out by seed. `alternates`: see `trains`. With `seeds` so many
+    scalars travel in the place of weights, and its update is theirs (`federated.directions`).
     """
 
     makes: ClassVar[tuple[str, ...]] = ("update",)
@@ -219,6 +237,7 @@ class ClientUpdate(abc.ABC):
     adapters: ClassVar[bool] = False
     alternates: ClassVar[bool] = False
     ranks: tuple[int, ...] = ()
+    seeds: int = 0
 
     @abc.abstractmethod
     def __call__(self, client: Client) -> Groups:
@@ -270,6 +289,8 @@ class Worker:
         receive = received if any(stage.feedback for stage in self.down) else decoded
         groups = receive(request.groups, self.down, replace(context, memory=memory))
         here = replace(context.of(number), weights=groups["weights"])
+        if context.directions is not None:
+            groups["weights"] = context.directions.weights(groups["weights"][SCALARS])
         groups["weights"] = adapters.received(groups["weights"], rank)
         home = next(iter(groups["weights"].values())).device
         request = replace(request, groups=groups if home == device else mapped(groups, lambda _, tensor: tensor.to(device)))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedtune.federated.pieces import Pieces, is_tall
+from fedtune.federated.training import Correction
 
 
 @torch.no_grad()
@@ -36,3 +38,12 @@ class Offsets:
                     gradient.add_(self._tensors[name])  # most of its rows
                     break
                 gradient.index_add_(0, place, values)
+
+
+def of_some(correct: Correction, names: Container[str]) -> Correction:
+    """The correction, of tensors with these names."""
+
+    def chosen(*given: list[Any]) -> None:
+        correct(*map(list, zip(*(one for one in zip(*given, strict=True) if one[0] in names), strict=True)))
+
+    return chosen

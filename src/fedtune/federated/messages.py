@@ -13,6 +13,7 @@ from typing import ClassVar
 import numpy as np
 
 from fedtune.federated.adapters import Adapters
+from fedtune.federated.directions import Directions
 from fedtune.federated.pieces import Pieces
 from fedtune.randomness import stream
 from fedtune.tensors import Groups, Tensors, num_bytes
@@ -44,6 +45,7 @@ class Context:
         weights: what the server sent; of a client's message, as that client has it.
         memory: what the sender of a message remembers; a stage that adds to it finds it so when next it encodes there.
         adapters: those of the module.
+        directions: along which its weights move, where scalars travel in their place.
     """
 
     seed: int
@@ -56,6 +58,7 @@ class Context:
     weights: Tensors = field(default_factory=dict, compare=False, repr=False)
     memory: Groups = field(default_factory=dict, compare=False, repr=False)
     adapters: Adapters = field(default_factory=Adapters, compare=False, repr=False)
+    directions: Directions | None = field(default=None, compare=False, repr=False)
 
     def of(self, client: int) -> Context:
         """The same for one client's message, of a sender who remembers nothing."""

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from fedtune.errors import RunError, UsageError
 from fedtune.federated.messages import Position
 from fedtune.federated.trainer import ModuleTrainer
+from fedtune.federated.walks import Walk
 from fedtune.tensors import Tensors
 
 Filter = Callable[[str], bool]  # of names of tensors
@@ -27,6 +28,8 @@ class Optimisation:
     Args:
         trainer: of the module, whose `configure_optimizers` is called, in any of the forms that a `Trainer` takes.
         position: optimizer steps and epochs already done.
+
+    `walk` makes the steps in the optimizer's place, where an algorithm has set it.
 
     Raises:
         RunError: several optimizers, or a schedule that waits for a metric, or does not move with every step.
@@ -44,6 +47,7 @@ class Optimisation:
             raise RunError("a schedule that waits for a metric (ReduceLROnPlateau) has no meaning within a client")
         if any(schedule.interval == "step" and schedule.frequency != 1 for schedule in self._schedules):
             raise RunError("a schedule over steps has another frequency than 1, which a Trainer counts in an epoch; allowed: 1")
+        self.walk: Walk | None = None
         self._done = {"step": position.steps, "epoch": position.epochs}
         self._module = module
         self._named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
@@ -65,9 +69,10 @@ class Optimisation:
     def end(self, interval: str) -> None:
         """Advance the schedules after a "step" or an "epoch"."""
         self._done[interval] += 1
-        for schedule in self._schedules:
-            if schedule.interval == interval and self._done[interval] % schedule.frequency == 0:
-                self._module.lr_scheduler_step(cast(Any, schedule.scheduler), None)
+        with _silently() if self.walk else contextlib.nullcontext():  # the optimizer makes none of its steps
+            for schedule in self._schedules:
+                if schedule.interval == interval and self._done[interval] % schedule.frequency == 0:
+                    self._module.lr_scheduler_step(cast(Any, schedule.scheduler), None)
 
     def rates(self) -> dict[str, float]:
         """The learning rate of each parameter group, under the names of Lightning's LearningRateMonitor."""

@@ -165,6 +165,11 @@ class Algorithm:
         if self.client.ranks and not self.aggregator.unequal:
             allowed = f"for {aggregator}, none, as it needs equal ranks (Stacking, Resized and Padded do not)"
             raise UsageError("algorithm.client.ranks", list(self.client.ranks), allowed)
+        if self.client.seeds and self.aggregator.adapters:
+            raise UsageError("algorithm.aggregator", aggregator, f"for {client}, one for scalars, which travel, as Mean")
+        if self.client.seeds and self.personal:
+            allowed = f"for {client}, nothing: its scalars move all weights together"
+            raise UsageError("algorithm.personal", list(self.personal), allowed)
         handled = {"update", *(group for step in self.server for group in step.needs)}
         if left := set(sent) - handled:
             steps = ", ".join(names) or "no step"

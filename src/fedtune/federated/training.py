@@ -33,6 +33,7 @@ from fedtune.federated.logs import TrainingLog, logging_to
 from fedtune.federated.messages import ClientReport
 from fedtune.federated.optimisation import Optimisation
 from fedtune.federated.trainer import ModuleTrainer
+from fedtune.federated.walks import walked
 
 Correction = Callable[[list[str], list[Tensor], list[Tensor]], None]  # names, gradients (in place), weights
 Limit = int | float  # so many batches, or that share of them
@@ -97,9 +98,7 @@ class Steps:
         self._passes = self.seen = 0
         self._output: dict[str, Any] = {}
         self.log, self.metrics = TrainingLog(), dict[str, float]()
-        self.losses: list[Tensor] = []
-        self.sizes: list[int] = []
-        self.tokens: list[Tensor] = []
+        self.losses, self.sizes, self.tokens = list[Tensor](), list[int](), list[Tensor]()
 
     @property
     def num_steps(self) -> int:
@@ -123,7 +122,12 @@ class Steps:
         batch, self._loss, self._output, self._passes = self._training.transfer(batch), None, {}, 0
         self.log.batch, self.seen = batch, self.seen + 1
         answer = trainer.call("on_train_batch_start", batch, index)
-        if answer != -1:
+        if answer != -1 and optimisation.walk is not None:
+            self._loss = walked(optimisation.walk, lambda: self._forward(batch, index)[1], trainer.strategy.root_device)
+            self._output = {} if self._loss is None else {"loss": self._loss}
+            trainer.global_step += 1
+            optimisation.end("step")
+        elif answer != -1:
             closure = _Closure(self, batch, index)
             if is_last or (index + 1) % self._training.accumulate_grad_batches == 0:
                 trainer.call("optimizer_step", trainer.current_epoch, index, optimisation.wrapped, closure)
@@ -149,9 +153,7 @@ class Steps:
     def forward_backward(self, batch: Any, index: int) -> Tensor | None:
         """The loss of a batch and its gradients; None where the module skips the batch, as it may in a `Trainer`."""
         trainer, share, optimizer = self._trainer, self._training.accumulate_grad_batches, self._optimisation.optimizer
-        with self._training.fabric.autocast():
-            output: Any = call_step(trainer, "training_step", batch, index)
-        loss = loss_of(output)
+        output, loss = self._forward(batch, index)
         self._passes += 1  # an optimizer as LBFGS makes several
         if index % share == 0 and (self._passes > 1 or not self._training.frees_gradients):  # else there are none to be seen
             trainer.call("on_before_zero_grad", optimizer)
@@ -165,6 +167,12 @@ class Steps:
         self._loss = loss.detach().reshape(())
         self._output = (dict(output) if isinstance(output, Mapping) else {}) | {"loss": part.detach()}
         return self._output["loss"]
+
+    def _forward(self, batch: Any, index: int) -> tuple[Any, Tensor | None]:
+        """What the module's training step returns, and the loss in it."""
+        with self._training.fabric.autocast():
+            output = call_step(self._trainer, "training_step", batch, index)
+        return output, loss_of(output)
 
     def report(self, where: str, client: int, seconds: float) -> ClientReport:
         """What was done; the first time that something waits for the device.

@@ -21,7 +21,8 @@ REACHED = [f"rounds_to_{share}pct" for share in SHARES]
 _TESTED = ["majority", "local", "centralised"]
 _TUNED = {"baseline": ["baseline"], "centralised": ["centralised", "test.centralised"]}  # what goes by a rate of its own
 _RATES = [f"{baseline}_rate" for baseline in _TUNED]
-_MEANS = ["baseline", "centralised", "chance", "client_min", "client_mean", "client_max", "megabytes", "seconds"]
+_MEANS = ["baseline", "centralised", "chance", "client_min", "client_mean", "client_max"]
+_MEANS += ["bytes_up", "bytes_down", "megabytes", "seconds"]
 
 
 def compare(rounds: DataFrame) -> DataFrame:
@@ -42,9 +43,10 @@ def compare(rounds: DataFrame) -> DataFrame:
         `score` with `_min` and `_max` (mean and range over seeds of the metric that is monitored); `accuracy`, `loss_nats` and
         what else of `METRICS` is known, each with its range; the scores of the `baseline` and of the `centralised` one;
         `chance`; `rounds_to_90pct` and so on (mean over seeds; missing unless all seeds get there); `client_min`, `client_max`
-        (least and greatest accuracy for a client), `megabytes` (sent, both ways) and `seconds`, each a mean over seeds; of the
-        test part `test.examples`, `test.score` and the metrics, each with its range, `test.standard_error` (of the score, where
-        that is a share of the examples), `test.majority`, `test.local` and `test.centralised` (scores of the baselines).
+        (least and greatest accuracy for a client), `bytes_up` and `bytes_down` (sent by a client in a round, and to it),
+        `megabytes` (both ways, of the whole run) and `seconds`, each a mean over seeds; of the test part `test.examples`,
+        `test.score` and the metrics, each with its range, `test.standard_error` (of the score, where that is a share of the
+        examples), `test.majority`, `test.local` and `test.centralised` (scores of the baselines).
     """
     return _cells(_runs(rounds), settings(rounds))
 
@@ -137,6 +139,8 @@ def _run(
         row[name] = _last(one[column]) if one is not None and column in one else math.nan
     row["curve"] = Curve(run["round"].to_numpy(), run.score.to_numpy())
     row |= reached(row, row["baseline"])
+    answers = run.num_clients.sum() or math.nan
+    row |= {"bytes_up": run.bytes_up.sum() / answers, "bytes_down": run.bytes_down.sum() / answers}
     return row | {"megabytes": (run.bytes_up + run.bytes_down).sum() / 1e6, "seconds": run.seconds.sum()}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,12 +39,18 @@ def plot_grid(rounds: DataFrame, path: str | Path, metric: str | None = None, al
     Returns:
         the pictures.
     """
-    path = Path(path)
-    tasks = list(dict.fromkeys(rounds.task))
+    return by_task(rounds, Path(path), also, lambda runs, task: _draw(runs, task, metric))
+
+
+def by_task(table: DataFrame, path: Path, also: Sequence[str], draw: Callable[[DataFrame, str], Figure | None]) -> list[Path]:
+    """Write a picture for each task of a table, as `plot_grid` says; `draw` may say that there is none of a task."""
+    tasks = list(dict.fromkeys(table.task))
     paths = [path] if len(tasks) == 1 else _names(path, tasks)
     found = []
     for task, place in zip(tasks, paths, strict=True):
-        figure = _draw(rounds[rounds.task == task], str(task), metric)
+        figure = draw(table[table.task == task], str(task))
+        if figure is None:
+            continue
         for one in (place, *(place.with_suffix(suffix) for suffix in also)):
             save(figure, one, dpi=110)
             figure.set_layout_engine("none")  # it is laid out by now

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedtune.errors import UsageError
 from fedtune.files import printable, said, write_text
 from fedtune.reports.cells import compare, tuned
+from fedtune.reports.costs import plot_costs
 from fedtune.reports.curves import plot_grid
 from fedtune.reports.folders import failures, has_rounds
 from fedtune.reports.page import page
@@ -22,17 +24,19 @@ if TYPE_CHECKING:
 
 _CUT, _FIRST = 200, 5  # characters of a name or reason, and reasons, in a line
 _OWN = "report"  # the folder of the report of what is a run itself
-FILES = ("tables.md", "tables.csv", "curves.png", "curves.svg", "report.html")  # of runs of one task
+FILES = ("tables.md", "tables.csv", "curves.png", "curves.svg", "report.html")  # of runs of one task that send equally much
 
 
 def report(folder: Path, out: Path | None = None) -> Path | None:
     """Write tables.md, tables.csv, curves.png, curves.svg and report.html about all runs below a folder, and print where.
 
-    Where there are several tasks, each has pictures of its own, `curves-TASK.png`. A run whose files are damaged is left out,
+    Where clients of a task send different numbers of bytes, there is also bytes.png (and .svg). Where there are several tasks,
+    each has pictures of its own, `curves-TASK.png`. A run whose files are damaged is left out,
     and named with the reason. A picture that cannot be drawn is a warning. No file of a run is written over.
 
     Args:
-        folder: the runs; or a tables.csv of theirs, which is printed as Markdown tables (with `out`, into its tables.md).
+        folder: the runs; or a tables.csv of theirs, which is printed as Markdown tables (with `out`, into its tables.md, with
+            bytes.png where there is one).
         out: where the report goes; by default the folder of the runs, or "report" below it where that is a run itself.
 
     Returns:
@@ -55,7 +59,7 @@ def report(folder: Path, out: Path | None = None) -> Path | None:
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "tables.csv", spreadsheet(cells))
         write_text(out / "tables.md", markdown(tables, failed))
-        pictures = _drawn(rounds, out / "curves.png")
+        pictures = _drawn(plot_grid, rounds, out / "curves.png") + _drawn(plot_costs, cells, out / "bytes.png")
         write_text(out / "report.html", page(rounds, tables, failed, folder.resolve().name))
     except (OSError, ValueError) as error:  # a name with a NUL is of the second kind
         raise UsageError("--out", str(out), f"a directory that can be written ({said(error)})") from error
@@ -87,9 +91,10 @@ def _report_of_cells(file: Path, out: Path | None) -> Path | None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "tables.md", text)
+        pictures = _drawn(plot_costs, cells, out / "bytes.png")
     except (OSError, ValueError) as error:
         raise UsageError("--out", str(out), f"a directory that can be written ({said(error)})") from error
-    print(printable(out / "tables.md"))
+    print(", ".join(map(printable, [out / "tables.md", *pictures])))
     return out
 
 
@@ -114,10 +119,10 @@ def _listed(reasons: dict[str, str]) -> str:
     return "; ".join(first) + (f"; and {len(reasons) - _FIRST} more" if len(reasons) > _FIRST else "")
 
 
-def _drawn(rounds: DataFrame, path: Path) -> list[Path]:
+def _drawn(draw: Callable[..., list[Path]], table: DataFrame, path: Path) -> list[Path]:
     """The pictures; none where they cannot be drawn."""
     try:
-        return plot_grid(rounds, path, also=[".svg"])
+        return draw(table, path, also=[".svg"])
     except OSError:  # of the place, not of the picture
         raise
     except Exception as error:  # whatever it is, the tables are not about it

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 _RANGES = ("", "_min", "_max")
-_NUMBERS = ["baseline", "centralised", "chance", *REACHED, "client_min", "client_mean", "client_max", "megabytes", "seconds"]
+_NUMBERS = ["baseline", "centralised", "chance", *REACHED, "client_min", "client_mean", "client_max"]
+_NUMBERS += ["bytes_up", "bytes_down", "megabytes", "seconds"]
 _NUMBERS += [f"{before}{name}{end}" for before in ("", TEST) for name in ("score", *METRICS) for end in _RANGES]
 _NUMBERS += [TEST + name for name in ("examples", "standard_error", "majority", "local", "centralised")]
 _DEFAULTS = {"monitor": "accuracy", "mode": "max", "part": "validation", "seeds": 1, "rounds": float("nan")}

@@ -101,6 +101,11 @@ def _check_remote(loop: Any) -> None:
     ):
         if came and came != "pooled":
             raise UsageError(name, came, allowed)
+    if loop._algorithm.client.seeds:
+        name = type(loop._algorithm.client).__name__
+        raise UsageError(
+            "algorithm.client", name, f"one whose weights travel, {where}: a site keeps none that a run began with"
+        )
     for one in loop.callbacks:
         if type(one).on_client_end is not FederatedCallback.on_client_end:
             raise UsageError("callbacks", type(one).__name__, f"without on_client_end {where}, where their modules are")

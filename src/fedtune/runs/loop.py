@@ -22,7 +22,7 @@ from fedtune.federated.messages import ClientReport, Context, Position
 from fedtune.federated.parts import Algorithm
 from fedtune.federated.personal import personal_names
 from fedtune.federated.remote import Remote
-from fedtune.federated.round import RoundOptions, run_round
+from fedtune.federated.round import RoundOptions
 from fedtune.federated.state import RoundResult, ServerState
 from fedtune.federated.trainer import check_module
 from fedtune.privacy.mechanisms import plain_privacy, privacy_of
@@ -36,7 +36,7 @@ from fedtune.runs.forecast import Plan
 from fedtune.runs.hardware import resolve_precision
 from fedtune.runs.loggers import mirror_of
 from fedtune.runs.options import RunOptions
-from fedtune.runs.prepared import evaluated, given, look_over, prepared, watch_the_end, worker_of
+from fedtune.runs.prepared import evaluated, given, look_over, prepared, round_of, watch_the_end, worker_of
 from fedtune.runs.privately import planned
 from fedtune.runs.progress import Progress
 from fedtune.runs.renamed import taken
@@ -201,7 +201,8 @@ class FederatedLoop:
         watch_the_end(training.trainer, directory, run)
         run.base = base = moving(self._algorithm, adapters)
         kept = without(resting(module), base), getattr(module, "from_files", ())
-        directory.begin(ServerState(0, snapshot(carried(module, base))), bool(self.baselines), *kept)  # no name keeps the copy
+        again = bool(self.baselines) + bool(self._algorithm.client.seeds)
+        directory.begin(ServerState(0, snapshot(carried(module, base))), again, *kept)  # no name keeps the copy
         share(module, ranks)
         personal = bool(self._algorithm.personal or self._algorithm.client.personal)
         rounds = Rounds(evaluator, progress, directory, self.check_val_every_n_rounds, personal, base)
@@ -258,14 +259,14 @@ class FederatedLoop:
         else:
             runtime = runtime_of(worker, ranks, self.options.on_client_error, self._faults)
             most = max_weight(data, self.local_epochs)
+        one_round = round_of(self, training.module, rounds.directory, ranks)
         algorithm = algorithm if plan is None else plan.algorithm(algorithm, frozenset(buffers(training.module)), names)
-        lenient = bool(self._faults) or self.options.on_client_error == "drop"
         options = RoundOptions(
             self.local_epochs,
             frozenset(buffers(training.module)),
             names,
             self.options.agreement and plan is None,  # of updates as they came, which say little of a mean with noise
-            0 if plan else self.options.min_clients or (1 if lenient else None),
+            0 if plan else self.options.min_clients or (1 if self._faults or self.options.on_client_error == "drop" else None),
             rounds.progress.client,
             resting_factors(training.module, adapters),
         )
@@ -275,7 +276,7 @@ class FederatedLoop:
             drawn = plan.cohort(self.seed, number) if plan else cohort(self.seed, number, data.num_clients, size)
             context = Context(self.seed, number, data.num_clients, tuple(drawn), most, adapters=adapters)
             worker.personal.update({name: state.weights[name] for name in names})  # the server's stay as they were at first
-            result = run_round(state, algorithm, context, runtime, options)
+            result = one_round(state, algorithm, context, runtime, options)
             if ranks.size > 1:
                 check_weights(result.state.weights, number, ranks)
             restore_counters(training.module, worker.counters)  # those of the last client mean nothing to the average

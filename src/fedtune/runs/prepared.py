@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,12 +11,16 @@ import pytorch_lightning as pl
 
 from fedtune.errors import UsageError
 from fedtune.federated.client import Worker
+from fedtune.federated.directions import Directions
 from fedtune.federated.evaluation import Evaluator, attached, by_loader, step_of
 from fedtune.federated.memory import ClientMemory
 from fedtune.federated.messages import ClientReport, Position
 from fedtune.federated.ranks import ALONE, Ranks
+from fedtune.federated.rebuilt import run_rebuilt
 from fedtune.federated.remote import Remote
+from fedtune.federated.round import run_round
 from fedtune.federated.stages import Stages
+from fedtune.federated.state import RoundResult
 from fedtune.federated.still import Still
 from fedtune.federated.trainer import Line, ModuleTrainer, check_module
 from fedtune.federated.training import Training, steps_in
@@ -26,7 +31,7 @@ from fedtune.runs.progress import Progress
 from fedtune.runtimes.environment import place_of
 from fedtune.storage.directory import RunDirectory
 from fedtune.storage.records import RESERVED
-from fedtune.tensors import counters, resting, sharing, snapshot, travelling
+from fedtune.tensors import counters, resting, sharing, snapshot, trainable, travelling
 
 
 def given(data: Any, datamodule: Any) -> Any:
@@ -98,6 +103,17 @@ def worker_of(
         down=algorithm.down,
         on_client_end=on_client_end,
     )
+
+
+def round_of(loop: Any, module: pl.LightningModule, directory: RunDirectory, ranks: Ranks) -> Callable[..., RoundResult]:
+    """What does one round of a loop: `run_round`, or, where scalars travel in the place of weights, `run_rebuilt`."""
+    seeds = loop._algorithm.client.seeds
+    if not seeds:
+        return run_round
+    start, here = ranks.from_first(directory.start).weights, trainable(module)
+    device = "cpu" if module.device.type == "mps" else module.device
+    directions = Directions(loop.seed, {name: start[name].to(device) for name in here}, seeds)
+    return functools.partial(run_rebuilt, directions=directions)
 
 
 def evaluated(loop: Any, module: pl.LightningModule, data: Any, part: str) -> list[dict[str, float]]:

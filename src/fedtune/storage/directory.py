@@ -79,11 +79,11 @@ class RunDirectory:
         except OSError as error:
             raise UsageError("run_dir", str(path), f"a directory that can be written ({error.strerror})") from error
 
-    def begin(self, state: ServerState, again: bool, resting: Tensors, from_files: Collection[str] = ()) -> None:
+    def begin(self, state: ServerState, again: int, resting: Tensors, from_files: Collection[str] = ()) -> None:
         """Keep what the run begins with, on the disk where there is a directory; an earlier start's stays, and is taken up.
 
         Args:
-            again: whether `start` will be asked more than once. In memory this costs a copy of the weights.
+            again: how many times `start` will be asked beside the first. In memory this costs a copy of the weights.
             resting, from_files: as in `storage.start`.
         """
         if self.path is None:
