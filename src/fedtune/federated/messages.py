@@ -7,6 +7,7 @@ A message has groups of tensors by name: "weights" go down, an "update" comes up
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from fedtune.federated.adapters import Adapters
 from fedtune.federated.pieces import Pieces
+from fedtune.federated.sums import ExactSum, Sum
 from fedtune.randomness import stream
 from fedtune.tensors import Groups, Tensors, num_bytes
 
@@ -44,6 +46,8 @@ class Context:
         weights: what the server sent; of a client's message, as that client has it.
         memory: what the sender of a message remembers; a stage that adds to it finds it so when next it encodes there.
         adapters: those of the module.
+        sums: makes the sum of the round, of a limit and the largest total weight; another one than `ExactSum` may hide from the
+            server what is added up.
     """
 
     seed: int
@@ -56,6 +60,7 @@ class Context:
     weights: Tensors = field(default_factory=dict, compare=False, repr=False)
     memory: Groups = field(default_factory=dict, compare=False, repr=False)
     adapters: Adapters = field(default_factory=Adapters, compare=False, repr=False)
+    sums: Callable[[Callable[[str], float], int], Sum] = field(default=ExactSum, compare=False, repr=False)
 
     def of(self, client: int) -> Context:
         """The same for one client's message, of a sender who remembers nothing."""
