@@ -130,17 +130,23 @@ BELOW: dict[str, tuple[dict[int, str], str]] = {
 @pytest.mark.parametrize("stage", BELOW)
 def test_below_the_threshold_a_round_fails_in_one_line_and_nothing_is_revealed(stage: str) -> None:
     lost, says = BELOW[stage]
-    with pytest.raises(RunError, match=rf"round 1: {says}, secure sums need 3; .*nothing of any client was revealed") as caught:
+    sessions: list[tuple[Session, np.ndarray]] = []
+
+    def play() -> None:
         found, masked, _ = played(5, lost)
-        before = found.server.total.copy()
-        try:
-            masked.mean()
-        finally:
-            assert np.array_equal(before, found.server.total)  # as masked as it was
-            handed_out = sum(bool(client._revealed) for client in found.clients.values())
-            assert handed_out == (2 if stage == "unmasking" else 0)  # fewer than t shares of any secret
-            assert (found.server.asked is None) == (stage != "unmasking")
+        assert found.server.total is not None
+        sessions.append((found, found.server.total.copy()))
+        masked.mean()
+
+    with pytest.raises(RunError, match=rf"round 1: {says}, secure sums need 3; .*nothing of any client was revealed") as caught:
+        play()
     assert "\n" not in str(caught.value)
+    assert len(sessions) == (stage in ("masked", "unmasking"))
+    for found, before in sessions:
+        assert np.array_equal(before, found.server.total)  # as masked as it was
+        assert (found.server.asked is None) == (stage == "masked")
+        handed_out = sum(bool(client._revealed) for client in found.clients.values())
+        assert handed_out == (2 if stage == "unmasking" else 0)  # fewer than t shares of any secret
 
 
 def chi_square(numbers: np.ndarray) -> float:
@@ -216,7 +222,9 @@ def test_a_client_refuses_a_second_kind_of_request() -> None:
     client = found.clients[10]
     first = client.reveal([10, 11, 12, 13], [14])
     assert client.reveal([10, 11, 12, 13], [14]) == first  # the same again says nothing new
-    with pytest.raises(RunError, match="pairwise masks and of the own mask of client 13, which together would uncover") as caught:
+    with pytest.raises(
+        RunError, match="pairwise masks and of the own mask of client 13, which together would uncover"
+    ) as caught:
         client.reveal([10, 11, 12], [13, 14])
     assert "\n" not in str(caught.value)
     with pytest.raises(RunError, match="own mask and of the pairwise masks of client 14"):
@@ -318,7 +326,7 @@ def test_a_sum_at_the_limit_has_the_bits_of_the_plain_one_and_one_beyond_is_refu
             sums.add({"update": Pieces({"w": update["w"].clone()})}, most // 4, client=client)
     assert_equal(masked.mean()["update"], plain.mean()["update"])
     beyond = session(3).sums(lambda group: LIMIT, most)
-    with pytest.raises(RunError, match="client 10: .* could wrap around at 2\\^63"):
+    with pytest.raises(RunError, match=r"client 10: .* could wrap around at 2\^63"):
         beyond.add({"update": Pieces({"w": torch.tensor([2 * LIMIT])})}, 5, client=10)
 
 
@@ -357,7 +365,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "qfedavg": {"algorithm": "qfedavg", "module": PLAIN_SGD},
     "heads of their own": {"algorithm": "fedper"},
     "adapters": {"algorithm": "fedit", "module": {"lora": {"rank": 2}}},
-    "drop-outs": {"faults": [{"name": "Drop", "rate": 0.3}, {"name": "Raise", "clients": [6]}], "seed": 5, "rounds": 4},
+    "drop-outs": {"faults": [{"name": "Drop", "rate": 0.2}, {"name": "Raise", "clients": [6]}], "seed": 4, "rounds": 4},
     "privacy": {"algorithm": UNIFORM, "privacy": {"name": "Gaussian", "noise": 1.0, "clip": 0.1}, "clients_per_round": 6},
     "bands": {"algorithm": UNIFORM, "privacy": {"name": "Banded", "noise": 1.0, "clip": 0.1, "bands": 1}},
 }
@@ -381,8 +389,8 @@ def _times_of(report: Any, other: Any) -> Any:
 
 def test_clients_of_a_run_drop_out_at_every_stage(make_data: Make, make_module: Make) -> None:
     lost: dict[str, float] = dict.fromkeys(STAGES, 0.0)
-    options = {"faults": [{"name": "Drop", "rate": 0.2}], "secure_sums": MASKS | {"threshold": 0.51, "vanish": 0.1}}
-    loop, _ = run(make_data, make_module, rounds=8, seed=1, check_val_every_n_rounds=8, **options)
+    options = {"faults": [{"name": "Drop", "rate": 0.2}], "secure_sums": MASKS | {"vanish": 0.1}}
+    loop, _ = run(make_data, make_module, rounds=6, check_val_every_n_rounds=6, **options)
     for record in loop.history:
         dropped = sum(record.diagnostics[f"secure_lost_before_{stage}"] for stage in STAGES[:3])
         assert dropped == len(record.failures) == len(record.injected.get("Drop", []))
@@ -400,7 +408,7 @@ def test_a_run_stops_below_the_threshold_and_keeps_its_rounds(make_data: Make, m
 
 
 def test_a_run_is_resumed_bit_for_bit(make_data: Make, make_module: Make, tmp_path: Path) -> None:
-    options = {"faults": [{"name": "Drop", "rate": 0.2}], "secure_sums": MASKS | {"vanish": 0.1}, "seed": 1}
+    options = {"faults": [{"name": "Drop", "rate": 0.2}], "secure_sums": MASKS | {"vanish": 0.1}, "seed": 4}
     whole, weights = run(make_data, make_module, 4, **options)
     folder = str(tmp_path / "run")
     run(make_data, make_module, 2, run_dir=folder, **options)
@@ -434,7 +442,7 @@ def test_a_record_has_the_bytes_of_every_stage(make_data: Make, make_module: Mak
     assert record.bytes_down == plain.history[0].bytes_down + sum(sent.values()) - up
     assert record.diagnostics["secure_threshold"] == math.ceil(0.67 * 8)
     said = capsys.readouterr().out
-    for words in ("secure sums, simulated: of 8 clients a round 6 must stay", "up to 5 clients", "whoever knows the seed"):
+    for words in ("secure sums, simulated: of 8 clients a round 6 must stay", "up to 5 clients", "whoever knows"):
         assert words in said
 
 
@@ -444,7 +452,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "clipped": ({"algorithm": {"aggregator": "ClippedMean"}}, "ClippedMean looks at each client's update"),
     "stacking": ({"algorithm": "flora"}, "aggregator: got 'Stacking'; allowed: Mean, with secure_sums"),
     "quantised": ({"algorithm": {"up": ["Quantise"]}}, r"up: got \['Quantise'\]; allowed: none, with secure_sums"),
-    "liars": ({"faults": [{"name": "SignFlip", "clients": [0]}]}, "faults: got 'SignFlip'; allowed: faults of clients that are"),
+    "liars": (
+        {"faults": [{"name": "SignFlip", "clients": [0]}]},
+        "faults: got 'SignFlip'; allowed: faults of clients that are",
+    ),
     "two clients": ({"clients_per_round": 2}, "clients_per_round: got 2; allowed: 3 or more, with secure_sums"),
     "adaptive": (
         {"algorithm": UNIFORM, "privacy": {"name": "AdaptiveGaussian", "noise": 0.5, "count_noise": 1.0}},
@@ -468,7 +479,7 @@ def test_what_needs_more_than_a_sum_is_refused_in_one_line(name: str, make_data:
 def test_buffers_that_travel_are_refused() -> None:
     data = TinyData()
     loaders = GivenLoaders([data.client_dataloader(client) for client in range(4)], data.client_dataloader(2))
-    with pytest.raises(UsageError, match="with secure_sums .* as they are averaged apart"):
+    with pytest.raises(UsageError, match=r"with secure_sums .* as they are averaged apart"):
         make_loop(secure_sums="PairwiseMasks").fit(TinyModule(), loaders)
 
 
@@ -494,7 +505,7 @@ def test_missing_packages_are_named(make_data: Make, make_module: Make, monkeypa
 def secure_run(folder: Path, model: str) -> tuple[str, list[Any]]:
     """Weights and records of a run, of one rank or of all."""
     module, data = module_maker(model)(), data_maker(model, make_task())(**EIGHT)
-    options: dict[str, Any] = {"faults": [{"name": "Drop", "rate": 0.2}], "seed": 1}
+    options: dict[str, Any] = {"faults": [{"name": "Drop", "rate": 0.2}], "seed": 4}
     loop = make_loop(run_dir=str(folder), max_rounds=3, secure_sums=MASKS | {"vanish": 0.1}, **options)
     loop.fit(module, data)
     return sha256(weights_of(module)), without_times(loop.history)

@@ -40,7 +40,9 @@ def add_run_arguments(run: Parser) -> None:
     add_import_argument(run)
     add_data_arguments(run)
     _add_model_arguments(run)
-    run.add_class_arguments(FederatedLoop, "loop", skip={"run_dir", "logger", "callbacks", "algorithm", "privacy", "secure_sums"})
+    run.add_class_arguments(
+        FederatedLoop, "loop", skip={"run_dir", "logger", "callbacks", "algorithm", "privacy", "secure_sums"}
+    )
     run.add_argument(
         "--loop.algorithm",
         type=dict[str, Any] | str,

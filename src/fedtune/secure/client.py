@@ -5,8 +5,8 @@ mask, b_u. It sends y_u, all modulo 2^64:
 
     y_u = x_u + PRG(b_u) + sum over v > u of PRG(s_uv) - sum over v < u of PRG(s_uv)        s_uv agreed on by u and v
 
-s_u and b_u are shared among the clients of the round. One of them is enough to take away what y_u still hides it by, once the
-sum is made, and both would uncover x_u. So a client hands out its share of one of the two for each peer, and never of the other.
+s_u and b_u are shared among the clients of the round. The server needs one of them to take away what the sum has of u's masks,
+and with both it could uncover x_u. So a client hands out its share of one of the two for each peer, and never of the other.
 """
 
 from __future__ import annotations

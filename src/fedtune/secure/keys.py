@@ -1,9 +1,9 @@
 """What masks are made of, by the package cryptography.
 
-    key agreement    X25519 (RFC 7748)
-    keys             HKDF with SHA-256 (RFC 5869), of secrets of 16 bytes and of what was agreed on
-    masks            AES-256 in counter mode: the generator that stretches a key to a vector
-    sealed shares    AES-256-GCM
+key agreement    X25519 (RFC 7748)
+keys             HKDF with SHA-256 (RFC 5869), of secrets of 16 bytes and of what was agreed on
+masks            AES-256 in counter mode: the generator that stretches a key to a vector
+sealed shares    AES-256-GCM
 """
 
 from __future__ import annotations
@@ -77,5 +77,5 @@ def add_masks(numbers: np.ndarray, masks: Sequence[tuple[bytes, int]]) -> None:
         piece = numbers[start : start + _BLOCK]
         mask = room[: len(piece)]
         for stream, sign in streams:
-            stream.update_into(zeros[: 8 * len(piece)], memoryview(room).cast("B"))
+            stream.update_into(zeros[: 8 * len(piece)], room.view(np.uint8).data)
             (np.add if sign > 0 else np.subtract)(piece, mask, out=piece)  # whole numbers in arrays wrap around

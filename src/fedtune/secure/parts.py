@@ -50,10 +50,11 @@ class PairwiseMasks:
         """What may be said of a run with so many clients a round."""
         least = self.least(size)
         return (
-            f"secure sums, simulated: of {size} clients a round {least} must stay to the end; a server that follows the protocol, "
-            f"and up to {least - 1} clients that tell it all they know, learn of the others' updates and weights no more than "
-            "their sum; not covered: who lies or changes messages, what the sum itself says, and whoever knows the seed, of "
-            "which all keys are made here; records name clients, their examples and losses, which the protocol does not send"
+            f"secure sums, simulated: of {size} clients a round {least} must stay to the end; a server that keeps to the "
+            f"protocol, and up to {least - 1} clients that tell it all they know, learn of the others' updates and weights no "
+            "more than their sum; not covered: who lies or changes messages, what the sum itself says, and whoever knows the "
+            "seed, of which all keys are made here; records name clients, their examples and losses, which the protocol does "
+            "not send"
         )
 
 

@@ -1,8 +1,8 @@
 """A round with secure sums: clients and server of the protocol around `run_round`.
 
-    before the round     stages 0 and 1: keys and shares; of clients that drop out, each leaves before a stage that is drawn
-    while it lasts       stage 2: the whole numbers that a client would add to the sum are masked, and added by the server
-    at its end           stage 4: shares of the survivors, masks of the sum, and what is left is the plain sum, to the bit
+before the round     stages 0 and 1: keys and shares; of clients that drop out, each leaves before a stage that is drawn
+while it lasts       stage 2: the whole numbers that a client would add to the sum are masked, and added by the server
+at its end           stage 4: shares of the survivors, masks of the sum, and what is left is the plain sum, to the bit
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fedtune.tensors import Groups
 STAGES = ("keys", "shares", "masked", "unmasking")
 NUMBER = 4  # bytes of a client's number in a message
 _DROPS = "Drop"  # the fault whose clients may leave before they have sent keys or shares
-Layout = dict[Key, tuple[torch.Size, str]]  # shapes and kinds of devices, in the order in which numbers travel
+Layout = dict[Key, tuple[torch.Size, str]]  # shapes and kinds of devices; numbers travel in the order of the keys
 
 
 def secure_round(
@@ -41,7 +41,7 @@ def secure_round(
     algorithm: Algorithm,
     context: Context,
     runtime: Runtime,
-    options: RoundOptions = RoundOptions(),
+    options: RoundOptions,
 ) -> RoundResult:
     """`run_round` with a sum of masked messages; how updates agree is not found, as nobody sees two of them.
 
@@ -164,8 +164,8 @@ class Session:
 class MaskedSum:
     """Weighted sums, as of `ExactSum`, whose server sees masked numbers: a client's whole numbers and its weight, one vector.
 
-    Sums modulo 2^64 are the sums where these are below 2^63. With q the whole numbers of a client that weighs n, max|q n| / n times
-    the largest total weight must be: each client sees to that before it sends anything.
+    Sums modulo 2^64 are the sums where these are below 2^63. With q the whole numbers of a client that weighs n, max|q n| / n
+    times the largest total weight must be: each client sees to that before it sends anything.
 
     Args:
         session: of the round.
@@ -187,11 +187,11 @@ class MaskedSum:
         own = ExactSum(self._limit, self._max_weight)
         own.add(groups, weight, factor)
         whole = own.numbers()
-        layout = {key: (tensor.shape, tensor.device.type) for key, tensor in sorted(whole.items())}
+        layout = {key: (tensor.shape, tensor.device.type) for key, tensor in whole.items()}
         self._layout = self._layout or layout
         if layout != self._layout:
             raise RunError(f"client {client} adds other tensors to secure sums than the others")
-        numbers = np.concatenate([*(whole[key].cpu().numpy().ravel() for key in layout), np.array([weight])])
+        numbers = np.concatenate([*(whole[key].cpu().numpy().ravel() for key in sorted(layout)), np.array([weight])])
         check_range(numbers[:-1], weight, self._max_weight, f"client {client}")
         self._session.send(client, numbers)
 
@@ -203,11 +203,11 @@ class MaskedSum:
         """
         layouts = [self._layout] if workers is None else workers.gather([self._layout])
         layout = next((one for one in layouts if one), {})
-        sizes = [shape.numel() for shape, _ in layout.values()]
+        sizes = [layout[key][0].numel() for key in sorted(layout)]
         found = self._session.unmasked(workers, sum(sizes) + 1)
         sums, parts = ExactSum(self._limit, self._max_weight), np.split(found[:-1], np.cumsum(sizes)[:-1])
-        whole = {key: _tensor(part, *layout[key]) for key, part in zip(layout, parts, strict=True)}
-        sums.take(whole, int(found[-1]))
+        whole = {key: _tensor(part, *layout[key]) for key, part in zip(sorted(layout), parts, strict=True)}
+        sums.take({key: whole[key] for key in layout}, int(found[-1]))
         return sums.mean(over=over)
 
 

@@ -1,4 +1,4 @@
-"""Shamir's secret sharing (1979) over GF(2^128), by the package pycryptodome: any t shares are the secret, fewer say nothing."""
+"""Shamir's secret sharing (1979) over GF(2^128), by the package pycryptodome: t shares are the secret, fewer say nothing."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ def shares_of(secret: bytes, threshold: int, places: int) -> dict[int, bytes]:
 
     The coefficients of the polynomial come from the system's generator: nothing that is computed from t shares depends on them.
     """
-    return dict(Shamir.split(threshold, places, secret))
+    return dict(Shamir.split(threshold, places, secret, ssss=False))
 
 
 def secret_of(shares: Mapping[int, bytes]) -> bytes:
     """The secret, of exactly t of its shares by place."""
-    return bytes(Shamir.combine(list(shares.items())))
+    return bytes(Shamir.combine(list(shares.items()), ssss=False))
