@@ -264,8 +264,7 @@ class FederatedLoop:
             runtime = runtime_of(worker, ranks, self.options.on_client_error, self._faults)
             most = max_weight(data, self.local_epochs)
         algorithm = algorithm if plan is None else plan.algorithm(algorithm, frozenset(buffers(training.module)), names)
-        play = played(self._secure)
-        lenient = bool(self._faults) or self.options.on_client_error == "drop"
+        play, lenient = played(self._secure), bool(self._faults) or self.options.on_client_error == "drop"
         options = RoundOptions(
             self.local_epochs,
             frozenset(buffers(training.module)),

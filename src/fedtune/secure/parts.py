@@ -1,21 +1,21 @@
 """How sums are made secure, as parts of plain values.
 
-PairwiseMasks    Bonawitz et al. 2017, "Practical Secure Aggregation for Privacy-Preserving Machine Learning", Figure 4 without
-                 stage 3, against a server that follows the protocol and looks at all that it gets
+PairwiseMasks    Bonawitz et al. 2017, "Practical Secure Aggregation for Privacy-Preserving Machine Learning", without stage 3:
+                 against a server that follows the protocol and looks at all that it gets
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
 from fedtune.algorithms.fedavg import Mean
-from fedtune.errors import UsageError, one_of
+from fedtune.errors import UsageError
 from fedtune.federated.parts import Algorithm
-from fedtune.federated.values import made, plain
+from fedtune.federated.values import named, plain
 from fedtune.privacy.mechanisms import AdaptiveGaussian, Mechanism
 
 FEWEST = 3  # clients of a round: of a sum of two, each knows the other's part
@@ -67,15 +67,7 @@ def secure_of(given: Any) -> PairwiseMasks | None:
     Raises:
         UsageError: an unknown name or parameter, or a value that it does not take.
     """
-    if given is None or isinstance(given, PairwiseMasks):
-        return given
-    values = {"name": given} if isinstance(given, str) else given
-    if not isinstance(values, Mapping):
-        raise UsageError("secure_sums", given, f"a name ({', '.join(SECURE_SUMS)}), or a dictionary with it and its values")
-    if not isinstance(values.get("name"), str) or values["name"] not in SECURE_SUMS:
-        raise one_of("secure_sums", values.get("name"), SECURE_SUMS)
-    others = {key: one for key, one in values.items() if key != "name"}
-    return made(SECURE_SUMS[values["name"]], others, "secure_sums")
+    return named(given, "secure_sums", SECURE_SUMS, PairwiseMasks)
 
 
 def plain_secure(part: PairwiseMasks | None, strict: bool = True) -> dict[str, Any] | None:
