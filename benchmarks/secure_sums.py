@@ -1,8 +1,7 @@
 """Question: what do secure sums cost a client and the server, in seconds and bytes, and how does that grow with the clients?
 
 One process plays all clients and the server, one thread; seconds of a client are means over all. Vectors are made, not trained:
-300,000 numbers, as a head and LoRA adapters have, and 2,270,000, a tenth of MiniLM's 22.7 million (what grows with the numbers
-grows in proportion: masks and bytes of stage 2). "Dropped": an eighth of the clients share secrets and send nothing, so the
+300,000 numbers, as a head and LoRA adapters have, and MiniLM's 22.7 million. "Dropped": an eighth of the clients share secrets and send nothing, so the
 server makes their pairwise masks with every survivor. t is 0.67 of the clients, rounded up.
 Run it from the project's folder: .venv/bin/python benchmarks/secure_sums.py [--numbers 300000] [--clients 4 8]
 """
@@ -46,9 +45,11 @@ def measure(count: int, size: int, dropped: int) -> dict[str, Any]:
     """One round of the protocol; the sum is compared with the plain one."""
     threshold, watch = PairwiseMasks().least(count), Watch()
     server = Server(threshold, "benchmark")
-    clients = [Client(number, Secrets.drawn(stream(0, "benchmark", 1, number)), threshold) for number in range(count)]
-    for number, client in enumerate(clients):
-        server.take_keys(number, watch("keys", client.advertise))
+    clients: list[Client] = []
+    for number in range(count):
+        secrets = Secrets.drawn(stream(0, "benchmark", 1, number))
+        clients.append(watch("keys", Client, number, secrets, threshold))
+        server.take_keys(number, watch("keys", clients[number].advertise))
     keys = server.all_keys()
     for number, client in enumerate(clients):
         server.take_shares(number, watch("shares", client.share, keys))
@@ -88,7 +89,7 @@ def plain_seconds(size: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--numbers", nargs="+", type=int, default=[300_000, 2_270_000])
+    parser.add_argument("--numbers", nargs="+", type=int, default=[300_000, 22_700_000])
     parser.add_argument("--clients", nargs="+", type=int, default=[4, 8, 16, 32])
     parser.add_argument("--name", default="secure_sums", help="of the file of results; - for none")
     options = parser.parse_args()
