@@ -1,8 +1,8 @@
 """Question: what do secure sums cost a client and the server, in seconds and bytes, and how does that grow with the clients?
 
 One process plays all clients and the server, one thread; seconds of a client are means over all. Vectors are made, not trained:
-300,000 numbers, as a head and LoRA adapters have, and MiniLM's 22.7 million. "Dropped": an eighth of the clients share secrets and send nothing, so the
-server makes their pairwise masks with every survivor. t is 0.67 of the clients, rounded up.
+300,000 numbers, as a head and LoRA adapters have, and MiniLM's 22.7 million. "Dropped": an eighth of the clients share secrets
+and send nothing, so the server makes their pairwise masks with every survivor. t is 0.67 of the clients, rounded up.
 Run it from the project's folder: .venv/bin/python benchmarks/secure_sums.py [--numbers 300000] [--clients 4 8]
 """
 
