@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from fedtune.runs.monitors import BestWeights, EarlyStopping, LearningRateMonitor
     from fedtune.runs.options import RunOptions
     from fedtune.runtimes.faults import FAULTS
+    from fedtune.secure.parts import SECURE_SUMS
     from fedtune.storage.records import RoundRecord
 
 spin_less_when_busy()  # before torch is imported
@@ -74,6 +75,7 @@ _HOME = {
     "RoundRecord": "storage.records",
     "RunOptions": "runs.options",
     "RunError": "errors",
+    "SECURE_SUMS": "secure.parts",
     "SPLITS": "data.splits",
     "TASKS": "data.registry",
     "TextClassifier": "models.classifier",
@@ -99,6 +101,7 @@ __all__ = [
     "FAULTS",
     "MODELS",
     "PRIVACY",
+    "SECURE_SUMS",
     "SPLITS",
     "TASKS",
     "AlbertClassifier",

@@ -19,7 +19,7 @@ from fedtune.federated.client import Client, ClientUpdate
 from fedtune.federated.messages import Context, Reply
 from fedtune.federated.parts import Aggregator, Algorithm, Runtime
 from fedtune.federated.state import ServerState
-from fedtune.federated.sums import ExactSum, is_limit
+from fedtune.federated.sums import is_limit
 from fedtune.tensors import Groups
 
 WEIGHTINGS = ("examples", "uniform")
@@ -60,9 +60,9 @@ class Mean(Aggregator):
 
     def __call__(self, replies: Iterator[Reply], state: ServerState, context: Context, runtime: Runtime) -> Groups:
         """Add up every group of every reply."""
-        sums = ExactSum(self.limit, context.max_weight if self.weighting == "examples" else context.num_clients)
+        sums = context.sums(self.limit, context.max_weight if self.weighting == "examples" else context.num_clients)
         for reply in replies:
-            sums.add(reply.pieces, self.weight(reply))
+            sums.add(reply.pieces, self.weight(reply), client=reply.client)
         return sums.mean(runtime)
 
     def weight(self, reply: Reply) -> int:

@@ -7,6 +7,7 @@ A message has groups of tensors by name: "weights" go down, an "update" comes up
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -15,6 +16,7 @@ import numpy as np
 from fedtune.federated.adapters import Adapters
 from fedtune.federated.directions import Directions
 from fedtune.federated.pieces import Pieces
+from fedtune.federated.sums import ExactSum, Sum
 from fedtune.randomness import stream
 from fedtune.tensors import Groups, Tensors, num_bytes
 
@@ -46,6 +48,8 @@ class Context:
         memory: what the sender of a message remembers; a stage that adds to it finds it so when next it encodes there.
         adapters: those of the module.
         directions: along which its weights move, where scalars travel in their place.
+        sums: makes the sum of the round, of a limit and the largest total weight; another one than `ExactSum` may hide from the
+            server what is added up.
     """
 
     seed: int
@@ -59,6 +63,7 @@ class Context:
     memory: Groups = field(default_factory=dict, compare=False, repr=False)
     adapters: Adapters = field(default_factory=Adapters, compare=False, repr=False)
     directions: Directions | None = field(default=None, compare=False, repr=False)
+    sums: Callable[[Callable[[str], float], int], Sum] = field(default=ExactSum, compare=False, repr=False)
 
     def of(self, client: int) -> Context:
         """The same for one client's message, of a sender who remembers nothing."""

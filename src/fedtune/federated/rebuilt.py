@@ -6,6 +6,7 @@ counted as weights are. Around it stands the run, whose weights are the module's
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -29,14 +30,15 @@ def run_rebuilt(
     options: RoundOptions,
     *,
     directions: Directions,
+    play: Callable[..., RoundResult] = run_round,
 ) -> RoundResult:
-    """As `run_round`; the weights before and after are the module's.
+    """As `play`, which is as `run_round`; the weights before and after are the module's.
 
     Raises:
         RunError: as `run_round`, and where the weights are not those that the scalars come to here.
     """
     here = replace(context, directions=directions)
-    result = run_round(_of_scalars(state, directions), algorithm, here, runtime, options)
+    result = play(_of_scalars(state, directions), algorithm, here, runtime, options)
     return replace(result, state=_of_weights(result.state, directions))
 
 

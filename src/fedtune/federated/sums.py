@@ -77,6 +77,10 @@ class Total:
             self.rows = torch.zeros_like(self.numbers[:, 0], dtype=torch.bool) if self.rows is None else self.rows
             self.rows[place] = True
 
+    def whole(self) -> Tensor:
+        """The whole numbers."""
+        return self.numbers - self._anchor.view(self.numbers.dtype) * self.everywhere
+
     def notes(self) -> Note:
         """What others need to know to add theirs."""
         return Note(self.numbers.shape, self.numbers.device.type, self._mantissa, self.everywhere, self.rows is not None)
@@ -132,10 +136,10 @@ class ExactSum:
         self._totals: dict[Key, Total] = {}
 
     @torch.no_grad()
-    def add(self, groups: Mapping[str, Pieces], weight: int, factor: float = 1.0) -> None:
+    def add(self, groups: Mapping[str, Pieces], weight: int, factor: float = 1.0, client: int | None = None) -> None:
         """Take in one contribution, its values times a factor, `weight` times.
 
-        The caller sees to it that values are finite and within the limit.
+        The caller sees to it that values are finite and within the limit. Whose it is makes no difference here.
 
         Raises:
             RunError: the weight is no count, or takes the total beyond `max_weight`.
@@ -152,6 +156,22 @@ class ExactSum:
                     self._totals[group, name] = Total(tensor)
             for name, place, values in pieces:
                 self._totals[group, name].add(place, values if factor == 1.0 else values * factor, scale, weight)
+
+    def numbers(self) -> dict[Key, Tensor]:
+        """The sums as the whole numbers that they are, int64, of this worker."""
+        return {key: total.whole() for key, total in self._totals.items()}
+
+    def take(self, numbers: Mapping[Key, Tensor], weight: int) -> None:
+        """Whole numbers as from `numbers`, of contributions that weigh so much together, in place of what was added.
+
+        Raises:
+            RunError: they weigh more than `max_weight`.
+        """
+        self._weight, self._totals = 0, {}
+        self.add({}, weight)
+        for key, whole in numbers.items():
+            self._totals[key] = Total(whole)
+            self._totals[key].numbers = whole
 
     @property
     def any(self) -> bool:
@@ -192,6 +212,16 @@ class ExactSum:
         """Make the sums those of all workers, also of those to which no client fell."""
         join(self._totals, workers)
         self._weight = sum(workers.gather([self._weight]))
+
+
+class Sum(Protocol):
+    """What is added up over the clients of a round: `ExactSum`, or one that takes its place."""
+
+    def add(self, groups: Mapping[str, Pieces], weight: int, factor: float = 1.0, client: int | None = None) -> None:
+        """As of `ExactSum`; `client` is whose contribution it is."""
+
+    def mean(self, workers: Workers | None = None, over: float | None = None) -> Groups:
+        """As of `ExactSum`."""
 
 
 class BufferSum:

@@ -67,6 +67,27 @@ def made(make: Callable[..., Any], values: Mapping[str, Any], where: str, also: 
         raise UsageError(f"{where}.{error.argument}", error.came, error.allowed) from error
 
 
+def named(given: Any, where: str, registered: Mapping[str, type[Any]], base: type[Any]) -> Any:
+    """The part that a name, or a dictionary with it and its values, means; a part, and None, are what they are.
+
+    Args:
+        where: what an error names.
+        base: what all such parts are.
+
+    Raises:
+        UsageError: an unknown name or parameter, or a value that it does not take.
+    """
+    if given is None or isinstance(given, base):
+        return given
+    values = {"name": given} if isinstance(given, str) else given
+    if not isinstance(values, Mapping):
+        raise UsageError(where, given, f"a name ({', '.join(registered)}), or a dictionary with it and its values")
+    name = values.get("name")
+    if not isinstance(name, str) or name not in registered:
+        raise one_of(where, name, registered)
+    return made(registered[name], {key: one for key, one in values.items() if key != "name"}, where)
+
+
 def typed(value: Any, hint: Any, where: str) -> Any:
     """A value as its type wants it; YAML takes 1e-3 for text, and lists stand for tuples."""
     if hint in (float, int) and not isinstance(value, bool):

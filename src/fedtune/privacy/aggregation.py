@@ -26,7 +26,7 @@ from fedtune.federated.messages import Context, Reply
 from fedtune.federated.parts import Aggregator, Runtime
 from fedtune.federated.pieces import Pieces
 from fedtune.federated.state import ServerState
-from fedtune.federated.sums import ExactSum, grid_bits
+from fedtune.federated.sums import grid_bits
 from fedtune.privacy.factorisation import bands, sensitivity
 from fedtune.privacy.mechanisms import AdaptiveGaussian, Banded, Mechanism
 from fedtune.tensors import Groups, Tensors
@@ -68,11 +68,11 @@ class PrivateMean(Aggregator):
         memory, clip = state.memory.get(type(self).__name__, {}), self.clip_of(state)
         groups: Groups = {"ledger": self._ledger(memory.get("ledger"), context)}
         limit, halves = 2.0 ** (math.ceil(math.log2(clip)) + 1), 0.0
-        sums, step = ExactSum(lambda _: limit, context.num_clients), 2.0 ** -grid_bits(limit, context.num_clients)
+        sums, step = context.sums(lambda _: limit, context.num_clients), 2.0 ** -grid_bits(limit, context.num_clients)
         for reply in replies:
             factor = clipping(reply.pieces["update"], clip, step)
             halves += 0.5 if factor == 1.0 else -0.5
-            sums.add({"update": reply.pieces["update"]}, 1, factor)
+            sums.add({"update": reply.pieces["update"]}, 1, factor, reply.client)
         found = sums.mean(runtime, over=self.denominator).get("update", {})
         noise, scale = standard_normal(self.named(state, context), context), self._of_sum() * clip
         if isinstance(self.mechanism, Banded):

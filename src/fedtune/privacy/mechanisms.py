@@ -10,12 +10,11 @@ Banded              Choquette-Choo et al. 2023, "(Amplified) Banded Matrix Facto
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
 from fedtune.errors import UsageError, at_least, one_of
-from fedtune.federated.values import made, plain
+from fedtune.federated.values import named, plain
 from fedtune.privacy.accountant import ACCOUNTANTS
 
 SAMPLINGS = ("poisson", "fixed")
@@ -146,14 +145,7 @@ def privacy_of(given: Any) -> Mechanism | None:
     Raises:
         UsageError: an unknown name or parameter, or a value that it does not take.
     """
-    if given is None or isinstance(given, Mechanism):
-        return given
-    values = {"name": given} if isinstance(given, str) else given
-    if not isinstance(values, Mapping):
-        raise UsageError("privacy", given, f"a name ({', '.join(PRIVACY)}), or a dictionary with it and its values")
-    if not isinstance(values.get("name"), str) or values["name"] not in PRIVACY:
-        raise one_of("privacy", values.get("name"), PRIVACY)
-    return made(PRIVACY[values["name"]], {key: one for key, one in values.items() if key != "name"}, "privacy")
+    return named(given, "privacy", PRIVACY, Mechanism)
 
 
 def plain_privacy(mechanism: Mechanism | None, strict: bool = True) -> dict[str, Any] | None:

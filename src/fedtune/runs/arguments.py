@@ -17,6 +17,7 @@ from fedtune.runs.callbacks import FederatedCallback
 from fedtune.runs.options import RunOptions
 from fedtune.runtimes.environment import place_of
 from fedtune.runtimes.faulty import check_clients, faults_of, plain_faults
+from fedtune.secure.parts import check_secure, plain_secure, secure_of
 from fedtune.storage.summary import MODES
 
 EVALUATED_ON = ("validation", "test")
@@ -87,6 +88,10 @@ def check_data(loop: Any, data: Any) -> None:
         raise UsageError("faults", knowing[0], "with clients of different ranks, one that needs no mean of their updates")
     if (mechanism := privacy_of(loop.privacy)) is not None:
         check_privacy(mechanism, algorithm, data.num_clients, loop.clients_per_round, loop.options.min_clients)
+    if secure_of(loop.secure_sums) is not None:
+        lies = [type(fault).__name__ for fault in faults if fault.lies]
+        everyone = loop.clients_per_round is None
+        check_secure(algorithm, mechanism, loop.clients_per_round or data.num_clients, lies, everyone)
     _check_cohort(loop, algorithm.aggregator, data.num_clients)
 
 
@@ -97,6 +102,7 @@ def _check_remote(loop: Any) -> None:
         ("baselines", list(loop.baselines), f"none {where}, as they need the data: baselines: []"),
         ("faults", plain_faults(loop._faults, strict=False), f"none {where}"),
         ("privacy", plain_privacy(privacy_of(loop.privacy), strict=False), f"none {where}"),
+        ("secure_sums", plain_secure(secure_of(loop.secure_sums), strict=False), f"none {where}: they are a simulation"),
         ("options.evaluation", loop.options.evaluation, f"pooled, {where}"),
     ):
         if came and came != "pooled":

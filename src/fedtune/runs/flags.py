@@ -27,9 +27,16 @@ from fedtune.runs.parser import ConfigFile, Parser, Refusal, check_plain
 from fedtune.runs.renamed import in_configuration
 from fedtune.runs.words import IMPORT, listed
 from fedtune.runtimes.faulty import faults_of, plain_faults
+from fedtune.secure.parts import SECURE_SUMS, plain_secure, secure_of
 from fedtune.storage.config import KEPT, fingerprint, settled, without
 
 SECTIONS = ("data", "model", "loop")
+_OF_LOOP = {  # parts with values of their own: what is said of them
+    "privacy": f"client-level differential privacy: one of {', '.join(PRIVACY)}; its parameters are flags, too: "
+    "--loop.privacy Gaussian --loop.privacy.noise 1.0 --loop.privacy.delta 1e-5",
+    "secure_sums": f"the server has masked messages and their sum alone, simulated: one of {', '.join(SECURE_SUMS)}; its "
+    "parameters are flags, too: --loop.secure_sums PairwiseMasks --loop.secure_sums.threshold 0.67",
+}
 _OF_OWN = ("class_path", "init_args", "name", "seed")  # arguments of a module of one's own
 
 
@@ -39,7 +46,9 @@ def add_run_arguments(run: Parser) -> None:
     add_import_argument(run)
     add_data_arguments(run)
     _add_model_arguments(run)
-    run.add_class_arguments(FederatedLoop, "loop", skip={"run_dir", "logger", "callbacks", "algorithm", "privacy"})
+    run.add_class_arguments(
+        FederatedLoop, "loop", skip={"run_dir", "logger", "callbacks", "algorithm", "privacy", "secure_sums"}
+    )
     run.add_argument(
         "--loop.algorithm",
         type=dict[str, Any] | str,
@@ -47,14 +56,9 @@ def add_run_arguments(run: Parser) -> None:
         help=f"one of {', '.join(ALGORITHMS)}; its parameters and parts are flags, too: --loop.algorithm.beta 0.5, "
         "--loop.algorithm.aggregator.weighting uniform, --loop.algorithm.up+=Quantise",
     )
-    run.add_argument(
-        "--loop.privacy",
-        type=dict[str, Any] | str | None,
-        default=None,
-        help=f"client-level differential privacy: one of {', '.join(PRIVACY)}; its parameters are flags, too: "
-        "--loop.privacy Gaussian --loop.privacy.noise 1.0 --loop.privacy.delta 1e-5",
-    )
-    run.deep += ("loop.algorithm", "loop.privacy", "model.lora", "model.init_args")
+    for name, what in _OF_LOOP.items():
+        run.add_argument(f"--loop.{name}", type=dict[str, Any] | str | None, default=None, help=what)
+    run.deep += ("loop.algorithm", *(f"loop.{name}" for name in _OF_LOOP), "model.lora", "model.init_args")
     run.add_argument("--seed", type=int | None, default=None, help="sets data.seed, model.seed and loop.seed")
     run.add_argument("--run_dir", type=str | None, default=None, help="directory of the run; nothing is written without it")
     run.add_argument(
@@ -164,6 +168,7 @@ def resolved(options: Namespace) -> dict[str, dict[str, Any]]:
         check_plain("algorithm", found["loop"]["algorithm"])
         found["loop"]["faults"] = plain_faults(faults_of(found["loop"]["faults"]))
         found["loop"]["privacy"] = plain_privacy(privacy_of(found["loop"]["privacy"]))
+        found["loop"]["secure_sums"] = plain_secure(secure_of(found["loop"]["secure_sums"]))
     if found["data"]["num_clients"] == 1 and found["data"]["split"] in WHOLE:
         found["data"] |= {"split": "iid", **DEFAULTS}
     found["data"] = {key: value for key, value in found["data"].items() if value is not None or key not in DEFAULTS}

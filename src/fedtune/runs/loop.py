@@ -37,13 +37,14 @@ from fedtune.runs.hardware import resolve_precision
 from fedtune.runs.loggers import mirror_of
 from fedtune.runs.options import RunOptions
 from fedtune.runs.prepared import evaluated, given, look_over, prepared, round_of, watch_the_end, worker_of
-from fedtune.runs.privately import planned
+from fedtune.runs.privately import planned, played
 from fedtune.runs.progress import Progress
 from fedtune.runs.renamed import taken
 from fedtune.runs.rounds import Rounds
 from fedtune.runs.sharing import check_same, check_weights, share
 from fedtune.runtimes.faulty import faults_of, plain_faults, runtime_of
 from fedtune.runtimes.processes import ranks_of
+from fedtune.secure.parts import plain_secure, secure_of
 from fedtune.storage.config import describe, identified
 from fedtune.storage.directory import RunDirectory
 from fedtune.storage.history import History
@@ -69,6 +70,8 @@ class FederatedLoop:
             ({"name": "Drop", "rate": 0.3}).
         privacy: client-level differential privacy: a name of `fedtune.PRIVACY`, or a dictionary with it and its values
             ({"name": "Gaussian", "noise": 1.0}). Cohorts are then drawn as it says, `clients_per_round` in the mean.
+        secure_sums: a name of `fedtune.SECURE_SUMS`, or a dictionary with it and its values ({"name": "PairwiseMasks",
+            "threshold": 0.67}): the server has masked messages, and their sum. The same weights, to the bit.
         algorithm: a name of `fedtune.ALGORITHMS`, an `Algorithm`, or a dictionary as in `fedtune.algorithms.specification`.
         precision: "auto" (bf16 mixed where the hardware has it, else fp32), "32-true" or 32, "bf16-mixed".
         accelerator: as in Lightning: "auto", "cpu", "gpu".
@@ -104,6 +107,7 @@ class FederatedLoop:
     algorithm: str | Mapping[str, Any] | Algorithm = "fedavg"
     faults: Sequence[Any] = ()
     privacy: Any = None
+    secure_sums: Any = None
     precision: str = "auto"
     accelerator: str = "auto"
     gradient_clip_val: float | None = None
@@ -137,7 +141,7 @@ class FederatedLoop:
         self._position = Position()
         resolve_precision(self.precision, self.accelerator)
         self._algorithm, self._faults = algorithm_of(self.algorithm), faults_of(self.faults)
-        self._privacy = privacy_of(self.privacy)
+        self._privacy, self._secure = privacy_of(self.privacy), secure_of(self.secure_sums)
         if self.fast_dev_run:
             self.max_rounds, self.check_val_every_n_rounds, self.run_dir, self.logger = 1, 1, None, "none"
             self.limit_train_batches = self.limit_val_batches = self.limit_test_batches = int(self.fast_dev_run)
@@ -231,6 +235,7 @@ class FederatedLoop:
         own["algorithm"] = specification_of(self._algorithm, strict=self.run_dir is not None)
         own["faults"] = plain_faults(self._faults, strict=self.run_dir is not None)
         own["privacy"] = plain_privacy(self._privacy, strict=self.run_dir is not None)
+        own["secure_sums"] = plain_secure(self._secure, strict=self.run_dir is not None)
         own["options"] = dataclasses.asdict(self.options)
         # a continuation on other hardware must not change the precision in silence
         own["precision"] = resolve_precision(self.precision, self.accelerator)
@@ -259,14 +264,15 @@ class FederatedLoop:
         else:
             runtime = runtime_of(worker, ranks, self.options.on_client_error, self._faults)
             most = max_weight(data, self.local_epochs)
-        one_round = round_of(self, training.module, rounds.directory, ranks)
+        play = round_of(self, training.module, rounds.directory, ranks, played(self._secure))
         algorithm = algorithm if plan is None else plan.algorithm(algorithm, frozenset(buffers(training.module)), names)
+        lenient = bool(self._faults) or self.options.on_client_error == "drop"
         options = RoundOptions(
             self.local_epochs,
             frozenset(buffers(training.module)),
             names,
             self.options.agreement and plan is None,  # of updates as they came, which say little of a mean with noise
-            0 if plan else self.options.min_clients or (1 if self._faults or self.options.on_client_error == "drop" else None),
+            0 if plan else self.options.min_clients or (1 if lenient else None),
             rounds.progress.client,
             resting_factors(training.module, adapters),
         )
@@ -276,7 +282,7 @@ class FederatedLoop:
             drawn = plan.cohort(self.seed, number) if plan else cohort(self.seed, number, data.num_clients, size)
             context = Context(self.seed, number, data.num_clients, tuple(drawn), most, adapters=adapters)
             worker.personal.update({name: state.weights[name] for name in names})  # the server's stay as they were at first
-            result = one_round(state, algorithm, context, runtime, options)
+            result = play(state, algorithm, context, runtime, options)
             if ranks.size > 1:
                 check_weights(result.state.weights, number, ranks)
             restore_counters(training.module, worker.counters)  # those of the last client mean nothing to the average

@@ -18,7 +18,6 @@ from fedtune.federated.messages import ClientReport, Position
 from fedtune.federated.ranks import ALONE, Ranks
 from fedtune.federated.rebuilt import run_rebuilt
 from fedtune.federated.remote import Remote
-from fedtune.federated.round import run_round
 from fedtune.federated.stages import Stages
 from fedtune.federated.state import RoundResult
 from fedtune.federated.still import Still
@@ -105,15 +104,17 @@ def worker_of(
     )
 
 
-def round_of(loop: Any, module: pl.LightningModule, directory: RunDirectory, ranks: Ranks) -> Callable[..., RoundResult]:
-    """What does one round of a loop: `run_round`, or, where scalars travel in the place of weights, `run_rebuilt`."""
+def round_of(
+    loop: Any, module: pl.LightningModule, directory: RunDirectory, ranks: Ranks, play: Callable[..., RoundResult]
+) -> Callable[..., RoundResult]:
+    """What does one round of a loop: `play`, as `run_round`; around it, where scalars travel and not weights, `run_rebuilt`."""
     seeds = loop._algorithm.client.seeds
     if not seeds:
-        return run_round
+        return play
     start, here = ranks.from_first(directory.start).weights, trainable(module)
     device = "cpu" if module.device.type == "mps" else module.device
     directions = Directions(loop.seed, {name: start[name].to(device) for name in here}, seeds)
-    return functools.partial(run_rebuilt, directions=directions)
+    return functools.partial(run_rebuilt, directions=directions, play=play)
 
 
 def evaluated(loop: Any, module: pl.LightningModule, data: Any, part: str) -> list[dict[str, float]]:

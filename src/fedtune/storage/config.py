@@ -32,6 +32,7 @@ _LATER = {"model.from", "data.from", "data.num_clients"}
 NEUTRAL: dict[str, Any] = {
     "loop.faults": [],
     "loop.privacy": None,
+    "loop.secure_sums": None,
     "loop.options.on_client_error": "stop",
     "model.lora": None,
     "model.gradient_checkpointing": False,
@@ -43,7 +44,7 @@ NEUTRAL: dict[str, Any] = {
     "loop.options.imports": [],
 }
 AS_GIVEN = "_as_the_command_line_has_it"  # an attribute of a module of another's class that a command has built
-_NOT_OF_BASELINES = ("loop.algorithm.", "loop.faults", "loop.privacy", "loop.options.on_client_error")
+_NOT_OF_BASELINES = ("loop.algorithm.", "loop.faults", "loop.privacy", "loop.secure_sums", "loop.options.on_client_error")
 
 
 def describe(module: Any, data: Any, loop: Mapping[str, Any]) -> dict[str, Any]:
