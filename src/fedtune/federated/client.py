@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 
 from fedtune.errors import ClientError, Elsewhere, RunError, UsageError
+from fedtune.federated.corrections import of_some
+from fedtune.federated.examples import not_once
 from fedtune.federated.feedback import fed_back, received
 from fedtune.federated.memory import ClientMemory
 from fedtune.federated.messages import ClientReport, Context, Reply, Request, Stage, bytes_of, decoded, encoded
 from fedtune.federated.optimisation import Filter, Optimisation, training_only
-from fedtune.federated.passes import one_pass
+from fedtune.federated.passes import Epochs, one_pass
 from fedtune.federated.pieces import Pieces
 from fedtune.federated.still import Still
 from fedtune.federated.training import Correction, Training, train_epochs
@@ -102,10 +104,13 @@ class Client:
             what was done. The last one of a round is what its record says of the client.
         """
         worker, request = self._worker, self.request
+        if worker.privately is not None and self.reports:
+            raise not_once(worker.client)
+        train = train_epochs if worker.privately is None else worker.privately(self._context.of(request.client))
         with training_only(worker.training.module, only):
             loader, epochs = worker.data.client_dataloader(request.client), epochs or worker.local_epochs
-            correct = _of_some(correct, self.server) if correct and self.own else correct
-            report = train_epochs(worker.training, self._next, loader, epochs, self._where, request.client, correct)
+            correct = of_some(correct, self.server) if correct and self.own else correct
+            report = train(worker.training, self._next, loader, epochs, self._where, request.client, correct)
         self._optimisation = None
         self.reports.append(report)
         return report
@@ -142,6 +147,8 @@ class Client:
 
     def _pass(self, gradients: bool) -> tuple[float, Tensors]:
         training, module = self._worker.training, self._worker.training.module
+        if self._worker.privately is not None:
+            raise not_once(self._worker.client)
         before = snapshot(buffers(module))
         training.trainer.at(self.request.position)
         with self.apart("pass"):
@@ -193,15 +200,6 @@ class Client:
         return {name: self._pieces for name, group in groups.items() if self._pieces is not None and self._pieces.are(group)}
 
 
-def _of_some(correct: Correction, names: Container[str]) -> Correction:
-    """The correction, of tensors with these names."""
-
-    def of_some(*given: list[Any]) -> None:
-        correct(*map(list, zip(*(one for one in zip(*given, strict=True) if one[0] in names), strict=True)))
-
-    return of_some
-
-
 class ClientUpdate(abc.ABC):
     """What a client does in a round: the part of an algorithm that runs at the client. A frozen dataclass of plain values.
 
@@ -244,6 +242,7 @@ class Worker:
         still: looks after what must not move.
         up, down: what happens to messages to the server, and to clients.
         on_client_end: called when a client has trained, while the module holds its weights.
+        privately: for a client and a round, what is called in the place of `train_epochs` where examples have privacy.
     """
 
     training: Training
@@ -257,6 +256,7 @@ class Worker:
     up: tuple[Stage, ...] = ()
     down: tuple[Stage, ...] = ()
     on_client_end: Callable[[ClientReport], None] | None = None
+    privately: Callable[[Context], Epochs] | None = None
 
     def answer(self, request: Request, context: Context) -> Reply:
         """What a client answers, on the device on which the request lies.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedtune.federated.pieces import Pieces, is_tall
+from fedtune.federated.training import Correction
 
 
 @torch.no_grad()
@@ -15,6 +17,15 @@ def pull_(gradients: Sequence[Tensor], weights: Sequence[Tensor], centres: Seque
     """Add strength x (weight - centre) to each gradient: the gradient of strength / 2 x the squared distance."""
     torch._foreach_add_(list(gradients), list(weights), alpha=strength)
     torch._foreach_sub_(list(gradients), list(centres), alpha=strength)
+
+
+def of_some(correct: Correction, names: Container[str]) -> Correction:
+    """The correction, of tensors with these names."""
+
+    def chosen(*given: list[Any]) -> None:
+        correct(*map(list, zip(*(one for one in zip(*given, strict=True) if one[0] in names), strict=True)))
+
+    return chosen
 
 
 class Offsets:

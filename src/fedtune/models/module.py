@@ -19,9 +19,15 @@ from fedtune.models.training import optimizers_of
 
 
 class PretrainedModule(pl.LightningModule, abc.ABC):
-    """A network of Transformers, `network`, as a `LightningModule`; `_fresh` names those of its tensors that no file has."""
+    """A network of Transformers, `network`, as a `LightningModule`; `_fresh` names those of its tensors that no file has.
+
+    `apart` is true while a client trains with privacy of examples: the loss of a training step is then the mean over examples of
+    a loss that depends on no other example, and every layer gets tensors whose first dimension is that of the examples, or which
+    `by_example` gives it.
+    """
 
     network: PreTrainedModel
+    apart: bool = False
     _fresh: set[str]
 
     @functools.cached_property
@@ -56,6 +62,10 @@ class PretrainedModule(pl.LightningModule, abc.ABC):
     def configure_optimizers(self) -> Any:
         """The optimizer over what is trained, with the warm-up as a schedule over steps."""
         return optimizers_of(self)
+
+    def by_example(self, tensor: Tensor) -> Tensor:
+        """What a layer was given or has returned in the last forward pass, with the examples as the first dimension."""
+        return tensor
 
     @abc.abstractmethod
     def _evaluate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:

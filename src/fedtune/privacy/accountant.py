@@ -27,8 +27,8 @@ class Release:
     """One noisy sum, as an accountant sees it.
 
     Args:
-        rate: the probability with which a client is in it, or the share of clients that is.
-        noise: standard deviation of the noise over what one client can move the sum by.
+        rate: the probability with which a client (or an example) is in it, or the share of clients that is.
+        noise: standard deviation of the noise over what one client (or example) can move the sum by.
         fixed: (cohort, clients) where cohorts of a fixed size are drawn without replacement; None where each client is drawn by
             itself, or all are there.
     """
@@ -62,7 +62,7 @@ def _library() -> Any:
     return dp_accounting
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=4096)
 def epsilon_by(accountant: str, release: Release, count: int, delta: float) -> float:
     """Epsilon of `count` releases at `delta`, by "rdp" or "pld"; 0 of none.
 
@@ -78,7 +78,7 @@ def epsilon_by(accountant: str, release: Release, count: int, delta: float) -> f
     return float(_library().pld.PLDAccountant().compose(release.event(), count).get_epsilon(delta))
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=4096)
 def rdp_of(release: Release) -> tuple[Any, Any]:
     """(orders,) the orders and the Rényi divergences of one release."""
     library = _library()

@@ -51,7 +51,7 @@ def add_run_arguments(run: Parser) -> None:
         "--loop.privacy",
         type=dict[str, Any] | str | None,
         default=None,
-        help=f"client-level differential privacy: one of {', '.join(PRIVACY)}; its parameters are flags, too: "
+        help=f"differential privacy: one of {', '.join(PRIVACY)}; its parameters are flags, too: "
         "--loop.privacy Gaussian --loop.privacy.noise 1.0 --loop.privacy.delta 1e-5",
     )
     run.deep += ("loop.algorithm", "loop.privacy", "model.lora", "model.init_args")
