@@ -76,10 +76,10 @@ class Way:
         self.optimizer.zero_grad()
 
     def _ghost(self, batch: dict[str, torch.Tensor]) -> None:
+        self.ghost.enable_hooks()
         with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
             logits = self.module(batch["input_ids"], batch["attention_mask"])
         losses = F.cross_entropy(logits.float(), batch["labels"], reduction="none")
-        self.ghost.enable_hooks()
         losses.mean().backward(retain_graph=True)  # type: ignore[no-untyped-call]
         weights = self.ghost.get_clipping_coef().detach()
         self.optimizer.zero_grad()

@@ -29,7 +29,8 @@ class Epochs(Protocol):
         where: str,
         client: int,
         correct: Correction | None = None,
-    ) -> ClientReport: ...
+    ) -> ClientReport:
+        """Local epochs of a client."""
 
 
 def one_pass(training: Training, loader: Any, where: str, gradients: bool) -> tuple[float, Tensors]:

@@ -138,8 +138,8 @@ class CausalLM(PretrainedModule):
         return self.network.get_output_embeddings()(hidden_AH), target_A, conversation_A
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Mean cross-entropy over the answer tokens of the batch, in nats; with privacy of examples, the mean over conversations
-        of the mean over the answer tokens of each."""
+        """Mean cross-entropy over the answer tokens of the batch, in nats; where examples are `apart`, the mean over
+        conversations of the mean over the answer tokens of each."""
         logits_AV, target_A, conversation_A = self.answer_logits(batch)
         if self.apart:
             each_A = F.cross_entropy(logits_AV.float(), target_A, reduction="none")

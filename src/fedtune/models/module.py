@@ -21,9 +21,8 @@ from fedtune.models.training import optimizers_of
 class PretrainedModule(pl.LightningModule, abc.ABC):
     """A network of Transformers, `network`, as a `LightningModule`; `_fresh` names those of its tensors that no file has.
 
-    `apart` is true while a client trains with privacy of examples: the loss of a training step is then the mean over examples of
-    a loss that depends on no other example, and every layer gets tensors whose first dimension is that of the examples, or which
-    `by_example` gives it.
+    `apart` is true while a client trains with privacy of examples. The loss of a training step is then the mean over examples
+    of a loss that depends on no other example, and what layers are given begins with the examples, or `by_example` makes it so.
     """
 
     network: PreTrainedModel

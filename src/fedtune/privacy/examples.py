@@ -1,4 +1,4 @@
-"""What privacy of examples means in one run: how much noise each client adds, for how many rounds, and what may be said of it."""
+"""What privacy of examples means in a run: how much noise each client adds, for how many rounds, and what may be said of it."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from fedtune.privacy.steps import PrivateEpochs
 
 LEDGER = "ExampleGaussian"  # in the server's memory
 NOT_COVERED = (
-    "not covered: how many examples a client has and which clients take part (weights by number of examples tell them), losses, "
-    "metrics and whatever else the records say of the clients (the guarantee is for the weights), texts that are several examples "
-    "or are held by several clients, tuning by looking at several runs, and whoever knows the seed, or which examples were drawn"
+    "not covered: how many examples a client has and which clients take part (weights by number of examples tell them), "
+    "losses, metrics and whatever else the records say of the clients (the guarantee is for the weights), texts that are several "
+    "examples or are held by several clients, tuning by looking at several runs, and whoever knows the seed, or which examples "
+    "were drawn"
 )
 Counts = NDArray[np.int64]
 
@@ -69,7 +70,8 @@ class ExamplePlan:
 
     def training(self, context: Context) -> PrivateEpochs:
         """How a client trains in a round."""
-        return PrivateEpochs(self.mechanism.clip, self.noises[context.client or 0], context)
+        client = context.client or 0
+        return PrivateEpochs(self.mechanism.clip, self.noises[client], self.samplings[client], context)
 
     def release(self, client: int) -> Release:
         """A step of a client, as an accountant sees it."""
@@ -129,17 +131,22 @@ class ExamplePlan:
         """What may be said of a run after so many rounds."""
         found, expected = self.figures(rounds), [one.expected for one in self.samplings]
         steps = [self.steps(client) for client in range(len(self.samplings))]
+        rdp, pld, rate, noise = (
+            _span(found[f"{name}_least"], found[name], how)
+            for name, how in (
+                ("epsilon_rdp", ".4f"),
+                ("epsilon_pld", ".4f"),
+                ("sampling_rate", "g"),
+                ("noise_multiplier", ".6g"),
+            )
+        )
         return (
-            f"example-level differential privacy within each client after {rounds} rounds: epsilon "
-            f"{_span(found['epsilon_rdp_least'], found['epsilon_rdp'], '.4f')} by RDP, "
-            f"{_span(found['epsilon_pld_least'], found['epsilon_pld'], '.4f')} by PLD over clients, at delta "
-            f"{self.mechanism.delta:g}; unit: an example of a client; neighbours: the texts of a client with one example more or "
-            f"less; sampling: Poisson, each of a client's examples in a step with probability "
-            f"{_span(found['sampling_rate_least'], found['sampling_rate'])}, {_span(min(steps), max(steps))} steps a round; "
-            f"denominator: {_span(min(expected), max(expected))}, whoever is drawn; clip: {self.mechanism.clip:g}, the length of "
-            f"an example's gradient; noise: normal, standard deviation "
-            f"{_span(found['noise_multiplier_least'], found['noise_multiplier'], '.6g')} clips on the sum of each step, added by "
-            f"the client; {NOT_COVERED}"
+            f"example-level differential privacy within each client after {rounds} rounds: epsilon {rdp} by RDP, {pld} by PLD, "
+            f"at delta {self.mechanism.delta:g}; unit: an example of a client; neighbours: the examples of a client with one more "
+            f"or less; sampling: Poisson, each of a client's examples in a step with probability {rate}, "
+            f"{_span(min(steps), max(steps))} steps a round; denominator: {_span(min(expected), max(expected))}, whoever is "
+            f"drawn; clip: {self.mechanism.clip:g}, the length of an example's gradient; noise: normal, standard deviation "
+            f"{noise} clips on the sum of each step, added by the client; {NOT_COVERED}"
         )
 
     def epsilons(self, accountant: str, rounds: int) -> list[float]:
@@ -204,9 +211,7 @@ def example_plan(
         mechanism.noise or _noise_for(mechanism, one.rate, one.steps * epochs * max(1, count))
         for one, count in zip(samplings, planned.tolist(), strict=True)
     ]
-    plan = ExamplePlan(
-        mechanism, seed, clients_per_round, tuple(samplings), epochs, tuple(noises), mechanism.rounds or None
-    )
+    plan = ExamplePlan(mechanism, seed, clients_per_round, tuple(samplings), epochs, tuple(noises), mechanism.rounds or None)
     if not (mechanism.noise and mechanism.epsilon):
         return plan
     within = _limit(plan, max_rounds)
@@ -229,8 +234,8 @@ def _limit(plan: ExamplePlan, max_rounds: int) -> int | None:
     steps = {one: count_within(one, mechanism.delta, mechanism.epsilon, mechanism.finder) for one in releases}
     allowed = np.array([steps[plan.release(client)] // plan.steps(client) for client in clients])
     if not allowed.min():
-        client = int(allowed.argmin())
-        least = epsilon_by(mechanism.finder, plan.release(client), plan.steps(client), mechanism.delta)
+        finder, delta = mechanism.finder, mechanism.delta
+        least, client = max((epsilon_by(finder, plan.release(one), plan.steps(one), delta), one) for one in clients)
         raise UsageError(
             "privacy.epsilon", mechanism.epsilon, f"{least:.4g} or more, which a round of client {client} needs with this noise"
         )

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -27,15 +28,13 @@ def check_opacus() -> None:
 
 @contextlib.contextmanager
 def apart(module: pl.LightningModule) -> Iterator[None]:
-    """Inside the block a module that knows of it keeps the examples of a batch apart: it has `apart`, see `PretrainedModule`."""
-    if not hasattr(module, "apart"):
-        yield
-        return
-    module.apart = True
+    """Inside the block a module that has `apart`, see `PretrainedModule`, keeps the examples of a batch apart."""
+    knows: Any = module if hasattr(module, "apart") else SimpleNamespace()
+    knows.apart = True
     try:
         yield
     finally:
-        module.apart = False
+        knows.apart = False
 
 
 @contextlib.contextmanager
@@ -50,7 +49,7 @@ def hooked(module: pl.LightningModule) -> Iterator[None]:
     check_layers(module)
     try:
         hooks = _hooks()(module, getattr(module, "by_example", _as_it_is))
-    except NotImplementedError as error:
+    except (NotImplementedError, ValueError) as error:
         raise _refused(module, str(error)) from error
     try:
         with warnings.catch_warnings():
@@ -103,19 +102,18 @@ def _hooks() -> Callable[..., Any]:
     try:
         from opacus.grad_sample.grad_sample_module import GradSampleHooks
     except ImportError as error:
-        raise UsageError("privacy", "no package opacus", "after: pip install 'fedtune[privacy]' (the package opacus)") from error
+        raise UsageError(
+            "privacy", "no package opacus", "after: pip install 'fedtune[privacy]' (the package opacus)"
+        ) from error
 
-    class Hooks(GradSampleHooks):  # type: ignore[misc]  # without types
+    class Hooks(GradSampleHooks):
         def __init__(self, module: nn.Module, by_example: Callable[[Tensor], Tensor]) -> None:
             super().__init__(module, loss_reduction="mean")
             self._by_example = by_example
 
-        def rearrange_grad_samples(self, *, module: nn.Module, backprops: Tensor, **more: Any) -> Any:
+        def rearrange_grad_samples(self, *, module: Any, backprops: Tensor, **more: Any) -> Any:
             backprops = self._by_example(backprops)
-            given = [self._by_example(one) for one in module.activations[-1]]  # type: ignore[index]
-            module.activations[-1] = [  # type: ignore[index]
-                one.to(backprops.dtype) if one.is_floating_point() else one for one in given
-            ]
+            module.activations[-1] = [self._by_example(one) for one in module.activations[-1]]
             module.max_batch_len = len(backprops)  # else it would be that of packed rows
             return super().rearrange_grad_samples(module=module, backprops=backprops, **more)
 

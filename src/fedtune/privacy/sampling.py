@@ -48,7 +48,9 @@ def sampling_of(loader: Any, training: Training, client: int) -> Sampling:
     ):
         sampler = getattr(loader, "batch_sampler", None)
         came = type(loader).__name__ if sampler is None else f"{type(loader).__name__} with {type(sampler).__name__}"
-        allowed = "with privacy of examples, a DataLoader with a batch_size and a data set with a length (group_by_length: false)"
+        allowed = (
+            "with privacy of examples, a DataLoader with a batch_size and a data set with a length (group_by_length: false)"
+        )
         raise UsageError("data", f"client_dataloader({client}), a {came}", allowed)
     examples = len(loader.dataset)
     if not examples:

@@ -26,7 +26,7 @@ from fedtune.federated.messages import ClientReport, Context
 from fedtune.federated.optimisation import Optimisation
 from fedtune.federated.training import Correction, Training, train
 from fedtune.privacy.gradients import apart, hooked, take
-from fedtune.privacy.sampling import fetched, sampling_of
+from fedtune.privacy.sampling import Sampling, fetched, sampling_of
 from fedtune.privacy.trial import check_apart
 
 _ROOM = 2**28  # numbers that the gradients of single examples may take at a time: 1 GB
@@ -83,10 +83,10 @@ class NoisySum(ByExample):
         """
         if not self.expected or self._added != self.expected.popleft():
             raise RunError(_TWICE)
-        sums = self._sums or [None] * len(self._trained)
-        for parameter, total in zip(self._trained, sums, strict=True):
-            drawn = torch.from_numpy(self._rng.standard_normal(tuple(parameter.shape), dtype=np.float32)).to(parameter.device)
-            noisy = drawn.mul_(self._deviation) if total is None else drawn.mul_(self._deviation).add_(total)
+        for number, parameter in enumerate(self._trained):
+            drawn = self._rng.standard_normal(tuple(parameter.shape), dtype=np.float32)
+            noisy = torch.from_numpy(drawn).to(parameter.device).mul_(self._deviation)
+            noisy += self._sums[number] if self._sums else 0.0
             parameter.grad = noisy.div_(self._denominator).to(parameter.dtype)
         self._sums, self._added = [], 0
 
@@ -99,11 +99,13 @@ class PrivateEpochs:
     Args:
         clip: C.
         noise: z.
+        sampling: as the noise was found, or the rounds, for it.
         context: of the client.
     """
 
     clip: float
     noise: float
+    sampling: Sampling
     context: Context
 
     def __call__(
@@ -116,9 +118,15 @@ class PrivateEpochs:
         client: int,
         correct: Correction | None = None,
     ) -> ClientReport:
-        """Steps with noise. The report's number of examples, by which a mean may weigh, does not depend on who was drawn."""
-        module, draws = training.module, self.context.rng("privacy/examples")
-        sampling = sampling_of(loader, training, client)
+        """Steps with noise. The report's number of examples, by which a mean may weigh, does not depend on who was drawn.
+
+        Raises:
+            RunError: the loader is no longer what it was when the run began.
+            UsageError: as `check_apart` and `hooked`.
+        """
+        module, draws, sampling = training.module, self.context.rng("privacy/examples"), self.sampling
+        if (now := sampling_of(loader, training, client)) != sampling:
+            raise RunError(f"{where}: its loader has {now}, and had {sampling} when the run began, for which the privacy is")
         sums = NoisySum(module, self.clip, self.noise, sampling.expected, self.context.rng("privacy/noise"))
         room = max(1, _ROOM // sum(one.numel() for one in module.parameters() if one.requires_grad))
 

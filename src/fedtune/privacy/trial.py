@@ -7,6 +7,7 @@ of these the figures of privacy would not be true, and nothing else would show i
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -78,13 +79,13 @@ def _alone(training: Training, batch: Any) -> Gradients:
 def _together(training: Training, batch: Any) -> Gradients:
     """The gradients by example of a batch, in an order of the module's own."""
     with apart(training.module), hooked(training.module):
-        _loss(training, batch).backward()  # type: ignore[no-untyped-call]
+        _loss(training, batch).backward()
         found = {name: take(one) for name, one in training.module.named_parameters() if one.requires_grad}
     return {name: one for name, one in found.items() if one is not None}
 
 
 def _loss(training: Training, batch: Any) -> Tensor:
-    with logging_to(training.trainer, TrainingLog()) as _, torch.enable_grad():
+    with logging_to(training.trainer, TrainingLog()), torch.enable_grad():
         loss = loss_of(call_step(training.trainer, "training_step", training.transfer(batch), 0))
     if loss is None:
         raise ValueError("training_step returned None")
@@ -108,7 +109,7 @@ def _difference(alone: list[Gradients], together: Gradients, count: int, share: 
     worst = float(torch.maximum(squares.amin(0).amax(), squares.amin(1).amax()))
     if worst <= share**2 * longest:
         return None
-    return f"in a batch of {count} its gradient differs by {(worst / longest) ** 0.5:.2g} of its length" if longest else "…"
+    return f"in a batch of {count} a gradient differs by {(worst / longest) ** 0.5 if longest else math.inf:.2g} of its length"
 
 
 @contextlib.contextmanager

@@ -23,8 +23,11 @@ def planned(loop: Any, training: Training, run: Run) -> PrivacyPlan | ExamplePla
     """
     if loop._privacy is None:
         return None
-    data, plan = run.data, None
+    data = run.data
+    plan: PrivacyPlan | ExamplePlan
     if isinstance(loop._privacy, ExampleGaussian):
+        if getattr(training.module.hparams, "packing", None):
+            run.print("packing: not while clients train, as privacy of examples wants a row for each conversation")
         samplings = [sampling_of(data.client_dataloader(client), training, client) for client in range(data.num_clients)]
         how = loop.seed, loop.clients_per_round, loop.local_epochs, loop.max_rounds
         plan = example_plan(loop._privacy, samplings, *how)
