@@ -15,7 +15,7 @@ from fedtune.federated.cohorts import cohort
 from fedtune.federated.messages import Context
 from fedtune.federated.parts import Algorithm
 from fedtune.federated.state import RoundResult, ServerState
-from fedtune.privacy.accountant import Release, count_within, epsilon_by, epsilon_of_rdp, noise_for, rdp_of
+from fedtune.privacy.accountant import QUICK, Release, count_within, epsilon_by, epsilon_of_rdp, noise_for, rdp_of
 from fedtune.privacy.mechanisms import ExampleGaussian
 from fedtune.privacy.plan import check_buffers
 from fedtune.privacy.sampling import Sampling
@@ -24,9 +24,9 @@ from fedtune.privacy.steps import PrivateEpochs
 LEDGER = "ExampleGaussian"  # in the server's memory
 NOT_COVERED = (
     "not covered: how many examples a client has and which clients take part (weights by number of examples tell them), "
-    "losses, metrics and whatever else the records say of the clients (the guarantee is for the weights), texts that are several "
-    "examples or are held by several clients, tuning by looking at several runs, and whoever knows the seed, or which examples "
-    "were drawn"
+    "losses, metrics and whatever else the records say of the clients (the guarantee is for the weights), texts that are "
+    "several examples or are held by several clients, tuning by looking at several runs, and whoever knows the seed, or which "
+    "examples were drawn"
 )
 Counts = NDArray[np.int64]
 
@@ -142,8 +142,8 @@ class ExamplePlan:
         )
         return (
             f"example-level differential privacy within each client after {rounds} rounds: epsilon {rdp} by RDP, {pld} by PLD, "
-            f"at delta {self.mechanism.delta:g}; unit: an example of a client; neighbours: the examples of a client with one more "
-            f"or less; sampling: Poisson, each of a client's examples in a step with probability {rate}, "
+            f"at delta {self.mechanism.delta:g}; unit: an example of a client; neighbours: the examples of a client with one "
+            f"more or less; sampling: Poisson, each of a client's examples in a step with probability {rate}, "
             f"{_span(min(steps), max(steps))} steps a round; denominator: {_span(min(expected), max(expected))}, whoever is "
             f"drawn; clip: {self.mechanism.clip:g}, the length of an example's gradient; noise: normal, standard deviation "
             f"{noise} clips on the sum of each step, added by the client; {NOT_COVERED}"
@@ -159,7 +159,9 @@ class ExamplePlan:
             key = self.release(client), count * self.steps(client)
             if key not in known:
                 fast = accountant == "fast" and key[1]
-                known[key] = epsilon_of_rdp(*rdp_of(key[0]), key[1], delta) if fast else epsilon_by(accountant, *key, delta)
+                known[key] = (
+                    epsilon_of_rdp(*rdp_of(key[0]), key[1], delta) if fast else epsilon_by(accountant, *key, delta, QUICK)
+                )
             found.append(known[key])
         return found
 
@@ -235,7 +237,7 @@ def _limit(plan: ExamplePlan, max_rounds: int) -> int | None:
     allowed = np.array([steps[plan.release(client)] // plan.steps(client) for client in clients])
     if not allowed.min():
         finder, delta = mechanism.finder, mechanism.delta
-        least, client = max((epsilon_by(finder, plan.release(one), plan.steps(one), delta), one) for one in clients)
+        least, client = max((epsilon_by(finder, plan.release(one), plan.steps(one), delta, QUICK), one) for one in clients)
         raise UsageError(
             "privacy.epsilon", mechanism.epsilon, f"{least:.4g} or more, which a round of client {client} needs with this noise"
         )

@@ -68,8 +68,8 @@ class FederatedLoop:
             the same configuration, that run goes on. None writes nothing.
         faults: what goes wrong on purpose with some clients: names of `fedtune.FAULTS`, or dictionaries with a name and values
             ({"name": "Drop", "rate": 0.3}).
-        privacy: differential privacy of clients, or of the examples of each: a name of `fedtune.PRIVACY`, or a dictionary with it
-            and its values ({"name": "Gaussian", "noise": 1.0}). That of clients draws `clients_per_round` in the mean.
+        privacy: differential privacy of clients, or of the examples of each: a name of `fedtune.PRIVACY`, or a dictionary with
+            it and its values ({"name": "Gaussian", "noise": 1.0}). That of clients draws `clients_per_round` in the mean.
         algorithm: a name of `fedtune.ALGORITHMS`, an `Algorithm`, or a dictionary as in `fedtune.algorithms.specification`.
         precision: "auto" (bf16 mixed where the hardware has it, else fp32), "32-true" or 32, "bf16-mixed".
         accelerator: as in Lightning: "auto", "cpu", "gpu".
