@@ -437,6 +437,18 @@ def test_algorithms_of_adapters_train_with_noise(name: str, make_data: Make, mak
     assert loop.history[-1].diagnostics["epsilon_rdp"] > 0
 
 
+@pytest.mark.parametrize("model", [{}, {"lora": LORA}, {"padding_free": False}], ids=["full", "lora", "padded"])
+def test_training_in_bf16_has_the_same_noise_and_epsilon(model: Any, make_data: Make, make_module: Make) -> None:
+    (half, rough), (exact, fine) = (
+        run(make_data, make_module, rounds=1, precision=one, model=model, privacy=PRIVATE | {"noise": 0.1})
+        for one in ("bf16-mixed", "32-true")
+    )
+    assert half.summary["epsilon_rdp"] == exact.summary["epsilon_rdp"]
+    start = weights_of(make_module(**model))
+    moved = length({name: fine[name] - start[name] for name in fine})
+    assert 0 < length({name: rough[name] - fine[name] for name in fine}) < 0.3 * moved
+
+
 def test_a_decoder_trains_by_adapters_with_noise(folders: dict[str, str]) -> None:
     data = fedtune.FederatedDataModule(make_chats(), folders["llama"], num_clients=2, batch_size=4, max_length=64)
     module = fedtune.CausalLM(folders["llama"], lora=LORA, packing=64)
@@ -514,6 +526,26 @@ def test_batch_norms_and_buffers_are_refused() -> None:
     module.norm = torch.nn.BatchNorm1d(3)
     with pytest.raises(UsageError, match=r"as they are averaged without noise|layers that opacus can follow"):
         make_loop(max_rounds=1, privacy=SCORES).fit(module, loaders([20], 5)[0])
+
+
+def test_layers_that_are_compiled_and_decoders_that_are_trained_whole_are_refused(folders: dict[str, str]) -> None:
+    module = Scores()
+    module.layer.compile(backend="eager")
+    with pytest.raises(UsageError, match=r"layers that opacus can follow \(one is compiled\)"):
+        make_loop(max_rounds=1, privacy=SCORES).fit(module, loaders([20], 5)[0])
+    data = fedtune.FederatedDataModule(make_chats(), folders["llama"], num_clients=2, batch_size=4, max_length=64)
+    with pytest.raises(UsageError, match="one whose training loss is a mean over examples") as caught:
+        make_loop(max_rounds=1, privacy=PRIVATE).fit(fedtune.CausalLM(folders["llama"]), data)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_optimizer_that_asks_for_the_gradients_again_is_refused() -> None:
+    class Again(Scores):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.LBFGS(self.parameters())
+
+    with pytest.raises(RunError, match="the gradients of each batch are made once"):
+        make_loop(max_rounds=1, privacy=SCORES).fit(Again(), loaders([100], 5)[0])
 
 
 def test_a_module_that_skips_batches_is_refused() -> None:

@@ -124,24 +124,26 @@ class PrivateEpochs:
             RunError: the loader is no longer what it was when the run began.
             UsageError: as `check_apart` and `hooked`.
         """
-        module, draws, sampling = training.module, self.context.rng("privacy/examples"), self.sampling
+        module, sampling = training.module, self.sampling
         if (now := sampling_of(loader, training, client)) != sampling:
             raise RunError(f"{where}: its loader has {now}, and had {sampling} when the run began, for which the privacy is")
         sums = NoisySum(module, self.clip, self.noise, sampling.expected, self.context.rng("privacy/noise"))
         room = max(1, _ROOM // sum(one.numel() for one in module.parameters() if one.requires_grad))
-
-        def parts() -> Iterator[Part]:
-            for _ in range(sampling.steps):
-                places = np.flatnonzero(draws.random(sampling.examples) < sampling.rate).tolist()
-                chunks = [places[start : start + room] for start in range(0, len(places), room)]
-                sums.expected.append(len(chunks))
-                if not chunks:
-                    yield Part(None, True)
-                for number, chunk in enumerate(chunks, start=1):
-                    yield Part(fetched(loader, chunk), number == len(chunks))
-
+        draws = self.context.rng("privacy/examples")
+        passes = (self._parts(loader, sums, room, draws) for _ in range(epochs))
         training.trainer.train_dataloader = loader
         check_apart(training, loader)
         with apart(module), hooked(module):
-            report = train(training, optimisation, (parts() for _ in range(epochs)), where, client, correct, by_example=sums)
+            report = train(training, optimisation, passes, where, client, correct, by_example=sums)
         return replace(report, num_examples=min(sampling.examples, sampling.steps * sampling.expected) * epochs)
+
+    def _parts(self, loader: Any, sums: NoisySum, room: int, draws: np.random.Generator) -> Iterator[Part]:
+        """The steps of an epoch, in parts of at most so many examples."""
+        for _ in range(self.sampling.steps):
+            places = np.flatnonzero(draws.random(self.sampling.examples) < self.sampling.rate).tolist()
+            chunks = [places[start : start + room] for start in range(0, len(places), room)]
+            sums.expected.append(len(chunks))
+            if not chunks:
+                yield Part(None, True)
+            for number, chunk in enumerate(chunks, start=1):
+                yield Part(fetched(loader, chunk), number == len(chunks))
