@@ -260,8 +260,7 @@ class FederatedLoop:
             runtime = runtime_of(worker, ranks, self.options.on_client_error, self._faults)
             most = max_weight(data, self.local_epochs)
         algorithm = algorithm if plan is None else plan.algorithm(algorithm, frozenset(buffers(training.module)), names)
-        hidden = plan is not None and plan.hides_clients
-        lenient = bool(self._faults) or self.options.on_client_error == "drop"
+        lenient, hidden = bool(self._faults) or self.options.on_client_error == "drop", plan is not None and plan.hides_clients
         options = RoundOptions(
             self.local_epochs,
             frozenset(buffers(training.module)),

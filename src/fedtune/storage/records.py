@@ -140,8 +140,7 @@ class RoundRecord:
             ClientReport(**_part(one, "clients", _REPORT, ("update_norm", "metrics", "learning_rates")))
             for one in flat["clients"]
         ]
-        if any(not math.isnan(one.train_loss_nats) for one in own["clients"]):
-            checks.finite("train_loss_nats", flat["train_loss_nats"])
+        _check_losses(flat, private="epsilon_rdp" in own.get("diagnostics", {}))
         own["failures"] = [Failure(**_part(one, "failures", _FAILURE)) for one in flat["failures"]]
         metrics = {str(name): checks.measured(name, value) for name, value in flat.items() if name not in RESERVED}
         found = cls(metrics=metrics, **own)
@@ -195,9 +194,14 @@ def _part(found: Any, name: str, form: Mapping[str, Check], optional: Sequence[s
     if not found.keys() <= form.keys():
         strange = sorted(found.keys() - form.keys())
         raise ValueError(f"{name} have {shown(strange)}, which no record has")
-    if found.get("num_tokens"):  # null is the loss of a client that drew no example
-        checks.finite("train_loss_nats", found.get("train_loss_nats"))
     return checked(found, form, optional)
+
+
+def _check_losses(flat: Mapping[str, Any], private: bool) -> None:
+    """Raise `ValueError` where a training loss is no finite number; with privacy a client may have drawn no example."""
+    known = [one for one in flat["clients"] if one["train_loss_nats"] is not None or not private or one["num_tokens"]]
+    for one in [*known, *([flat] if known else [])]:
+        checks.finite("train_loss_nats", one["train_loss_nats"])
 
 
 def _agrees(record: RoundRecord) -> None:
