@@ -430,7 +430,7 @@ def test_buffers_that_travel_are_refused() -> None:
 
 
 def test_mechanisms_are_parts_of_plain_values_and_found_by_name() -> None:
-    assert set(PRIVACY) == {"Gaussian", "AdaptiveGaussian", "Banded"}
+    assert set(PRIVACY) == {"Gaussian", "AdaptiveGaussian", "Banded", "ExampleGaussian"}
     assert privacy_of({"name": "Gaussian", "noise": "1e-1"}) == Gaussian(noise=0.1)
     assert privacy_of(None) is None
     with pytest.raises(UsageError, match="privacy: got 3"):

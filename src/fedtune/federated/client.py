@@ -17,11 +17,12 @@ import torch
 from fedtune.errors import ClientError, Elsewhere, RunError, UsageError
 from fedtune.federated.corrections import of_some
 from fedtune.federated.directions import SCALARS, Directions
+from fedtune.federated.examples import not_once
 from fedtune.federated.feedback import fed_back, received
 from fedtune.federated.memory import ClientMemory
 from fedtune.federated.messages import ClientReport, Context, Reply, Request, Stage, bytes_of, decoded, encoded
 from fedtune.federated.optimisation import Filter, Optimisation, training_only
-from fedtune.federated.passes import one_pass
+from fedtune.federated.passes import Epochs, one_pass
 from fedtune.federated.pieces import Pieces
 from fedtune.federated.still import Still
 from fedtune.federated.training import Correction, Training, train_epochs
@@ -127,11 +128,14 @@ class Client:
         if walk is not None:
             training = worker.training
             check_walk(training.module, type(worker.client).__name__, self.gradient_clip_val, training.accumulate_grad_batches)
+        if worker.privately is not None and self.reports:
+            raise not_once(worker.client)
+        train = train_epochs if worker.privately is None else worker.privately(self._context.of(request.client))
         with training_only(worker.training.module, only):
             self._next.walk = walk
             loader, epochs = worker.data.client_dataloader(request.client), epochs or worker.local_epochs
             correct = of_some(correct, self.server) if correct and self.own else correct
-            report = train_epochs(worker.training, self._next, loader, epochs, self._where, request.client, correct)
+            report = train(worker.training, self._next, loader, epochs, self._where, request.client, correct)
         self._optimisation = None
         self.reports.append(report)
         return report
@@ -168,6 +172,8 @@ class Client:
 
     def _pass(self, gradients: bool) -> tuple[float, Tensors]:
         training, module = self._worker.training, self._worker.training.module
+        if self._worker.privately is not None:
+            raise not_once(self._worker.client)
         before = snapshot(buffers(module))
         training.trainer.at(self.request.position)
         with self.apart("pass"):
@@ -263,6 +269,7 @@ class Worker:
         still: looks after what must not move.
         up, down: what happens to messages to the server, and to clients.
         on_client_end: called when a client has trained, while the module holds its weights.
+        privately: for a client and a round, what is called in the place of `train_epochs` where examples have privacy.
     """
 
     training: Training
@@ -276,6 +283,7 @@ class Worker:
     up: tuple[Stage, ...] = ()
     down: tuple[Stage, ...] = ()
     on_client_end: Callable[[ClientReport], None] | None = None
+    privately: Callable[[Context], Epochs] | None = None
 
     def answer(self, request: Request, context: Context) -> Reply:
         """What a client answers, on the device on which the request lies.

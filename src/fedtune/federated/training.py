@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,7 @@ from fedtune.federated.batches import (
     with_last,
 )
 from fedtune.federated.dropout import FastDropout
+from fedtune.federated.examples import ByExample
 from fedtune.federated.logs import TrainingLog, logging_to
 from fedtune.federated.messages import ClientReport
 from fedtune.federated.optimisation import Optimisation
@@ -87,11 +88,14 @@ class Steps:
 
     Args:
         correct: what an algorithm does with the gradients of each step.
+        by_example: what makes them of those of single examples; batches are then `Part`s.
     """
 
-    def __init__(self, training: Training, optimisation: Optimisation, correct: Correction | None) -> None:
+    def __init__(
+        self, training: Training, optimisation: Optimisation, correct: Correction | None, by_example: ByExample | None
+    ) -> None:
         self._training, self._optimisation, self._correct = training, optimisation, correct
-        self._trainer = training.trainer
+        self._by_example, self._trainer = by_example, training.trainer
         self._trainer.strategy.before_step = self._before_step
         self._first = self._trainer.global_step
         self._loss: Tensor | None = None
@@ -118,18 +122,23 @@ class Steps:
 
     def _batch(self, batch: Any, index: int, is_last: bool) -> int | None:
         """One batch; -1 where the module wants no more of this epoch."""
-        trainer, optimisation = self._trainer, self._optimisation
-        batch, self._loss, self._output, self._passes = self._training.transfer(batch), None, {}, 0
+        trainer, optimisation, drawn = self._trainer, self._optimisation, True
+        ends = is_last or (index + 1) % self._training.accumulate_grad_batches == 0
+        if self._by_example is not None:
+            batch, ends = batch
+            drawn = batch is not None  # else the step is one of noise alone
+        self._loss, self._output, self._passes = None, {}, 0
+        batch = self._training.transfer(batch) if drawn else None
         self.log.batch, self.seen = batch, self.seen + 1
-        answer = trainer.call("on_train_batch_start", batch, index)
+        answer = trainer.call("on_train_batch_start", batch, index) if drawn else None
         if answer != -1 and optimisation.walk is not None:
             self._loss = walked(optimisation.walk, lambda: self._forward(batch, index)[1], trainer.strategy.root_device)
             self._output = {} if self._loss is None else {"loss": self._loss}
             trainer.global_step += 1
             optimisation.end("step")
         elif answer != -1:
-            closure = _Closure(self, batch, index)
-            if is_last or (index + 1) % self._training.accumulate_grad_batches == 0:
+            closure = _Closure(self, batch, index) if drawn else _nothing
+            if ends:
                 trainer.call("optimizer_step", trainer.current_epoch, index, optimisation.wrapped, closure)
                 trainer.global_step += 1
                 if self._training.frees_gradients:
@@ -147,7 +156,8 @@ class Steps:
             self.losses.append(self._loss)
             self.sizes.append(examples_in(batch))
             self.tokens.append(num_tokens(batch))
-        trainer.call("on_train_batch_end", self._output, batch, index)
+        if drawn:
+            trainer.call("on_train_batch_end", self._output, batch, index)
         return None
 
     def forward_backward(self, batch: Any, index: int) -> Tensor | None:
@@ -164,6 +174,8 @@ class Steps:
         trainer.call("on_before_backward", part)
         trainer.call("backward", part)
         trainer.call("on_after_backward")
+        if self._by_example is not None:
+            self._by_example.add(examples_in(batch))
         self._loss = loss.detach().reshape(())
         self._output = (dict(output) if isinstance(output, Mapping) else {}) | {"loss": part.detach()}
         return self._output["loss"]
@@ -180,9 +192,9 @@ class Steps:
         Raises:
             RunError: there was no batch, or a loss was no finite number.
         """
-        if not self.sizes:
+        if not self.sizes and self._by_example is None:
             raise RunError(f"{where}: there is no batch to train on" + (", as the module skipped each" if self.seen else ""))
-        values = torch.stack(self.losses).cpu().double()
+        values = torch.stack(self.losses).cpu().double() if self.losses else torch.empty(0, dtype=torch.float64)
         bad = (~torch.isfinite(values)).nonzero()
         if len(bad):
             step = int(bad[0])
@@ -191,16 +203,18 @@ class Steps:
             client=client,
             num_examples=sum(self.sizes),
             num_steps=self.num_steps,
-            num_tokens=int(torch.stack(self.tokens).sum()),
-            train_loss_nats=float(values @ torch.tensor(self.sizes, dtype=torch.float64)) / sum(self.sizes),
+            num_tokens=int(torch.stack(self.tokens).sum()) if self.tokens else 0,
+            train_loss_nats=float(values @ torch.tensor(self.sizes, dtype=torch.float64)) / (sum(self.sizes) or math.nan),
             seconds=seconds,
             metrics=self.metrics,
             learning_rates=self._optimisation.rates(),
         )
 
     def _before_step(self) -> None:
-        """Between gradients and step: the algorithm's correction, the module's hook, clipping."""
+        """Between gradients and step: noise, the algorithm's correction, the module's hook, clipping."""
         trainer, optimizer = self._trainer, self._optimisation.optimizer
+        if self._by_example is not None:
+            self._by_example.finish()
         if self._correct is not None:
             with torch.no_grad():
                 self._correct(*self._optimisation.gradients())
@@ -219,6 +233,10 @@ class _Closure:
     @torch.enable_grad()
     def __call__(self) -> Tensor | None:
         return self.steps.forward_backward(self.batch, self.index)
+
+
+def _nothing() -> None:
+    return None
 
 
 def train_epochs(
@@ -255,6 +273,7 @@ def train(
     client: int = 0,
     correct: Correction | None = None,
     count: int | None = None,
+    by_example: ByExample | None = None,
 ) -> ClientReport:
     """Optimizer steps over some passes through batches. Nothing waits for the device before the last one.
 
@@ -263,11 +282,12 @@ def train(
         client: whom the report is about.
         correct: what an algorithm does with the gradients of each step.
         count: batches of a pass, where that is known.
+        by_example: what makes the gradients of those of single examples; batches are then `Part`s.
 
     Raises:
         RunError: the loss became NaN or infinite, the module raised, or there is no batch; `where` and the step are named.
     """
-    start, steps = time.perf_counter(), Steps(training, optimisation, correct)
+    start, steps = time.perf_counter(), Steps(training, optimisation, correct, by_example)
     trainer = training.trainer
     trainer.training, trainer.num_training_batches = True, float("inf") if count is None else count
     try:
@@ -284,17 +304,3 @@ def train(
     finally:
         trainer.training = False
     return steps.report(where, client, time.perf_counter() - start)
-
-
-def steps_in(training: Training, loader: Any, epochs: int) -> float:
-    """Optimizer steps of so many epochs over a client's batches; infinite where the loader has no length."""
-    count = num_batches(loader, training.limit_train_batches)
-    return math.inf if count is None else math.ceil(count / training.accumulate_grad_batches) * epochs
-
-
-def pooled_steps(training: Training, loader: Any, examples: int) -> float:
-    """Optimizer steps until a loader has given so many examples, to a step or two a round; infinite where it has no length."""
-    count, dataset = num_batches(loader), getattr(loader, "dataset", None)
-    if count is None or not isinstance(dataset, Sized):
-        return math.inf
-    return math.ceil(count * examples / len(dataset) / training.accumulate_grad_batches)

@@ -126,7 +126,8 @@ class CausalLM(PretrainedModule):
         target_A = labels_BL[conversation_A, before_A + 1]
         if not self._selects:
             return self(ids_BL, mask_BL)[conversation_A, before_A], target_A, conversation_A
-        rows = None if self.hparams["packing"] is None else Rows.of(ids_BL, mask_BL, self.hparams["packing"])
+        packing = None if self.apart else self.hparams["packing"]
+        rows = None if packing is None else Rows.of(ids_BL, mask_BL, packing)
         if rows is None:
             given = {"input_ids": ids_BL, "attention_mask": mask_BL}
             place = conversation_A, before_A
@@ -137,9 +138,15 @@ class CausalLM(PretrainedModule):
         return self.network.get_output_embeddings()(hidden_AH), target_A, conversation_A
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Mean cross-entropy over the answer tokens of the batch, in nats."""
-        logits_AV, target_A, _ = self.answer_logits(batch)
-        loss = F.cross_entropy(logits_AV.float(), target_A)
+        """Mean cross-entropy over the answer tokens of the batch, in nats; where examples are `apart`, the mean over
+        conversations of the mean over the answer tokens of each."""
+        logits_AV, target_A, conversation_A = self.answer_logits(batch)
+        if self.apart:
+            each_A = F.cross_entropy(logits_AV.float(), target_A, reduction="none")
+            tokens_B = torch.bincount(conversation_A, minlength=len(batch["labels"]))
+            loss = (each_A / tokens_B[conversation_A]).sum() / len(batch["labels"])
+        else:
+            loss = F.cross_entropy(logits_AV.float(), target_A)
         self.log("train_loss_nats", loss, batch_size=len(batch["labels"]))
         return loss
 

@@ -20,7 +20,7 @@ from fedtune.models import adapter_files, weights
 from fedtune.models.adapters import Lora, lora_of
 from fedtune.models.module import PretrainedModule
 from fedtune.models.options import check_options, set_labels
-from fedtune.models.packed import PackedBatch
+from fedtune.models.packed import PackedBatch, from_shortest
 from fedtune.models.padding_free import FORWARD
 from fedtune.models.pretrained import cause, load_config
 from fedtune.models.sizes import check_config, check_room
@@ -74,6 +74,7 @@ class TextClassifier(PretrainedModule):
     model_type: ClassVar[str]
     model_class: ClassVar[type[PreTrainedModel]]
     head: ClassVar[tuple[str, ...]] = ("classifier",)  # the parts of the network that make up its head
+    _packed: PackedBatch | None = None  # the last batch, where examples are apart
 
     def __init__(
         self,
@@ -145,10 +146,18 @@ class TextClassifier(PretrainedModule):
         """Logits (B, C) of token ids (B, L) with their mask (B, L), 1 where there is text, and their types (B, L)."""
         self._check_length(input_ids)
         if attention_mask is not None and self._packs(input_ids, attention_mask):
-            return FORWARD[type(self.network)](self.network, PackedBatch(input_ids, attention_mask, token_type_ids))
-        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        logits_BC: Tensor = self.network(input_ids=input_ids, attention_mask=attention_mask, **types).logits
+            batch = PackedBatch(input_ids, attention_mask, token_type_ids)
+            self._packed = batch if self.apart else None
+            return FORWARD[type(self.network)](self.network, batch)
+        self._packed, more = None, {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        if self.apart and type(self.network) in FORWARD:  # else one row of positions is for all texts
+            more["position_ids"] = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        logits_BC: Tensor = self.network(input_ids=input_ids, attention_mask=attention_mask, **more).logits
         return logits_BC
+
+    def by_example(self, tensor: Tensor) -> Tensor:
+        """What a layer was given or has returned in the last forward pass, as (B, ...)."""
+        return tensor if self._packed is None else self._packed.by_text(tensor)
 
     def _packs(self, ids_BL: Tensor, mask_BL: Tensor) -> bool:
         """Whether a batch is computed packed: on a CPU, every text with its first token, the network an ordinary one."""
@@ -159,6 +168,7 @@ class TextClassifier(PretrainedModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Mean cross-entropy of the batch in nats (smoothed, where asked for)."""
+        batch = from_shortest(batch) if self.apart else batch
         loss = self._loss(self._logits(batch), batch["labels"], self.hparams["label_smoothing"])
         self.log("train_loss_nats", loss, batch_size=len(batch["labels"]))
         return loss

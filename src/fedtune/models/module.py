@@ -19,9 +19,14 @@ from fedtune.models.training import optimizers_of
 
 
 class PretrainedModule(pl.LightningModule, abc.ABC):
-    """A network of Transformers, `network`, as a `LightningModule`; `_fresh` names those of its tensors that no file has."""
+    """A network of Transformers, `network`, as a `LightningModule`; `_fresh` names those of its tensors that no file has.
+
+    `apart` is true while a client trains with privacy of examples. The loss of a training step is then the mean over examples
+    of a loss that depends on no other example, and what layers are given begins with the examples, or `by_example` makes it so.
+    """
 
     network: PreTrainedModel
+    apart: bool = False
     _fresh: set[str]
 
     @functools.cached_property
@@ -56,6 +61,10 @@ class PretrainedModule(pl.LightningModule, abc.ABC):
     def configure_optimizers(self) -> Any:
         """The optimizer over what is trained, with the warm-up as a schedule over steps."""
         return optimizers_of(self)
+
+    def by_example(self, tensor: Tensor) -> Tensor:
+        """What a layer was given or has returned in the last forward pass, with the examples as the first dimension."""
+        return tensor
 
     @abc.abstractmethod
     def _evaluate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:

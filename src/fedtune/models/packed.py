@@ -60,7 +60,7 @@ class PackedBatch:
 
     def __init__(self, ids_BL: Tensor, mask_BL: Tensor, types_BL: Tensor | None = None) -> None:
         text_BL = mask_BL.bool()
-        lengths_B, order_B = (text_BL * torch.arange(1, text_BL.shape[1] + 1)).amax(1).sort(stable=True)  # to the last token
+        lengths_B, order_B = _lengths(text_BL).sort(stable=True)
         self._lengths, self.back_B = lengths_B.tolist(), order_B.argsort()
         self._text_BL, ids_BL = text_BL[order_B], ids_BL[order_B]
         places = self._text_BL.flatten().nonzero().squeeze(1)
@@ -91,6 +91,19 @@ class PackedBatch:
         context_RH: Tensor = _Attention.apply(*projected, self._blocks[heads], heads, dropout)
         return context_RH
 
+    def by_text(self, tensor: Tensor) -> Tensor:
+        """(B, L, ...) of (T, ...) or (1, T, ...), 0 where there is padding, the texts from the shortest to the longest.
+
+        Another tensor, as (B, H), comes back as it is.
+        """
+        total = len(self.ids_T)
+        if tensor.shape[:2] == (1, total) and (tensor.ndim > 2 or not tensor.is_floating_point()):
+            tensor = tensor[0]
+        if len(tensor) != total:
+            return tensor
+        found = tensor.index_select(0, self._rows_BL.flatten()).view(*self._rows_BL.shape, *tensor.shape[1:])
+        return found.masked_fill_(~self._text_BL.view(*self._text_BL.shape, *[1] * (tensor.ndim - 1)), 0)
+
     def _divided(self, heads: int) -> list[_Block]:
         """The batch in blocks of at most `_BLOCK` attention weights, or of a single text."""
         blocks, start = [], 0
@@ -114,6 +127,19 @@ class PackedBatch:
             slice(start, stop), torch.arange(start * heads, stop * heads)[:, None], torch.arange((stop - start) * heads)
         )
         return _Block(tokens, first, torch.zeros(text_bl.shape).masked_fill_(~text_bl, float("-inf"))[:, None])
+
+
+def from_shortest(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A batch with its texts from the shortest to the longest, as a `PackedBatch` has them; without a mask as it is."""
+    if "attention_mask" not in batch:
+        return batch
+    order_B = _lengths(batch["attention_mask"].bool()).argsort(stable=True)
+    return {name: tensor[order_B] for name, tensor in batch.items()}
+
+
+def _lengths(text_BL: Tensor) -> Tensor:
+    """(B,) to the last token."""
+    return (text_BL * torch.arange(1, text_BL.shape[1] + 1, device=text_BL.device)).amax(1)
 
 
 class _Attention(torch.autograd.Function):

@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from fedtune.algorithms.fedavg import Mean
 from fedtune.errors import UsageError
+from fedtune.federated.examples import not_once
 from fedtune.federated.parts import Algorithm
 from fedtune.privacy.accountant import Release, check_installed, epsilon_by
 from fedtune.privacy.aggregation import PrivateMean
+from fedtune.privacy.gradients import check_opacus
 from fedtune.privacy.mechanisms import OF_SAMPLING, AdaptiveGaussian, Banded, Mechanism
 from fedtune.privacy.plan import PrivacyPlan
+
+
+def check_examples(algorithm: Algorithm, accumulate_grad_batches: int) -> None:
+    """Raise `UsageError` for what the accounting of privacy of examples would not be true of."""
+    check_installed()
+    check_opacus()
+    client = algorithm.client
+    if client.makes != ("update",):
+        allowed = f"with privacy of examples, one that sends its update alone, not {', '.join(client.makes)}"
+        raise UsageError("algorithm.client", type(client).__name__, allowed)
+    if client.personal is not None:
+        raise not_once(client)
+    if accumulate_grad_batches != 1:
+        raise UsageError("accumulate_grad_batches", accumulate_grad_batches, "1, with privacy of examples: a step is one draw")
 
 
 def check_privacy(

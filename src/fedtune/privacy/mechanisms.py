@@ -1,17 +1,21 @@
-"""Mechanisms of client-level differential privacy, as parts of plain values.
+"""Mechanisms of differential privacy, as parts of plain values. What is hidden is a client, or an example within its client.
 
+Clients (`Mechanism`):
 Gaussian            McMahan et al. 2018, "Learning Differentially Private Recurrent Language Models": fixed clipping
 AdaptiveGaussian    Andrew et al. 2021, "Differentially Private Learning with Adaptive Clipping"
 Banded              Choquette-Choo et al. 2023, "(Amplified) Banded Matrix Factorization: A unified approach to private
                     training"; the bands are those of Kalinin and Lampert 2024, "Banded Square Root Matrix Factorization
                     for Differentially Private Model Training"
+
+Examples:
+ExampleGaussian     Abadi et al. 2016, "Deep Learning with Differential Privacy", Algorithm 1, within each client
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, final
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, final
 
 from fedtune.errors import UsageError, at_least, one_of
 from fedtune.federated.values import named, plain
@@ -23,22 +27,17 @@ OF_SAMPLING = dict(zip(SAMPLINGS, NEIGHBOURS, strict=True))
 
 
 @dataclass(frozen=True)
-class Mechanism:
-    """What all have in common. The number of clients in a round, in the mean, is the loop's `clients_per_round`.
+class Budget:
+    """What all have in common: a sum of clipped vectors, noise on it, and how often.
 
     Args:
-        noise: z, standard deviation of the noise on the sum of clipped updates, in units of the clip; 0: found for `epsilon`
+        noise: z, standard deviation of the noise on the sum of what is clipped, in units of the clip; 0: found for `epsilon`
             and `rounds`.
         epsilon: the budget; 0: none. With `noise` it says how many rounds there may be.
-        delta: of (epsilon, delta); below 1 / num_clients.
+        delta: of (epsilon, delta).
         rounds: for which noise is found, or after which the budget is used up; 0: not said.
-        clip: C, the largest Euclidean length of an update (in AdaptiveGaussian: the first).
-        accountant: which of "pld" and "rdp" finds noise and rounds; "": pld where there is one for the sampling. "classical",
-            sqrt(2 ln(1.25 / delta)) / epsilon, holds for one round with everyone and an epsilon up to 1.
-        sampling: "poisson": each client is in a round with probability q = clients_per_round / num_clients; "fixed": cohorts of
-            clients_per_round, whose epsilon is larger.
-        neighbours: what two federations differ by that cannot be told apart: "add_or_remove_one" client (with poisson),
-            "replace_one" (with fixed); "": that of the sampling.
+        clip: C, the largest Euclidean length of what is added up.
+        accountant: which of "pld" and "rdp" finds noise and rounds; "": pld where there is one for the sampling.
     """
 
     noise: float = 0.0
@@ -47,8 +46,9 @@ class Mechanism:
     rounds: int = 0
     clip: float = 1.0
     accountant: str = ""
-    sampling: str = "poisson"
-    neighbours: str = ""
+
+    accountants: ClassVar[tuple[str, ...]] = ("pld", "rdp")
+    units: ClassVar[str] = ""  # of which there are fewer than 1 / delta
 
     def __post_init__(self) -> None:
         for name in ("noise", "epsilon"):
@@ -56,17 +56,45 @@ class Mechanism:
             if not 0 <= value < math.inf:
                 raise UsageError(name, value, "a number above 0, or 0 where it is not given")
         if not 0 < self.delta < 1:
-            raise UsageError("delta", self.delta, "a number above 0 and below 1 / num_clients")
+            raise UsageError("delta", self.delta, f"a number above 0 and below 1 / {self.units}")
         if not 0 < self.clip < math.inf:
             raise UsageError("clip", self.clip, "a number above 0")
         at_least("rounds", self.rounds, 0)
-        for name, known in (("sampling", SAMPLINGS), ("neighbours", ("", *NEIGHBOURS)), ("accountant", ("", *ACCOUNTANTS))):
-            if getattr(self, name) not in known:
-                raise one_of(name, getattr(self, name), [one for one in known if one])
+        if self.accountant not in ("", *self.accountants):
+            raise one_of("accountant", self.accountant, self.accountants)
         if not self.noise and not self.epsilon:
             raise UsageError(
                 "noise", self.noise, "noise (a multiple of the clip), or epsilon with rounds, for which it is found"
             )
+
+
+@dataclass(frozen=True)
+class Mechanism(Budget):
+    """Client-level privacy. The number of clients in a round, in the mean, is the loop's `clients_per_round`.
+
+    Args:
+        noise, epsilon, rounds: as in `Budget`; what is clipped is a client's update.
+        delta: below 1 / num_clients.
+        clip: C, the largest Euclidean length of an update (in AdaptiveGaussian: the first).
+        accountant: as in `Budget`, or "classical": sqrt(2 ln(1.25 / delta)) / epsilon, which holds for one round with everyone
+            and an epsilon up to 1.
+        sampling: "poisson": each client is in a round with probability q = clients_per_round / num_clients; "fixed": cohorts of
+            clients_per_round, whose epsilon is larger.
+        neighbours: what two federations differ by that cannot be told apart: "add_or_remove_one" client (with poisson),
+            "replace_one" (with fixed); "": that of the sampling.
+    """
+
+    sampling: str = "poisson"
+    neighbours: str = ""
+
+    accountants: ClassVar[tuple[str, ...]] = ACCOUNTANTS
+    units: ClassVar[str] = "num_clients"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, known in (("sampling", SAMPLINGS), ("neighbours", ("", *NEIGHBOURS))):
+            if getattr(self, name) not in known:
+                raise one_of(name, getattr(self, name), [one for one in known if one])
         if not self.noise and not self.rounds:
             raise UsageError("rounds", self.rounds, "with epsilon and without noise, the number of rounds that it is for")
         if self.accountant == "classical" and self.epsilon > 1:
@@ -136,18 +164,49 @@ class Banded(Mechanism):
             raise UsageError("sampling", self.sampling, "poisson, for Banded")
 
 
-PRIVACY: dict[str, type[Mechanism]] = {one.__name__: one for one in (Gaussian, AdaptiveGaussian, Banded)}
+@final
+@dataclass(frozen=True)
+class ExampleGaussian(Budget):
+    """DP-SGD within each client: a step adds up clipped gradients of a Poisson batch of its examples, and noise.
+
+    Its unit is another one than that of the mechanisms above, an example of a client, and it is a name beside theirs all the
+    same: a run has one unit, one noise, one budget and one sentence, and the flags of these are the same. The two are not to be
+    had together, as a client's clipped update says nothing of one example.
+
+    Args:
+        noise: as in `Budget`, for every client; where it is found, each client has its own.
+        rounds: 0 with epsilon and without noise: the loop's `max_rounds`.
+        delta: below 1 / the number of texts of each client.
+        clip: C, the largest Euclidean length of an example's gradient, all tensors together.
+    """
+
+    units: ClassVar[str] = "the number of a client's examples"
+
+    @property
+    def finder(self) -> str:
+        """The accountant that finds noise and rounds."""
+        return self.accountant or "pld"
 
 
-def privacy_of(given: Any) -> Mechanism | None:
+PRIVACY: dict[str, type[Budget]] = {one.__name__: one for one in (Gaussian, AdaptiveGaussian, Banded, ExampleGaussian)}
+
+
+def privacy_of(given: Any) -> Budget | None:
     """The mechanism that a name or a dictionary of plain values means; None for none.
 
     Raises:
         UsageError: an unknown name or parameter, or a value that it does not take.
     """
-    return named(given, "privacy", PRIVACY, Mechanism)
+    return named(given, "privacy", PRIVACY, Budget)
 
 
-def plain_privacy(mechanism: Mechanism | None, strict: bool = True) -> dict[str, Any] | None:
+def for_rounds(privacy: Budget | None, max_rounds: int) -> Budget | None:
+    """With the rounds that noise is found for, where they are those of the run."""
+    if isinstance(privacy, ExampleGaussian) and not privacy.noise and not privacy.rounds:
+        return replace(privacy, rounds=max_rounds)
+    return privacy
+
+
+def plain_privacy(mechanism: Budget | None, strict: bool = True) -> dict[str, Any] | None:
     """A mechanism in plain values."""
     return None if mechanism is None else plain(mechanism, "privacy", PRIVACY, strict)

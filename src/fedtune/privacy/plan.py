@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import numpy as np
 
@@ -45,6 +45,7 @@ class PrivacyPlan:
     cohort_size: int
     noise: float
     limit: int | None
+    hides_clients: ClassVar[bool] = True
 
     @property
     def bands(self) -> int:
@@ -84,10 +85,7 @@ class PrivacyPlan:
         Raises:
             UsageError: buffers travel, which are averaged as they are.
         """
-        if buffers - personal:
-            one, many = min(buffers - personal), f"{len(buffers - personal)} buffers"
-            allowed = f"a module without such, with privacy ({one}: of a batch norm?), as they are averaged without noise"
-            raise UsageError("module", many, allowed)
+        check_buffers(buffers, personal)
 
         def named(state: ServerState, context: Context) -> Tensors:
             trains = algorithm.client.trains
@@ -97,8 +95,8 @@ class PrivacyPlan:
         mean = PrivateMean(self.mechanism, self.noise, self.rate, float(self.cohort_size), self.limit, named)
         return replace(algorithm, aggregator=mean)
 
-    def noted(self, result: RoundResult) -> RoundResult:
-        """The result of a round, with the epsilon so far and the clip among its diagnostics."""
+    def noted(self, result: RoundResult, before: ServerState) -> RoundResult:
+        """The result of a round, with the epsilon so far and the clip among its diagnostics; the ledger is the aggregator's."""
         memory = result.state.memory[PrivateMean.__name__]
         known = {name: value for name, value in result.diagnostics.items() if name.removesuffix("_norm") not in memory}
         rounds = int(memory["ledger"]["rounds"])
@@ -156,6 +154,14 @@ class PrivacyPlan:
         return (
             what if self.bands == 1 else f"{what} times the length of the matrix's columns, correlated over {self.bands} rounds"
         )
+
+
+def check_buffers(buffers: frozenset[str], personal: frozenset[str]) -> None:
+    """Raise `UsageError` where buffers travel: those that do not stay with the clients."""
+    if buffers - personal:
+        one, many = min(buffers - personal), f"{len(buffers - personal)} buffers"
+        allowed = f"a module without such, with privacy ({one}: of a batch norm?), as they are averaged without noise"
+        raise UsageError("module", many, allowed)
 
 
 def plan_of(mechanism: Mechanism, num_clients: int, clients_per_round: int | None) -> PrivacyPlan:

@@ -10,8 +10,8 @@ from fedtune.algorithms.specification import algorithm_of
 from fedtune.errors import UsageError, at_least, one_of, shown
 from fedtune.federated.parts import Aggregator
 from fedtune.federated.remote import Remote
-from fedtune.privacy.checks import check_privacy
-from fedtune.privacy.mechanisms import plain_privacy, privacy_of
+from fedtune.privacy.checks import check_examples, check_privacy
+from fedtune.privacy.mechanisms import Mechanism, plain_privacy, privacy_of
 from fedtune.runs.baselines import BASELINES
 from fedtune.runs.callbacks import FederatedCallback
 from fedtune.runs.options import RunOptions
@@ -86,8 +86,11 @@ def check_data(loop: Any, data: Any) -> None:
     knowing = [type(fault).__name__ for fault in faults if fault.knows]
     if algorithm.client.ranks and knowing:
         raise UsageError("faults", knowing[0], "with clients of different ranks, one that needs no mean of their updates")
-    if (mechanism := privacy_of(loop.privacy)) is not None:
+    mechanism = privacy_of(loop.privacy)
+    if isinstance(mechanism, Mechanism):
         check_privacy(mechanism, algorithm, data.num_clients, loop.clients_per_round, loop.options.min_clients)
+    elif mechanism is not None:
+        check_examples(algorithm, loop.accumulate_grad_batches)
     if secure_of(loop.secure_sums) is not None:
         lies = [type(fault).__name__ for fault in faults if fault.lies]
         everyone = loop.clients_per_round is None

@@ -18,9 +18,10 @@ from fedtune.federated.cohorts import cohort
 from fedtune.federated.evaluation import Evaluator
 from fedtune.federated.messages import Position
 from fedtune.federated.optimisation import Optimisation, flatten, restore
+from fedtune.federated.passes import pooled_steps, steps_in
 from fedtune.federated.ranks import ALONE
 from fedtune.federated.state import RoundResult, ServerState
-from fedtune.federated.training import Training, pooled_steps, steps_in, train, train_epochs
+from fedtune.federated.training import Training, train, train_epochs
 from fedtune.randomness import seeded
 from fedtune.runs.callbacks import Run
 from fedtune.runs.progress import Progress

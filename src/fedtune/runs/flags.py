@@ -32,7 +32,7 @@ from fedtune.storage.config import KEPT, fingerprint, settled, without
 
 SECTIONS = ("data", "model", "loop")
 _OF_LOOP = {  # parts with values of their own: what is said of them
-    "privacy": f"client-level differential privacy: one of {', '.join(PRIVACY)}; its parameters are flags, too: "
+    "privacy": f"differential privacy of clients or of examples: one of {', '.join(PRIVACY)}; its parameters are flags, too: "
     "--loop.privacy Gaussian --loop.privacy.noise 1.0 --loop.privacy.delta 1e-5",
     "secure_sums": f"the server has masked messages and their sum alone, simulated: one of {', '.join(SECURE_SUMS)}; its "
     "parameters are flags, too: --loop.secure_sums PairwiseMasks --loop.secure_sums.threshold 0.67",

@@ -25,7 +25,8 @@ from fedtune.federated.remote import Remote
 from fedtune.federated.round import RoundOptions
 from fedtune.federated.state import RoundResult, ServerState
 from fedtune.federated.trainer import check_module
-from fedtune.privacy.mechanisms import plain_privacy, privacy_of
+from fedtune.privacy.examples import ExamplePlan
+from fedtune.privacy.mechanisms import for_rounds, plain_privacy, privacy_of
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.runs.arguments import check_arguments, check_data
 from fedtune.runs.baselines import BASELINES, Baselines
@@ -68,8 +69,8 @@ class FederatedLoop:
             the same configuration, that run goes on. None writes nothing.
         faults: what goes wrong on purpose with some clients: names of `fedtune.FAULTS`, or dictionaries with a name and values
             ({"name": "Drop", "rate": 0.3}).
-        privacy: client-level differential privacy: a name of `fedtune.PRIVACY`, or a dictionary with it and its values
-            ({"name": "Gaussian", "noise": 1.0}). Cohorts are then drawn as it says, `clients_per_round` in the mean.
+        privacy: differential privacy of clients, or of the examples of each: a name of `fedtune.PRIVACY`, or a dictionary with
+            it and its values ({"name": "Gaussian", "noise": 1.0}). That of clients draws `clients_per_round` in the mean.
         secure_sums: a name of `fedtune.SECURE_SUMS`, or a dictionary with it and its values ({"name": "PairwiseMasks",
             "threshold": 0.67}): the server has masked messages, and their sum. The same weights, to the bit.
         algorithm: a name of `fedtune.ALGORITHMS`, an `Algorithm`, or a dictionary as in `fedtune.algorithms.specification`.
@@ -133,7 +134,7 @@ class FederatedLoop:
     history: list[RoundRecord] = field(default_factory=History, init=False, repr=False)
     baseline_runs: dict[str, list[Any]] = field(default_factory=dict, init=False, repr=False)
     summary: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
-    plan: PrivacyPlan | None = field(default=None, init=False, repr=False)
+    plan: PrivacyPlan | ExamplePlan | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_arguments(self)
@@ -141,7 +142,8 @@ class FederatedLoop:
         self._position = Position()
         resolve_precision(self.precision, self.accelerator)
         self._algorithm, self._faults = algorithm_of(self.algorithm), faults_of(self.faults)
-        self._privacy, self._secure = privacy_of(self.privacy), secure_of(self.secure_sums)
+        self._privacy = for_rounds(privacy_of(self.privacy), self.max_rounds)
+        self._secure = secure_of(self.secure_sums)
         if self.fast_dev_run:
             self.max_rounds, self.check_val_every_n_rounds, self.run_dir, self.logger = 1, 1, None, "none"
             self.limit_train_batches = self.limit_val_batches = self.limit_test_batches = int(self.fast_dev_run)
@@ -193,6 +195,7 @@ class FederatedLoop:
     def _fit(self, run: Run, evaluator: Evaluator, adapters: Adapters, progress: Progress) -> None:
         """Set up, rounds, test, baselines, conclude."""
         training, module, ranks = evaluator.training, evaluator.training.module, evaluator.ranks
+        self.plan = planned(self, training, run)
         path = Path(self.run_dir) if self.run_dir else None
         memory = run.data.memory if isinstance(run.data, Remote) else None
         directory = RunDirectory(path, run.config, self.options.keep, run.data.num_clients, ranks, memory)
@@ -243,8 +246,7 @@ class FederatedLoop:
         self.config = describe(module, data, {name: value for name, value in own.items() if name not in _NOT_CONFIG})
         if self.run_dir is not None:
             identified(self.config)
-        self.plan, most = planned(self, data.num_clients, progress)
-        run = Run(self.config, data, most, self.run_dir, progress.line)
+        run = Run(self.config, data, self.max_rounds, self.run_dir, progress.line)
         self.data, self.history, self.summary, self.baseline_runs = data, run.history, run.summary, {}
         return run
 
@@ -266,13 +268,13 @@ class FederatedLoop:
             most = max_weight(data, self.local_epochs)
         play = round_of(self, training.module, rounds.directory, ranks, played(self._secure))
         algorithm = algorithm if plan is None else plan.algorithm(algorithm, frozenset(buffers(training.module)), names)
-        lenient = bool(self._faults) or self.options.on_client_error == "drop"
+        lenient, hidden = bool(self._faults) or self.options.on_client_error == "drop", plan is not None and plan.hides_clients
         options = RoundOptions(
             self.local_epochs,
             frozenset(buffers(training.module)),
             names,
-            self.options.agreement and plan is None,  # of updates as they came, which say little of a mean with noise
-            0 if plan else self.options.min_clients or (1 if lenient else None),
+            self.options.agreement and not hidden,  # of updates as they came, which say little of a mean with noise
+            0 if hidden else self.options.min_clients or (1 if lenient else None),
             rounds.progress.client,
             resting_factors(training.module, adapters),
         )
@@ -286,7 +288,7 @@ class FederatedLoop:
             if ranks.size > 1:
                 check_weights(result.state.weights, number, ranks)
             restore_counters(training.module, worker.counters)  # those of the last client mean nothing to the average
-            return result if plan is None else plan.noted(result)
+            return result if plan is None else plan.noted(result, state)
 
         with rounds.progress.phase("federated", run.max_rounds, self.clients_per_round or data.num_clients):
             return rounds.play(run, rounds.directory.start, next_round, self._hooked)

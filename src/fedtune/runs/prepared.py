@@ -15,6 +15,7 @@ from fedtune.federated.directions import Directions
 from fedtune.federated.evaluation import Evaluator, attached, by_loader, step_of
 from fedtune.federated.memory import ClientMemory
 from fedtune.federated.messages import ClientReport, Position
+from fedtune.federated.passes import steps_in
 from fedtune.federated.ranks import ALONE, Ranks
 from fedtune.federated.rebuilt import run_rebuilt
 from fedtune.federated.remote import Remote
@@ -22,10 +23,11 @@ from fedtune.federated.stages import Stages
 from fedtune.federated.state import RoundResult
 from fedtune.federated.still import Still
 from fedtune.federated.trainer import Line, ModuleTrainer, check_module
-from fedtune.federated.training import Training, steps_in
+from fedtune.federated.training import Training
 from fedtune.runs.callbacks import Run
 from fedtune.runs.hardware import deterministic_algorithms, fabric_of, freed_memory_kept, resolve_precision
 from fedtune.runs.loggers import loggers_of
+from fedtune.runs.privately import training_of
 from fedtune.runs.progress import Progress
 from fedtune.runtimes.environment import place_of
 from fedtune.storage.directory import RunDirectory
@@ -101,6 +103,7 @@ def worker_of(
         up=algorithm.up,
         down=algorithm.down,
         on_client_end=on_client_end,
+        privately=training_of(loop.plan),
     )
 
 

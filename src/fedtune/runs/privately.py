@@ -6,30 +6,51 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from fedtune.federated.messages import Context
+from fedtune.federated.passes import Epochs
 from fedtune.federated.round import run_round
 from fedtune.federated.state import RoundResult
+from fedtune.federated.training import Training
+from fedtune.privacy.examples import ExamplePlan, example_plan
+from fedtune.privacy.mechanisms import ExampleGaussian
 from fedtune.privacy.plan import PrivacyPlan, plan_of
-from fedtune.runs.progress import Progress
+from fedtune.privacy.sampling import sampling_of
+from fedtune.runs.callbacks import Run
 from fedtune.secure.parts import PairwiseMasks
 
 
-def planned(loop: Any, num_clients: int, progress: Progress) -> tuple[PrivacyPlan | None, int]:
-    """The plan of a run, and how many rounds it will have: no more than its budget is for. The sentence goes into `config`.
+def planned(loop: Any, training: Training, run: Run) -> PrivacyPlan | ExamplePlan | None:
+    """The plan of a run, which then has no more rounds than its budget is for. The sentence goes into its configuration.
 
     Raises:
-        UsageError: as `plan_of`.
+        UsageError: as `plan_of` and `example_plan`.
     """
     if loop._secure is not None:
-        progress.line(loop._secure.sentence(loop.clients_per_round or num_clients))
+        run.print(loop._secure.sentence(loop.clients_per_round or run.data.num_clients))
     if loop._privacy is None:
-        return None, loop.max_rounds
-    plan = plan_of(loop._privacy, num_clients, loop.clients_per_round)
-    most = min(loop.max_rounds, plan.limit or loop.max_rounds)
-    loop.config["content"]["privacy"] = plan.sentence(most)
-    progress.line(loop.config["content"]["privacy"])
-    if most < loop.max_rounds:
-        progress.line(f"the privacy budget is used up after round {most}: the run ends there, not after {loop.max_rounds}")
-    return plan, most
+        return None
+    data = run.data
+    plan: PrivacyPlan | ExamplePlan
+    if isinstance(loop._privacy, ExampleGaussian):
+        if getattr(training.module.hparams, "packing", None):
+            run.print("packing: not while clients train, as privacy of examples wants a row for each conversation")
+        samplings = [sampling_of(data.client_dataloader(client), training, client) for client in range(data.num_clients)]
+        how = loop.seed, loop.clients_per_round, loop.local_epochs, loop.max_rounds
+        plan = example_plan(loop._privacy, samplings, *how)
+    else:
+        plan = plan_of(loop._privacy, data.num_clients, loop.clients_per_round)
+    run.max_rounds = min(loop.max_rounds, plan.limit or loop.max_rounds)
+    run.config["content"]["privacy"] = plan.sentence(run.max_rounds)
+    run.print(run.config["content"]["privacy"])
+    if run.max_rounds < loop.max_rounds:
+        ends = f"the run ends there, not after {loop.max_rounds}"
+        run.print(f"the privacy budget is used up after round {run.max_rounds}: {ends}")
+    return plan
+
+
+def training_of(plan: PrivacyPlan | ExamplePlan | None) -> Callable[[Context], Epochs] | None:
+    """How clients train by a plan, where that is another way."""
+    return plan.training if isinstance(plan, ExamplePlan) else None
 
 
 def played(secure: PairwiseMasks | None) -> Callable[..., RoundResult]:

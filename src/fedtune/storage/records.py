@@ -23,7 +23,7 @@ class RoundRecord:
 
     Args:
         metrics: what the module logged when the averaged model was evaluated; `record.accuracy` reads it, too.
-        train_loss_nats: mean training loss over the examples of the round; no number where nobody answered.
+        train_loss_nats: mean training loss over the examples of the round; no number where nobody answered, or drew an example.
         train_metrics: what else the module logged in training, means over the examples of the round.
         num_clients, num_examples, num_steps, num_tokens: trained in this round (tokens without padding).
         bytes_up, bytes_down: sent by the clients, and to them.
@@ -73,11 +73,15 @@ class RoundRecord:
         """
         reports = result.clients
         examples = sum(report.num_examples for report in reports)
+        known = [report for report in reports if not math.isnan(report.train_loss_nats)]  # where examples are drawn, or nobody
         return cls(
             round=result.state.round,
             metrics=metrics,
             train_loss_nats=(
-                sum(report.train_loss_nats * report.num_examples for report in reports) / examples if reports else math.nan
+                sum(report.train_loss_nats * report.num_examples for report in known)
+                / sum(report.num_examples for report in known)
+                if known
+                else math.nan
             ),
             num_clients=len(reports),
             num_examples=examples,
@@ -132,12 +136,11 @@ class RoundRecord:
             ValueError: it is none: something is missing, or of another type or range, or numbers contradict each other.
         """
         own = checked(flat, _FORM, optional=("client_accuracy", "own_accuracy", "train_metrics", "injected", "diagnostics"))
-        if flat["clients"]:
-            checks.finite("train_loss_nats", flat["train_loss_nats"])
         own["clients"] = [
             ClientReport(**_part(one, "clients", _REPORT, ("update_norm", "metrics", "learning_rates")))
             for one in flat["clients"]
         ]
+        _check_losses(flat, private="epsilon_rdp" in own.get("diagnostics", {}))
         own["failures"] = [Failure(**_part(one, "failures", _FAILURE)) for one in flat["failures"]]
         metrics = {str(name): checks.measured(name, value) for name, value in flat.items() if name not in RESERVED}
         found = cls(metrics=metrics, **own)
@@ -175,7 +178,7 @@ _FORM: dict[str, Check] = {  # of a line of rounds.jsonl, metrics apart
 }
 _REPORT: dict[str, Check] = {
     **dict.fromkeys(("client", "num_examples", "num_steps", "num_tokens"), checks.count),
-    "train_loss_nats": checks.finite,
+    "train_loss_nats": checks.measured,
     "seconds": checks.not_negative,
     "update_norm": checks.length,
     "metrics": checks.measured_by_name,
@@ -192,6 +195,13 @@ def _part(found: Any, name: str, form: Mapping[str, Check], optional: Sequence[s
         strange = sorted(found.keys() - form.keys())
         raise ValueError(f"{name} have {shown(strange)}, which no record has")
     return checked(found, form, optional)
+
+
+def _check_losses(flat: Mapping[str, Any], private: bool) -> None:
+    """Raise `ValueError` where a training loss is no finite number; with privacy a client may have drawn no example."""
+    known = [one for one in flat["clients"] if one["train_loss_nats"] is not None or not private or one["num_tokens"]]
+    for one in [*known, *([flat] if known else [])]:
+        checks.finite("train_loss_nats", one["train_loss_nats"])
 
 
 def _agrees(record: RoundRecord) -> None:
