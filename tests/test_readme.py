@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,14 @@ def test_the_algorithm_of_the_readme_is_what_it_says() -> None:
 def test_every_make_target_in_the_readme_exists() -> None:
     targets = set(re.findall(r"^(\w+):.*##", (ROOT / "Makefile").read_text(), flags=re.M))
     assert set(re.findall(r"make (\w+)", README)) <= targets
+
+
+def test_an_installation_ends_with_what_to_do_next() -> None:
+    command = ["make", "--dry-run", "--assume-old=.venv/.installed", "install"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(said) == 1
+    assert "source .venv/bin/activate" in said[0]
+    assert "make demo" in said[0]
 
 
 def test_every_file_that_the_readme_links_to_exists() -> None:

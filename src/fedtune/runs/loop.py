@@ -25,7 +25,8 @@ from fedtune.federated.remote import Remote
 from fedtune.federated.round import RoundOptions, run_round
 from fedtune.federated.state import RoundResult, ServerState
 from fedtune.federated.trainer import check_module
-from fedtune.privacy.mechanisms import plain_privacy, privacy_of
+from fedtune.privacy.checks import privacy_with
+from fedtune.privacy.mechanisms import plain_privacy
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.runs.arguments import check_arguments, check_data
 from fedtune.runs.baselines import BASELINES, Baselines
@@ -137,7 +138,7 @@ class FederatedLoop:
         self._position = Position()
         resolve_precision(self.precision, self.accelerator)
         self._algorithm, self._faults = algorithm_of(self.algorithm), faults_of(self.faults)
-        self._privacy = privacy_of(self.privacy)
+        self._privacy = privacy_with(self.privacy, self._algorithm)
         if self.fast_dev_run:
             self.max_rounds, self.check_val_every_n_rounds, self.run_dir, self.logger = 1, 1, None, "none"
             self.limit_train_batches = self.limit_val_batches = self.limit_test_batches = int(self.fast_dev_run)
