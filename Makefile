@@ -5,8 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUNS ?= runs
-SWEEP ?= experiments/quick.yaml
-SWEEP_RUNS = $(RUNS)/$(basename $(notdir $(SWEEP)))
+SWEEP ?= fedtune:quick
+SWEEP_RUNS = $(RUNS)/$(basename $(notdir $(subst fedtune:,,$(SWEEP))))
 WORKERS ?= 2
 PEERS_VENV := .venv-peers
 NEWEST := .newest-transformers
@@ -36,7 +36,7 @@ demo: $(STAMP) ## federated against centralised and local training, on embedded 
 demo-llm: $(STAMP) ## the same question for a decoder with low-rank adapters: FedIT, FLoRA, centralised and local: QUICK=1
 	$(BIN)/python experiments/demo_llm/demo_llm.py --runs $(RUNS)/demo_llm $(if $(QUICK),--quick)
 
-sweep: $(STAMP) ## a grid of runs, and its report: SWEEP=file.yaml WORKERS=2 WANDB=1
+sweep: $(STAMP) ## a grid of runs, and its report: SWEEP=mine.yaml or fedtune:NAME, WORKERS=2, WANDB=1
 	@code=0; $(BIN)/fedtune sweep $(SWEEP) --runs_dir $(SWEEP_RUNS) --workers $(WORKERS) $(if $(WANDB),--wandb) || code=$$?; \
 	if [ $$code -le 1 ]; then $(BIN)/fedtune report $(SWEEP_RUNS); fi; exit $$code  # 1: some runs failed, the others are worth a report
 

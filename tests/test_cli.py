@@ -164,7 +164,9 @@ def test_describe_says_how_many_texts_each_part_has(run: Run, tiny: list[str]) -
     assert training > max(validation, test) > 0
     assert training + validation + test == 80
     out = run("describe", *flags, "--data.limit=24")[1]
-    assert f"texts: {training} for training (the clients have 24 of them), {validation} for validation, {test} for the test" in out
+    assert (
+        f"texts: {training} for training (the clients have 24 of them), {validation} for validation, {test} for the test" in out
+    )
 
 
 def test_describe_shows_names_as_they_are(run: Run, tiny_bert: str, tmp_path: Path) -> None:

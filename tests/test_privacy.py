@@ -416,23 +416,39 @@ def test_all_that_privacy_lacks_is_said_at_once_in_words_of_the_flags(command: C
     assert "--loop.privacy.noise: not given; needed: noise (a multiple of the clip); or epsilon and rounds" in said
     assert "; also --loop.algorithm.aggregator.weighting: got 'examples'; allowed: uniform" in said
     assert "0.0" not in said
-    more = ["--loop.privacy.epsilon", "8", "--loop.privacy.delta", "2", "--loop.privacy.clip", "0", "--loop.algorithm", "scaffold"]
+    more = [
+        "--loop.privacy.epsilon",
+        "8",
+        "--loop.privacy.delta",
+        "2",
+        "--loop.privacy.clip",
+        "0",
+        "--loop.algorithm",
+        "scaffold",
+    ]
     _, _, said = command("run", "--loop.privacy", "Gaussian", *more)
-    parts = ("--loop.privacy.rounds: not", "--loop.privacy.delta: got 2.0", "--loop.privacy.clip: got 0.0", "--loop.algorithm.client")
+    parts = (
+        "--loop.privacy.rounds: not",
+        "--loop.privacy.delta: got 2.0",
+        "--loop.privacy.clip: got 0.0",
+        "--loop.algorithm.client",
+    )
     assert all(part in said for part in parts)
     assert said.count("\n") == 1
 
 
 def test_what_only_the_number_of_clients_shows_is_said_at_once(make_data: Make, make_module: Make) -> None:
     privacy = {"name": "Banded", "noise": 1.0, "bands": 5, "delta": 0.2}
-    with pytest.raises(UsageError, match=r"privacy\.delta: got 0\.2.*; also privacy\.bands: got 5.*; also options\.min_clients"):
+    with pytest.raises(
+        UsageError, match=r"privacy\.delta: got 0\.2.*; also privacy\.bands: got 5.*; also options\.min_clients"
+    ):
         run(make_data, make_module, privacy=privacy, min_clients=2)
 
 
 def test_orders_that_cannot_be_computed_are_no_warnings_and_other_words_are(caplog: pytest.LogCaptureFixture) -> None:
     rdp_of.cache_clear()
     release = Release(0.05, 0.3)
-    orders, divergences = rdp_of(release)
+    _, divergences = rdp_of(release)
     left_out = np.isinf(divergences)
     assert left_out.any()  # of these the package warns, each by a line
     assert not caplog.records

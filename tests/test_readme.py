@@ -80,7 +80,6 @@ def test_every_command_of_the_readme_parses(tmp_path: Path, monkeypatch: pytest.
     ]
     assert commands
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     (tmp_path / "runs" / "cli").mkdir(parents=True)
     (tmp_path / "runs" / "cli" / "config.yaml").write_text("data: {split: by_author}\n")
     (tmp_path / "run.yaml").write_text("data: {split: by_author}\n")

@@ -1,4 +1,4 @@
-"""The two errors a user can meet: what they asked for is not possible, or a run had to stop; and what is no error, a warning."""
+"""The two errors a user can meet: what they asked for is not possible, or a run had to stop; and warnings."""
 
 from __future__ import annotations
 

@@ -159,9 +159,7 @@ def check_known(store: TokenStore, tokenizer: PreTrainedTokenizerBase) -> None:
         allowed = f"a tokenizer that knows the texts ({share:.0%} of their tokens are {tokenizer.unk_token})"
         raise UsageError("tokenizer", tokenizer.name_or_path, allowed)
     if share > _MANY:
-        warn(
-            f"{share:.0%} of the tokens are {tokenizer.unk_token}: {tokenizer.name_or_path} may not suit"
-        )
+        warn(f"{share:.0%} of the tokens are {tokenizer.unk_token}: {tokenizer.name_or_path} may not suit")
 
 
 def _tokenise(

@@ -93,8 +93,8 @@ def rdp_of(release: Release) -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def _of_its_orders() -> Iterator[None]:
-    """Inside the block `dp-accounting` does not say which of its many orders it leaves out as it cannot compute them: epsilon is
-    the least over the others, which is an upper bound all the same. Whatever else it says is heard."""
+    """Inside the block `dp-accounting` does not say which of its many orders it leaves out, as it cannot compute them: epsilon
+    is the least over the others, which is an upper bound all the same. Whatever else it says is heard."""
 
     def other(record: logging.LogRecord) -> bool:
         return not str(record.msg).startswith("_compute_log_a_frac failed to converge")

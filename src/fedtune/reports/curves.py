@@ -28,7 +28,8 @@ def plot_grid(rounds: DataFrame, path: str | Path, metric: str | None = None, al
     Settings in which runs differ beyond that make lines as long as a panel has few, else rows. Lines are means over seeds,
     bands go from the least to the greatest, and all panels have one scale. Baselines are in every panel: the runs with one
     client (of the panel's split, where there are any), centralised training, each with the settings that are best for it, and
-    the majority class. Of a great many panels the first are drawn, and the picture says so. A seed counts once, as in `compare`.
+    the majority class. Of a great many panels the first are drawn, and the picture says so. A seed counts once,
+    as in `compare`.
 
     Args:
         rounds: as from `read_runs`.

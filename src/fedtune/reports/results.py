@@ -41,12 +41,13 @@ def read_runs(folder: str | Path, damaged: dict[str, str] | None = None) -> Data
         columns `run` (directory), `kind` ("federated", or "centralised" for a baseline), `task`, `model`, `split`, `clients`,
         `seed` (of the loop), `other_seeds` (those of data and model, as text, where they are not the loop's), `complete`
         (whether the run has all its rounds), then the values in which the runs differ otherwise (dotted names; of
-        "content.version" each number stands for other texts, or other files of the model), then the `part` that the rounds were evaluated on and its `examples`, `monitor` and `mode`, the `chance` (what
-        the metric that is monitored comes to without learning: the most frequent class, a uniform guess), the `score` (that
-        metric), and what `rounds.jsonl` has: `round`, the metrics, `train_loss_nats`, `num_examples`, `seconds` and so on, and
-        of the accuracy for each client the `client_min`, `client_mean` and `client_max`. Sorted by run and round. A metric has
-        a column of its name; but one that is named as another column is ("seed"), or that begins with "model.", "data.",
-        "loop.", "content.", "test." or "metric.", as settings and this rule do, has `metric.NAME`.
+        "content.version" each number stands for other texts, or other files of the model), then the `part` that
+        the rounds were evaluated on and its `examples`, `monitor` and `mode`, the `chance` (what the metric that is monitored
+        comes to without learning: the most frequent class, a uniform guess), the `score` (that metric), and what
+        `rounds.jsonl` has: `round`, the metrics, `train_loss_nats`, `num_examples`, `seconds` and so on, and of the accuracy
+        for each client the `client_min`, `client_mean` and `client_max`. Sorted by run and round. A metric has a column of its
+        name; but one that is named as another column is ("seed"), or that begins with "model.", "data.", "loop.", "content.",
+        "test." or "metric.", as settings and this rule do, has `metric.NAME`.
 
         What a run's summary says of the test part is in each of its rows: `test.NAME` of the metrics after the last round,
         `test.examples`, `test.majority` (accuracy of the most frequent class), and of the baselines `test.centralised.NAME` and

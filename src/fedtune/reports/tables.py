@@ -83,7 +83,7 @@ def tables_of(cells: DataFrame, best: DataFrame) -> Iterator[Table]:
         note = _range(of_task) + (_ROUNDS if any(_known(one["baseline"]) for one in of_task) else "")
         yield _table(task, f"{parts} part, after the last round", note, [*named, *_rounds(monitors)], of_task)
         tuned = best[best.task == task].to_dict("records")
-        if tuned:
+        if tuned and that_differ(rates(other), of_task):
             columns = [*named, *_best(monitors, parts, rates(other))]
             yield _table(
                 task, f"best learning rate per cell, chosen on the {parts} part", _BEST + _range(tuned), columns, tuned

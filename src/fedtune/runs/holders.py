@@ -49,7 +49,10 @@ def show(data: Any, picture: str | None = None) -> None:
 
 def _sizes(data: Any) -> str:
     """How many texts each part of a task has, and of those for training how many the clients have."""
-    what, sizes = "conversations" if data.kind == "instructions" else "texts", [len(data.task.parts[part]) for part in TASK_PARTS]
+    what, sizes = (
+        "conversations" if data.kind == "instructions" else "texts",
+        [len(data.task.parts[part]) for part in TASK_PARTS],
+    )
     training, validation, test = (f"{size:,}" for size in sizes)
     held = sum(map(len, data.client_indices))
     taken = f" (the clients have {held:,} of them)" if held < sizes[0] else ""

@@ -202,9 +202,7 @@ class RunDirectory:
         file, good = self.path / name, []
         if not present(file):
             if name in _ONLY_HERE and self._done > 1 and not self._again:
-                warn(
-                    f"{file} is missing: callbacks begin after round {self._done} as if they knew nothing"
-                )
+                warn(f"{file} is missing: callbacks begin after round {self._done} as if they knew nothing")
             return []
         found = parsed_lines(file)
         for one, number in zip(found, wanted, strict=False):

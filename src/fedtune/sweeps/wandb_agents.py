@@ -36,9 +36,7 @@ def online() -> bool:
         return False
     why = out_of_reach(wandb)
     if why is not None:
-        warn(
-            f"W&B cannot be reached ({why}): the sweep is done here, and its runs are written into offline files"
-        )
+        warn(f"W&B cannot be reached ({why}): the sweep is done here, and its runs are written into offline files")
     return why is None
 
 
