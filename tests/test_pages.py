@@ -77,13 +77,14 @@ def test_the_flags_that_matter_are_real_ones_with_the_defaults_that_the_page_say
     said = re.findall(r"^\| `--([\w.]+)` \| `([^`|]+)` \|", text, flags=re.M)
     assert len(said) >= 10
     for name, default in said:
-        assert defaults[name] == yaml.safe_load(default), name
+        own = defaults[name]
+        assert (list(own) if isinstance(own, tuple) else own) == yaml.safe_load(default), name
     for words in re.findall(r"`(--[^`]+)`", text):
         flag, *value = shlex.split(words)
         if value:
             parser("run").parse_args([flag, *value])
         else:
-            assert any(name == flag[2:] or flag == "--model.lora.rank" for name, _ in said) or flag[2:] in defaults, flag
+            assert flag[2:] in defaults or flag == "--model.lora.rank", flag
 
 
 def test_the_code_of_the_how_to_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

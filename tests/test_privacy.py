@@ -500,7 +500,7 @@ def test_a_length_is_that_of_fp64() -> None:
 
 def test_privacy_is_a_flag_with_values_of_its_own() -> None:
     given = {"name": "Gaussian", "noise": "8e-1", "rounds": 5}
-    assert resolve({"loop": {"privacy": given}})["loop"]["privacy"] == {
+    assert resolve({"loop": {"privacy": given, "algorithm": {"weighting": "uniform"}}})["loop"]["privacy"] == {
         **{"name": "Gaussian", "noise": 0.8, "epsilon": 0.0, "delta": 1e-5, "rounds": 5, "clip": 1.0},
         **{"accountant": "", "sampling": "poisson", "neighbours": ""},
     }

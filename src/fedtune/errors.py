@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import logging
 import numbers
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 _LONGEST, _NAME, _ALLOWED = 200, 40, 1000  # characters in a message: of a value, of a name, of what is allowed
 _WITHIN = ("fedtune", "functools", "contextlib")  # packages whose lines are not what a warning is about
@@ -121,6 +123,20 @@ def warn(text: str, category: type[Warning] = FedtuneWarning) -> None:
         level, frame = level + 1, frame.f_back
     if not getattr(rank_zero_only, "rank", None):
         warnings.warn(text, category, stacklevel=level)
+
+
+@contextlib.contextmanager
+def unsaid(logger: logging.Logger, begin: str) -> Iterator[None]:
+    """Inside the block a logger of another package leaves out what begins with some words; whatever else it says is heard."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith(begin)
+
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
 
 
 def one_of(argument: str, came: object, names: Iterable[str], also: str = "", most: int | None = None) -> UsageError:

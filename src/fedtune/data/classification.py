@@ -150,7 +150,7 @@ class FederatedDataModule(pl.LightningDataModule):
         if split == "natural" and self._left_out:
             warn(self._left_out)
         if smallest < size:
-            warn(f"batch_size {size} is larger than the smallest client ({smallest} texts), which trains with smaller batches")
+            warn(f"batch_size {size} is larger than the smallest client: its {smallest} texts are one batch")
         return parts
 
     @property

@@ -9,15 +9,14 @@ Epsilon is that of (epsilon, delta) differential privacy; smaller is more privat
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fedtune.errors import UsageError
+from fedtune.errors import UsageError, unsaid
 
 ACCOUNTANTS = ("pld", "rdp", "classical")
 LEAST_NOISE, MOST_NOISE = 0.2, 1e6  # what is searched for a noise multiplier
@@ -86,25 +85,10 @@ def rdp_of(release: Release) -> tuple[Any, Any]:
     library = _library()
     relations = library.NeighboringRelation
     relation = relations.ADD_OR_REMOVE_ONE if release.fixed is None else relations.REPLACE_ONE
-    with _of_its_orders():
+    # it says which of its many orders it leaves out, as it cannot compute them; the least over the others is a bound, too
+    with unsaid(logging.getLogger("absl"), "_compute_log_a_frac failed to converge"):
         found = library.rdp.RdpAccountant(neighboring_relation=relation).compose(release.event())
     return found.orders, found.rdp
-
-
-@contextlib.contextmanager
-def _of_its_orders() -> Iterator[None]:
-    """Inside the block `dp-accounting` does not say which of its many orders it leaves out, as it cannot compute them: epsilon
-    is the least over the others, which is an upper bound all the same. Whatever else it says is heard."""
-
-    def other(record: logging.LogRecord) -> bool:
-        return not str(record.msg).startswith("_compute_log_a_frac failed to converge")
-
-    logger = logging.getLogger("absl")
-    logger.addFilter(other)
-    try:
-        yield
-    finally:
-        logger.removeFilter(other)
 
 
 def epsilon_of_rdp(orders: Any, divergences: Any, count: int, delta: float) -> float:
