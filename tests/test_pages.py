@@ -41,6 +41,12 @@ def test_every_relative_link_leads_to_a_file_and_a_heading_that_exist(page: Path
             assert anchor in headings(page.parent / name if name else page), target
 
 
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+def test_no_line_of_prose_is_so_long_that_a_difference_of_it_cannot_be_read(page: Path) -> None:
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.S).splitlines()
+    assert not [line for line in prose if len(line) > 160 and not line.startswith("|")]
+
+
 def test_the_site_has_every_page_and_every_report() -> None:
     def leaves(entry: object) -> list[str]:
         if isinstance(entry, str):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from made_runs import TESTED, Made, grid, write_all, write_made
 
 import fedtune
@@ -16,6 +18,7 @@ from fedtune.reports import curves
 from fedtune.reports.cells import standard_error, tuned
 from fedtune.reports.report import report
 from fedtune.reports.settings import settings
+from fedtune.reports.spreadsheet import read_cells
 from fedtune.reports.tables import markdown, tables_of
 from fedtune.runs.figures import _held
 
@@ -137,9 +140,7 @@ def test_a_copy_of_a_run_is_no_seed_of_its_own(tmp_path: Path, capsys: pytest.Ca
     assert cells.equals(alone)
     report(tmp_path / "runs", tmp_path / "out")
     line = capsys.readouterr().out
-    assert line.startswith(
-        "6 runs, 2 more left out, as a seed counts once (0000-copy: left out: the settings and the seed of 0000;"
-    )
+    assert line.startswith("6 runs, 2 more left out, as a seed counts once (0000-copy: the settings and the seed of 0000;")
     text = (tmp_path / "out" / "tables.md").read_text()
     assert "| 0003-copy | left out: the settings and the seed of 0003 |" in text
     assert text.count("| 2 |") >= 6  # each row is over two seeds
@@ -235,6 +236,22 @@ def test_the_tables_of_an_experiment_are_those_that_its_command_prints(file: Pat
     told = [line for line in readme.splitlines() if line.startswith("| ")]
     assert len(printed) > 2
     assert set(printed) <= set(told)
+
+
+def test_the_pictures_of_the_first_results_show_what_their_spreadsheets_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = runpy.run_path(str(EXPERIMENTS / "first_results" / "draw.py"))
+    drawn: list[Figure] = []
+    monkeypatch.setitem(script["draw"].__globals__, "save", lambda figure, *_, **__: drawn.append(figure))
+    for name in ("spooky", "authors"):
+        file = EXPERIMENTS / "first_results" / f"{name}.csv"
+        script["draw"](file, Path())
+        cells, figure = read_cells(file), drawn.pop()
+        for panel, split in zip(figure.axes, ("iid", "by_author 1.0"), strict=True):
+            for model, line in ((line.get_label(), line) for line in panel.lines[:-1]):
+                here = cells[(cells.model == model) & ((cells.split == split) | (cells.clients == 1))].sort_values("clients")
+                assert line.get_ydata().tolist() == here["test.accuracy"].tolist()
+                assert line.get_xdata() == pytest.approx(here.clients.to_numpy(), rel=0.07)
+        assert len(figure.axes[0].lines) == 3
 
 
 def test_made_up_runs_are_read_as_real_ones(tmp_path: Path) -> None:

@@ -50,16 +50,17 @@ def report(folder: Path, out: Path | None = None) -> Path | None:
     failed = failures(folder, damaged)
     rounds = _read(folder, failed, damaged)
     failed |= {run: f"damaged and left out: {reason}" for run, reason in damaged.items()}
-    twice = {run: f"left out: the settings and the seed of {counted}" for run, counted in repeats(rounds).items()}
+    twice = {run: f"the settings and the seed of {counted}" for run, counted in repeats(rounds).items()}
     rounds = without(rounds, twice)
+    failed_or_left_out = failed | {run: f"left out: {reason}" for run, reason in twice.items()}
     cells = compare(rounds)
     tables = list(tables_of(cells, tuned(rounds)))
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "tables.csv", spreadsheet(cells))
-        write_text(out / "tables.md", markdown(tables, failed | twice))
+        write_text(out / "tables.md", markdown(tables, failed_or_left_out))
         pictures = _drawn(rounds, out / "curves.png")
-        write_text(out / "report.html", page(rounds, tables, failed | twice, folder.resolve().name))
+        write_text(out / "report.html", page(rounds, tables, failed_or_left_out, folder.resolve().name))
     except (OSError, ValueError) as error:  # a name with a NUL is of the second kind
         raise UsageError("--out", str(out), f"a directory that can be written ({said(error)})") from error
     number = rounds[rounds.kind == "federated"].run.nunique()

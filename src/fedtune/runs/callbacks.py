@@ -111,11 +111,13 @@ class MonitorCheck(FederatedCallback):
         monitor = run.config["loop"]["monitor"]
         if not record.metrics or monitor in record.metrics:
             return
-        missing = one_of("monitor", monitor, record.metrics)
         if monitor != "accuracy":
-            raise missing
+            raise one_of("monitor", monitor, record.metrics)
         if not self._said:
-            run.print(f"{missing}, which {type(module).__name__} logs; as it is, no round is known as the best")
+            logged = f"{type(module).__name__} logs {', '.join(record.metrics)}"
+            run.print(
+                f"accuracy is monitored, but {logged}: no round is known as the best; monitor (--loop.monitor) may name one"
+            )
         self._said = True
 
 
