@@ -9,8 +9,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from matplotlib.figure import Figure
 from made_runs import TESTED, Made, grid, write_all, write_made
+from matplotlib.figure import Figure
 
 import fedtune
 from fedtune.errors import FedtuneWarning, UsageError
