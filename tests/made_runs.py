@@ -110,7 +110,7 @@ def grid(**values: Sequence[Any]) -> list[Made]:
 
 
 def paper() -> list[Made]:
-    """The 432 runs of `experiments/paper.yaml`, 100 rounds each."""
+    """The 432 runs of `fedtune:paper`, 100 rounds each."""
     splits, clients = ("hilmkil_iid", "hilmkil_sorted"), (1, 2, 4, 8, 16, 32)
     models = ("bert", "albert", "distilbert")
     return grid(task=list(CLASSES), model=models, clients=clients, split=splits, seed=(0, 1, 2), rounds=(100,), rate=(2e-5,))

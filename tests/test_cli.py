@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -140,6 +141,32 @@ def test_describe_shows_a_table_and_draws_a_picture(run: Run, tiny: list[str], t
     assert code == 0, err
     assert "entropy" in out
     assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_describe_writes_nothing_but_what_it_was_told_to(
+    run: Run, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [flag for flag in tiny if not flag.startswith("--loop")]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    code, out, err = run("describe", *flags)
+    assert code == 0, err
+    assert not list(Path().iterdir())
+    assert "picture" not in out
+    assert "in place of" not in run("describe", *flags, "--picture=mine.png")[1]
+    assert "mine.png, in place of the file that was there" in run("describe", *flags, "--picture=mine.png")[1]
+
+
+def test_describe_says_how_many_texts_each_part_has(run: Run, tiny: list[str]) -> None:
+    flags = [flag for flag in tiny if not flag.startswith("--loop")]
+    (line,) = [line for line in run("describe", *flags)[1].splitlines() if "for training" in line]
+    training, validation, test = map(int, re.findall(r"(\d+) for", line))
+    assert training > max(validation, test) > 0
+    assert training + validation + test == 80
+    out = run("describe", *flags, "--data.limit=24")[1]
+    assert (
+        f"texts: {training} for training (the clients have 24 of them), {validation} for validation, {test} for the test" in out
+    )
 
 
 def test_describe_shows_names_as_they_are(run: Run, tiny_bert: str, tmp_path: Path) -> None:

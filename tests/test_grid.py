@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import yaml
 
+import fedtune
 from fedtune.errors import UsageError
 from fedtune.runs.flags import resolve
 from fedtune.sweeps import grid
 
-EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+EXPERIMENTS = Path(fedtune.__file__).parent / "experiments"
 Write = Callable[..., str]
 
 

@@ -230,7 +230,7 @@ def test_hilmkil_accuracy_has_one_definition(task: fedtune.TextTask, folders: di
 def test_hilmkil_files_are_the_protocol() -> None:
     import yaml
 
-    folder = Path(__file__).parent.parent / "experiments" / "hilmkil2021"
+    folder = Path(fedtune.__file__).parent / "experiments" / "hilmkil2021"
     files = sorted(folder.glob("*.yaml"))
     assert files
     for file in files:

@@ -17,6 +17,7 @@ import pytorch_lightning as pl
 import torch
 import torchmetrics
 from conftest import GivenLoaders, make_loop
+from lightning_utilities.core import rank_zero
 from pytorch_lightning.core import hooks as lightning_hooks
 from pytorch_lightning.utilities.combined_loader import CombinedLoader
 from safetensors import safe_open
@@ -671,6 +672,23 @@ def test_any_metric_is_monitored_through_summary_picture_and_report(tmp_path: Pa
     assert row["score_min"] <= row["score"] <= row["score_max"]
 
 
+def test_one_line_says_that_the_accuracy_is_monitored_and_what_is_logged_in_its_place(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def log(self: Any, batch: Any, index: int) -> None:
+        self.log_dict({"val_accuracy": 0.5, "val_loss": self.loss(batch)})
+
+    loop = make_loop(max_rounds=3, check_val_every_n_rounds=2, progress=True)
+    loop.fit(logging_module(log), Three())
+    said = [line for line in capsys.readouterr().out.splitlines() if "monitor" in line]
+    assert len(said) == 1
+    name = type(logging_module(log)).__name__
+    assert said[0].startswith(f"accuracy is monitored, but {name} logs val_accuracy, val_loss: no round is known as the best; ")
+    assert loop.summary["best_round"] is None
+    make_loop(max_rounds=2, monitor="val_loss", mode="min", progress=True).fit(logging_module(log), Three())
+    assert "no round is known" not in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------- arguments
 
 
@@ -690,6 +708,21 @@ def test_the_page_has_every_argument_of_a_trainer() -> None:
 def test_an_argument_that_only_a_trainer_has_names_its_counterpart(name: str) -> None:
     with pytest.raises(fedtune.UsageError, match=re.escape(f"{name}: got 3; allowed: {COUNTERPARTS[name]}")):
         fedtune.FederatedLoop(**{name: 3})
+
+
+def test_the_precision_that_auto_chooses_is_said_once_in_words_of_ours(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
+    heard: list[str] = []
+    monkeypatch.setattr(rank_zero.log, "callHandlers", lambda record: heard.append(str(record.msg)))
+    said = "precision: matrix products in bfloat16, which this CPU is made for, weights in fp32 (32-true: all in fp32)"
+    for precision, times in (("auto", 1), ("bf16-mixed", 0), ("32-true", 0)):
+        make_loop(max_rounds=1, precision=precision, accelerator="cpu", progress=True).fit(Net(), Three())
+        assert capsys.readouterr().out.splitlines().count(said) == times
+    assert not heard
+    rank_zero.rank_zero_info("something else")
+    assert heard == ["something else"]
 
 
 @pytest.mark.parametrize(("given", "kept"), [(32, "32-true"), ("32", "32-true"), ("bf16", "bf16-mixed")])

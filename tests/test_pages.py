@@ -41,6 +41,12 @@ def test_every_relative_link_leads_to_a_file_and_a_heading_that_exist(page: Path
             assert anchor in headings(page.parent / name if name else page), target
 
 
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+def test_no_line_of_prose_is_so_long_that_a_difference_of_it_cannot_be_read(page: Path) -> None:
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.S).splitlines()
+    assert not [line for line in prose if len(line) > 160 and not line.startswith("|")]
+
+
 def test_the_site_has_every_page_and_every_report() -> None:
     def leaves(entry: object) -> list[str]:
         if isinstance(entry, str):
@@ -63,12 +69,28 @@ def test_every_command_of_a_page_parses(page: str, tmp_path: Path, monkeypatch: 
     commands = [line for line in lines if line.startswith("fedtune ")]
     assert commands
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     (tmp_path / "runs" / "reviews").mkdir(parents=True)
     (tmp_path / "runs" / "reviews" / "config.yaml").write_text("data: {split: by_author}\n")
     for command in commands:
         _, name, *flags = shlex.split(command, comments=True)
         parser(name).parse_args(flags)
+
+
+def test_the_flags_that_matter_are_real_ones_with_the_defaults_that_the_page_says() -> None:
+    from fedtune.cli import parser
+
+    text, defaults = (DOCS / "flags.md").read_text(), parser("run").get_defaults()
+    said = re.findall(r"^\| `--([\w.]+)` \| `([^`|]+)` \|", text, flags=re.M)
+    assert len(said) >= 10
+    for name, default in said:
+        own = defaults[name]
+        assert (list(own) if isinstance(own, tuple) else own) == yaml.safe_load(default), name
+    for words in re.findall(r"`(--[^`]+)`", text):
+        flag, *value = shlex.split(words)
+        if value:
+            parser("run").parse_args([flag, *value])
+        else:
+            assert flag[2:] in defaults or flag == "--model.lora.rank", flag
 
 
 def test_the_code_of_the_how_to_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -392,8 +393,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bands": ({"privacy": {"name": "Banded", "bands": 5}}, "privacy.bands: got 5; allowed: at most"),
     "count noise": ({"privacy": {"name": "AdaptiveGaussian"}}, "below twice count_noise"),
     "fixed pld": ({"privacy": {"sampling": "fixed", "accountant": "pld"}}, "rdp, for cohorts of a fixed size"),
-    "nothing": ({"privacy": {"noise": 0.0}}, "privacy.noise: got 0.0"),
-    "rounds": ({"privacy": {"noise": 0.0, "epsilon": 1.0}}, "privacy.rounds: got 0"),
+    "nothing": ({"privacy": {"noise": 0.0}}, "privacy.noise: not given; needed: noise .*; or epsilon and rounds"),
+    "rounds": ({"privacy": {"noise": 0.0, "epsilon": 1.0}}, "privacy.rounds: not given; needed: the number of rounds"),
     "name": ({"privacy": {"name": "Gausian"}}, r"Gaussian \(nearest\)"),
     "parameter": ({"privacy": {"sigma": 1.0}}, "privacy.sigma"),
     "one round": ({"privacy": {"epsilon": 1e-4}}, "which the first round needs"),
@@ -407,6 +408,53 @@ def test_what_the_accounting_is_not_true_of_is_refused_in_one_line(name: str, ma
     with pytest.raises(UsageError, match=says) as caught:
         run(make_data, make_module, **(changes | {"privacy": privacy}))
     assert "\n" not in str(caught.value)
+
+
+def test_all_that_privacy_lacks_is_said_at_once_in_words_of_the_flags(command: Callable[..., tuple[int, str, str]]) -> None:
+    code, _, said = command("run", "--loop.privacy", "Gaussian")
+    assert (code, said.count("\n")) == (2, 1)
+    assert "--loop.privacy.noise: not given; needed: noise (a multiple of the clip); or epsilon and rounds" in said
+    assert "; also --loop.algorithm.aggregator.weighting: got 'examples'; allowed: uniform" in said
+    assert "0.0" not in said
+    more = [
+        "--loop.privacy.epsilon",
+        "8",
+        "--loop.privacy.delta",
+        "2",
+        "--loop.privacy.clip",
+        "0",
+        "--loop.algorithm",
+        "scaffold",
+    ]
+    _, _, said = command("run", "--loop.privacy", "Gaussian", *more)
+    parts = (
+        "--loop.privacy.rounds: not",
+        "--loop.privacy.delta: got 2.0",
+        "--loop.privacy.clip: got 0.0",
+        "--loop.algorithm.client",
+    )
+    assert all(part in said for part in parts)
+    assert said.count("\n") == 1
+
+
+def test_what_only_the_number_of_clients_shows_is_said_at_once(make_data: Make, make_module: Make) -> None:
+    privacy = {"name": "Banded", "noise": 1.0, "bands": 5, "delta": 0.2}
+    with pytest.raises(
+        UsageError, match=r"privacy\.delta: got 0\.2.*; also privacy\.bands: got 5.*; also options\.min_clients"
+    ):
+        run(make_data, make_module, privacy=privacy, min_clients=2)
+
+
+def test_orders_that_cannot_be_computed_are_no_warnings_and_other_words_are(caplog: pytest.LogCaptureFixture) -> None:
+    rdp_of.cache_clear()
+    release = Release(0.05, 0.3)
+    _, divergences = rdp_of(release)
+    left_out = np.isinf(divergences)
+    assert left_out.any()  # of these the package warns, each by a line
+    assert not caplog.records
+    epsilon_by("rdp", release, 1, 1e-5)
+    logging.getLogger("absl").warning("something else")
+    assert [record.message for record in caplog.records] == ["something else"]
 
 
 def test_cohorts_of_a_fixed_size_are_offered_their_own_figure(make_data: Make, make_module: Make) -> None:
@@ -452,7 +500,7 @@ def test_a_length_is_that_of_fp64() -> None:
 
 def test_privacy_is_a_flag_with_values_of_its_own() -> None:
     given = {"name": "Gaussian", "noise": "8e-1", "rounds": 5}
-    assert resolve({"loop": {"privacy": given}})["loop"]["privacy"] == {
+    assert resolve({"loop": {"privacy": given, "algorithm": {"weighting": "uniform"}}})["loop"]["privacy"] == {
         **{"name": "Gaussian", "noise": 0.8, "epsilon": 0.0, "delta": 1e-5, "rounds": 5, "clip": 1.0},
         **{"accountant": "", "sampling": "poisson", "neighbours": ""},
     }

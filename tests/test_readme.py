@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,14 @@ def test_every_make_target_in_the_readme_exists() -> None:
     assert set(re.findall(r"make (\w+)", README)) <= targets
 
 
+def test_an_installation_ends_with_what_to_do_next() -> None:
+    command = ["make", "--dry-run", "--assume-old=.venv/.installed", "install"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(said) == 1
+    assert "source .venv/bin/activate" in said[0]
+    assert "make demo" in said[0]
+
+
 def test_every_file_that_the_readme_links_to_exists() -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
@@ -71,7 +80,6 @@ def test_every_command_of_the_readme_parses(tmp_path: Path, monkeypatch: pytest.
     ]
     assert commands
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     (tmp_path / "runs" / "cli").mkdir(parents=True)
     (tmp_path / "runs" / "cli" / "config.yaml").write_text("data: {split: by_author}\n")
     (tmp_path / "run.yaml").write_text("data: {split: by_author}\n")

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from made_runs import TESTED, Made, grid, write_all, write_made
+from matplotlib.figure import Figure
 
 import fedtune
-from fedtune.errors import UsageError
+from fedtune.errors import FedtuneWarning, UsageError
+from fedtune.reports import curves
 from fedtune.reports.cells import standard_error, tuned
 from fedtune.reports.report import report
 from fedtune.reports.settings import settings
+from fedtune.reports.spreadsheet import read_cells
 from fedtune.reports.tables import markdown, tables_of
 from fedtune.runs.figures import _held
 
@@ -126,6 +130,69 @@ def test_what_only_some_runs_have_is_a_setting_where_nothing_else_tells_them_apa
     assert settings(fedtune.read_runs(tmp_path / "b")) == ["loop.algorithm.aggregator.name"]  # it tells them apart
 
 
+def test_a_copy_of_a_run_is_no_seed_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_all(tmp_path / "runs", grid(seed=(0, 1), rate=RATES))
+    alone = fedtune.compare(fedtune.read_runs(tmp_path / "runs"))
+    for name in ("0000", "0003"):
+        shutil.copytree(tmp_path / "runs" / name, tmp_path / "runs" / f"{name}-copy")
+    with pytest.warns(FedtuneWarning, match=r"a seed counts once: 0000-copy \(as 0000\), 0003-copy \(as 0003\)$"):
+        cells = fedtune.compare(fedtune.read_runs(tmp_path / "runs"))
+    assert cells.equals(alone)
+    report(tmp_path / "runs", tmp_path / "out")
+    line = capsys.readouterr().out
+    assert line.startswith("6 runs, 2 more left out, as a seed counts once (0000-copy: the settings and the seed of 0000;")
+    text = (tmp_path / "out" / "tables.md").read_text()
+    assert "| 0003-copy | left out: the settings and the seed of 0003 |" in text
+    assert text.count("| 2 |") >= 6  # each row is over two seeds
+    assert "| 3 |" not in text
+
+
+def test_curves_and_the_best_rate_are_over_seeds_and_not_over_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[list[float]] = []
+    monkeypatch.setattr(curves, "save", lambda figure, *_, **__: drawn.append(list(figure.axes[0].lines[0].get_ydata())))
+    write_all(tmp_path, grid(seed=(0, 1), rate=(1e-3,)) + grid(seed=(0,), rate=(3e-3,)))
+    before = fedtune.read_runs(tmp_path)
+    fedtune.plot_grid(before, tmp_path / "x.png")
+    for number in range(5):
+        shutil.copytree(tmp_path / "0000", tmp_path / f"copy-{number}")
+    after = fedtune.read_runs(tmp_path)
+    with pytest.warns(FedtuneWarning, match="copy-4"):
+        fedtune.plot_grid(after, tmp_path / "x.png")
+    with pytest.warns(FedtuneWarning, match="copy-4"):
+        assert tuned(after).equals(tuned(before))
+    assert drawn[0] == drawn[1]
+
+
+def test_runs_whose_data_or_model_have_seeds_of_their_own_are_no_copies(tmp_path: Path) -> None:
+    write_all(tmp_path, [Made(settings=((f"{part}.seed", seed),)) for part in ("data", "model") for seed in (1, 2)])
+    rounds = fedtune.read_runs(tmp_path)
+    assert fedtune.compare(rounds).seeds.tolist() == [4]
+    assert set(rounds.other_seeds) == {"data 1", "data 2", "model 1", "model 2"}
+
+
+def test_a_table_has_no_column_that_is_the_same_in_all_its_rows(tmp_path: Path) -> None:
+    other = (("loop.algorithm.aggregator.weighting", "uniform"),)
+    runs = grid(task=("imdb",), clients=(2, 4), rate=(1e-3,)) + grid(task=("yelp",), rate=RATES, settings=(other,))
+    write_all(tmp_path, runs)
+    imdb, yelp = text_of(tmp_path).split("\n## ")[1:]
+    assert "learning rate" not in imdb
+    assert "learning rate" in yelp
+    assert "weighting" not in imdb + yelp  # it differs between the tasks alone
+
+
+def test_content_that_changed_is_a_number_and_what_is_said_of_privacy_is_no_content(tmp_path: Path) -> None:
+    def of(seed: int, **content: str) -> Made:
+        return Made(seed=seed, settings=tuple((f"content.{name}", value) for name, value in content.items()))
+
+    write_all(tmp_path / "a", [of(0, task="abc"), of(1, task="abc", privacy="epsilon 3"), of(2, task="def")])
+    rounds = fedtune.read_runs(tmp_path / "a")
+    assert settings(rounds) == ["content.version"]
+    assert fedtune.compare(rounds)[["content.version", "seeds"]].to_numpy().tolist() == [[1, 2], [2, 1]]
+    assert "| model | split | clients | version |" in text_of(tmp_path / "a")
+    shutil.rmtree(tmp_path / "a" / "0002")
+    assert settings(fedtune.read_runs(tmp_path / "a")) == []
+
+
 def test_a_report_of_a_run_writes_over_no_file_of_it(tmp_path: Path) -> None:
     write_made(tmp_path / "a", Made(rounds=2))
     for name in ("curves.png", "tables.md"):
@@ -169,6 +236,22 @@ def test_the_tables_of_an_experiment_are_those_that_its_command_prints(file: Pat
     told = [line for line in readme.splitlines() if line.startswith("| ")]
     assert len(printed) > 2
     assert set(printed) <= set(told)
+
+
+def test_the_pictures_of_the_first_results_show_what_their_spreadsheets_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = runpy.run_path(str(EXPERIMENTS / "first_results" / "draw.py"))
+    drawn: list[Figure] = []
+    monkeypatch.setitem(script["draw"].__globals__, "save", lambda figure, *_, **__: drawn.append(figure))
+    for name in ("spooky", "authors"):
+        file = EXPERIMENTS / "first_results" / f"{name}.csv"
+        script["draw"](file, Path())
+        cells, figure = read_cells(file), drawn.pop()
+        for panel, split in zip(figure.axes, ("iid", "by_author 1.0"), strict=True):
+            for model, line in ((line.get_label(), line) for line in panel.lines[:-1]):
+                here = cells[(cells.model == model) & ((cells.split == split) | (cells.clients == 1))].sort_values("clients")
+                assert line.get_ydata().tolist() == here["test.accuracy"].tolist()
+                assert line.get_xdata() == pytest.approx(here.clients.to_numpy(), rel=0.07)
+        assert len(figure.axes[0].lines) == 3
 
 
 def test_made_up_runs_are_read_as_real_ones(tmp_path: Path) -> None:

@@ -160,6 +160,15 @@ def test_two_sweeps_on_one_folder_share_the_work(write: Write, tmp_path: Path) -
         assert [json.loads(line)["round"] for line in (folder / name / "rounds.jsonl").read_text().splitlines()] == [1, 2]
 
 
+@pytest.mark.parametrize(("baselines", "said"), [([], "last evaluation"), (["local"], "last evaluation, baselines")])
+def test_a_run_says_what_is_left_after_its_rounds(baselines: list[str], said: str, make_data: Any, make_module: Any) -> None:
+    from conftest import make_loop
+
+    ours, theirs = multiprocessing.Pipe()
+    make_loop(max_rounds=1, baselines=baselines, callbacks=[worker._Reporter(theirs)]).fit(make_module(), make_data())
+    assert [ours.recv(), ours.recv()] == ["round 0/1", said]
+
+
 def test_interrupted_a_sweep_says_how_to_go_on(write: Write, tmp_path: Path) -> None:
     file, folder, log = write(loop__max_rounds={"value": 50}), tmp_path / "runs", tmp_path / "log"
     process = start(file, folder, log)
@@ -176,13 +185,17 @@ def test_a_plan_tells_what_is_done_and_estimates_the_rest(
 ) -> None:
     sweep = grid.read(write())
     runner.plan(sweep, tmp_path / "runs", 1)
-    assert "0 of 3 done, 0 running, 0 failed, time left unknown until a run is done" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "0 of 3 done, 0 running, 0 failed, time left unknown until a run is done" in out
+    assert "estimate" not in out  # no column without a value
     first = tmp_path / "runs" / sweep.cells[0].name
     first.mkdir(parents=True)
     (first / "status.json").write_text(json.dumps({"state": "finished", "seconds": 100, "metrics": {"accuracy": 0.5}}))
     runner.plan(sweep, tmp_path / "runs", 2)
     out = capsys.readouterr().out
     assert "1 of 3 done" in out
+    assert out.count("1 min 40 s") == 3  # of each run that is to do, and in all, by two workers
+    assert "estimate" in out
     assert "time left 1 min 40 s, best accuracy 0.500 (num_clients 1)" in out
     assert not (tmp_path / "runs" / sweep.cells[1].name).exists()
 

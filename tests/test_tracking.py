@@ -25,6 +25,7 @@ from fedtune.errors import UsageError
 from fedtune.runs.figures import plot_curves, plot_split
 from fedtune.runs.loggers import mirror_of
 from fedtune.runs.wandb import WandbMirror
+from fedtune.runs.wandb_start import sync_command
 from fedtune.storage.summary import rounds_to
 
 Make = Callable[..., Any]
@@ -318,6 +319,33 @@ def test_an_end_that_takes_too_long_is_said(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(WandbMirror, "_opened", lambda self, run: mirror)
     with pytest.warns(UserWarning, match="failed: TimeoutError: .*; send what it lacks with: wandb sync runs/wandb/run-1$"):
         make_loop(run_dir=str(tmp_path), logger="wandb").fit(Net(), Three())
+
+
+def test_all_starts_of_a_run_are_sent_and_no_other_run(tmp_path: Path) -> None:
+    def started(name: str) -> str:
+        (tmp_path / "my runs" / "wandb" / name / "files").mkdir(parents=True)
+        return str(tmp_path / "my runs" / "wandb" / name / "files")
+
+    first, place = started("offline-run-20261130_103755-a_b-c"), f"wandb sync '{tmp_path}/my runs/wandb'/"
+    started("offline-run-20261130_103755-x-a_b-c")
+    assert sync_command(first) == f"wandb sync '{Path(first).parent}'"
+    assert sync_command(started("run-20261130_110000-a_b-c")) == f"{place}*run-????????_??????-a_b-c"
+    found = sorted(path.name for path in (tmp_path / "my runs" / "wandb").glob("*run-????????_??????-a_b-c"))
+    assert found == ["offline-run-20261130_103755-a_b-c", "run-20261130_110000-a_b-c"]
+
+
+@pytest.mark.filterwarnings("ignore")  # wandb's own
+@pytest.mark.usefixtures("offline")
+def test_the_line_of_a_resumed_run_sends_the_files_of_both_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rounds in (1, 2):
+        make_loop(max_rounds=rounds, run_dir=str(tmp_path), logger="wandb", progress=True).fit(Net(), Three())
+        if rounds == 1:
+            time.sleep(1.1)  # W&B names a folder after the second
+    (*_, line) = [line for line in capsys.readouterr().out.splitlines() if "send them with" in line]
+    folder, _, pattern = line.rpartition("send them with: wandb sync ")[2].rpartition("/")
+    assert len(list(Path(folder).glob(pattern))) == len(list(tmp_path.glob("wandb/offline-run-*"))) == 2
 
 
 class Vanishing(http.server.BaseHTTPRequestHandler):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from fedtune.errors import Elsewhere, RenamedWarning, RunError, UsageError, at_least
+from fedtune.errors import Elsewhere, FedtuneWarning, RenamedWarning, RunError, UsageError, at_least
 from fedtune.files import printable
 from fedtune.runtimes.environment import has_others
 from fedtune.version import __version__
@@ -99,8 +99,7 @@ def _choose(given: Sequence[str]) -> NoReturn:
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     """One line for a warning of ours; other libraries' warnings are not for the user of a command."""
-    ours = issubclass(category, RenamedWarning) or (category is UserWarning and "fedtune" in (_[0] if _ else ""))
-    if ours and not has_others(and_follows=True):
+    if issubclass(category, (FedtuneWarning, RenamedWarning)) and not has_others(and_follows=True):
         print(f"fedtune: {message}", file=sys.stderr)
 
 
@@ -150,7 +149,9 @@ def _fill_describe(found: Parser) -> None:
 
     add_run_arguments(found)  # those of a run, whose data are shown; of the model its name alone matters
     found.of_data = True
-    found.add_argument("--picture", type=str, default="split.png", help="where the picture goes")
+    found.add_argument(
+        "--picture", type=str | None, default=None, help="draw it, too, into this file; its suffix is the format"
+    )
     found.add_argument(
         "--features", action="store_true", help="also how fast the classifier would begin to learn: a forward and backward pass"
     )
@@ -268,7 +269,7 @@ def _flagged(*names: str) -> Iterator[None]:
     except UsageError as error:
         if error.argument not in names:
             raise
-        raise UsageError(f"--{error.argument}", error.came, error.allowed) from error
+        raise error.renamed(lambda name: f"--{name}") from error
 
 
 class _Command(NamedTuple):
@@ -295,7 +296,10 @@ _COMMANDS = {
         "tables, curves and one page", "Tables, curves and one page from the records of many runs.", _fill_report, _report
     ),
     "describe": _Command(
-        "the client split as a table and a picture", "The client split, as a table and a picture.", _fill_describe, _describe
+        "who holds what: the client split",
+        "The client split, as a table; with --picture also drawn.",
+        _fill_describe,
+        _describe,
     ),
     "export": _Command(
         "a run's model for Transformers",

@@ -1,12 +1,17 @@
-"""The two errors a user can meet: what they asked for is not possible, or a run had to stop."""
+"""The two errors a user can meet: what they asked for is not possible, or a run had to stop; and warnings."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import logging
 import numbers
-from collections.abc import Iterable
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 _LONGEST, _NAME, _ALLOWED = 200, 40, 1000  # characters in a message: of a value, of a name, of what is allowed
+_WITHIN = ("fedtune", "functools", "contextlib")  # packages whose lines are not what a warning is about
 
 
 class UsageError(ValueError):
@@ -21,6 +26,52 @@ class UsageError(ValueError):
     def __init__(self, argument: str, came: object, allowed: str) -> None:
         self.argument, self.came, self.allowed = argument, came, _line(allowed, _ALLOWED)
         super().__init__(f"{argument}: got {shown(came)}; allowed: {self.allowed}")
+
+    def renamed(self, name: Callable[[str], str], also: str = "") -> UsageError:
+        """The same error, with the argument as others call it (a flag, a place in a file), and what they add at the end."""
+        return UsageError(name(self.argument), self.came, self.allowed + also)
+
+
+class NotGiven(UsageError):
+    """A value is needed that the user did not choose.
+
+    Args:
+        argument: name of the constructor argument.
+        needed: what must be given, in words.
+    """
+
+    def __init__(self, argument: str, needed: str) -> None:
+        super().__init__(argument, None, needed)
+        self.args = (f"{argument}: not given; needed: {self.allowed}",)
+
+    def renamed(self, name: Callable[[str], str], also: str = "") -> NotGiven:
+        """As of a `UsageError`."""
+        return NotGiven(name(self.argument), self.allowed + also)
+
+
+class Several(UsageError):
+    """Several values cannot be used; one line says all, and `argument`, `came` and `allowed` are those of the first.
+
+    Args:
+        errors: at least one.
+    """
+
+    def __init__(self, errors: Sequence[UsageError]) -> None:
+        self.errors = tuple(errors)
+        super().__init__(errors[0].argument, errors[0].came, errors[0].allowed)
+        self.args = ("; also ".join(map(str, errors)),)
+
+    def renamed(self, name: Callable[[str], str], also: str = "") -> Several:
+        """As of a `UsageError`, for each of them."""
+        *first, last = self.errors
+        return Several([*(one.renamed(name) for one in first), last.renamed(name, also)])
+
+
+def raise_all(errors: Iterable[UsageError]) -> None:
+    """Raise what is wrong, all at once; nothing where nothing is."""
+    found = [one for error in errors for one in (error.errors if isinstance(error, Several) else (error,))]
+    if found:
+        raise found[0] if len(found) == 1 else Several(found)
 
 
 class Refused(UsageError):
@@ -55,8 +106,37 @@ class RunError(RuntimeError):
     """A run stopped for a reason outside its configuration (a loss that became NaN, a full disk, damaged files)."""
 
 
+class FedtuneWarning(UserWarning):
+    """What a user would want to know of a run that goes on: something is left out, made anew, or other than one may expect."""
+
+
 class RenamedWarning(FutureWarning):
     """A name that still works for a while, and its new one."""
+
+
+def warn(text: str, category: type[Warning] = FedtuneWarning) -> None:
+    """Warn of something at the line of the caller's own code, and in rank 0 alone, as Lightning does."""
+    from lightning_utilities.core.rank_zero import rank_zero_only
+
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _WITHIN:
+        level, frame = level + 1, frame.f_back
+    if not getattr(rank_zero_only, "rank", None):
+        warnings.warn(text, category, stacklevel=level)
+
+
+@contextlib.contextmanager
+def unsaid(logger: logging.Logger, begin: str) -> Iterator[None]:
+    """Inside the block a logger of another package leaves out what begins with some words; whatever else it says is heard."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith(begin)
+
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
 
 
 def one_of(argument: str, came: object, names: Iterable[str], also: str = "", most: int | None = None) -> UsageError:

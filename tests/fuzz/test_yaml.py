@@ -15,7 +15,9 @@ from cases import assert_good, outcome, share, tried
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-EXPERIMENTS = Path(__file__).parent.parent.parent / "experiments"
+import fedtune
+
+EXPERIMENTS = Path(fedtune.__file__).parent / "experiments"
 SHIPPED = sorted(EXPERIMENTS.rglob("*.yaml"))
 SWEEPS = [file for file in SHIPPED if "parameters" in yaml.safe_load(file.read_text()) and file.stem != "paper"]
 RANDOM = """

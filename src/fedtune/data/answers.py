@@ -6,7 +6,6 @@ Legend: N conversations, T tokens in all, S tokens of one.
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ import torch
 from fedtune.data import token_cache
 from fedtune.data.conversations import Conversation
 from fedtune.data.tokens import TokenStore, check_known, encode_plain, vocabulary_size
-from fedtune.errors import UsageError, shown
+from fedtune.errors import UsageError, shown, warn
 from fedtune.files import printable
 from fedtune.tensors import Tensors
 
@@ -214,4 +213,4 @@ def _say_what_is_cut(cuts: Sequence[int], count: int, most: int) -> None:
     if asked or answered:
         said = [f"{asked:,} lose tokens before the first answer"] * bool(asked)
         said += [f"{answered:,} tokens of answers"] * bool(answered)
-        warnings.warn(f"of {count:,} conversations, {' and '.join(said)}: max_length is {most} tokens", stacklevel=2)
+        warn(f"of {count:,} conversations, {' and '.join(said)}: max_length is {most} tokens")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from fedtune.data.registry import load_task
 from fedtune.data.splits import DEFAULTS, Split, check_options, divide, options_of
 from fedtune.data.task import IntArray, TextTask
 from fedtune.data.tokens import TokenStore, tokens_of
-from fedtune.errors import UsageError, one_of
+from fedtune.errors import UsageError, one_of, warn
 from fedtune.models.agreement import tokenizer_for
 from fedtune.randomness import stream
 
@@ -115,7 +114,7 @@ class FederatedDataModule(pl.LightningDataModule):
             raise UsageError("group_by_length", True, "False, with padding to max_length or without shuffle")
         self.save_hyperparameters(ignore=["task", "split"], logger=False)  # a seed of the module's own would clash
         for line in check_options(split, self.hparams):
-            warnings.warn(line, stacklevel=1)  # the same place wherever it is made, so it is said once
+            warn(line)
         self._task, self._split = task, split
         self._kept: tuple[TokenStore, Tensor | None] | None = None
         self.hparams["task"] = task.name if isinstance(task, (TextTask, InstructionTask)) else task
@@ -149,12 +148,9 @@ class FederatedDataModule(pl.LightningDataModule):
         split, smallest = self.hparams["split"], min(map(len, parts))
         self._left_out = holdings.left_out_said(self.task, split, rows, parts, options_of(split, self.hparams))
         if split == "natural" and self._left_out:
-            warnings.warn(self._left_out, stacklevel=1)
+            warn(self._left_out)
         if smallest < size:
-            warnings.warn(
-                f"batch_size {size} is larger than the smallest client ({smallest} texts), which trains with smaller batches",
-                stacklevel=1,  # the caller is functools
-            )
+            warn(f"batch_size {size} is larger than the smallest client: its {smallest} texts are one batch")
         return parts
 
     @property

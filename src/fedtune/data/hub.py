@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from fedtune.data.opening import named_like_data, source_of
 from fedtune.data.parts import SplitChoice, with_hints
 from fedtune.data.reading import peek, read
 from fedtune.data.values import check_schema
-from fedtune.errors import UsageError
+from fedtune.errors import UsageError, warn
 from fedtune.files import printable, said
 
 _NO_FORM = {"name", "version", "description", "data_dir", "data_files", "sep", "delimiter", "features"}  # of a CSV file
@@ -165,7 +164,7 @@ def _say_what_is_left_out(folder: Path, builder: Any) -> None:
     if others:
         more = f" and {len(others) - _MANY} more" if len(others) > _MANY else ""
         names = printable(", ".join(others[:_MANY]), 500)
-        warnings.warn(f"not read of {folder}: {names}{more}; other files there are its parts, by name or kind", stacklevel=2)
+        warn(f"not read of {folder}: {names}{more}; other files there are its parts, by name or kind")
 
 
 def _local_csv(builder: Any) -> dict[str, list[str]] | None:

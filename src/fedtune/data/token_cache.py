@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fedtune.errors import RunError, shown
+from fedtune.errors import RunError, shown, warn
 from fedtune.files import replaced, said
 from fedtune.models.cache import cache_folder
 from fedtune.tensors import Tensors, read_file, sha256
@@ -46,7 +45,7 @@ def entry_of(
         for fact in _settings(tokenizer):
             _add(digest, fact)
     except (Unreadable, RunError) as error:
-        warnings.warn(f"tokens were not cached, the next start tokenises again: {error}", stacklevel=3)
+        warn(f"tokens were not cached, the next start tokenises again: {error}")
         return None
     for column in (texts, seconds or ()):
         for text in column:
@@ -161,7 +160,7 @@ def read(path: Path, texts: int, pairs: bool, vocabulary: int, answers: bool = F
         why = said(error)
     if why is None:
         return found
-    warnings.warn(f"{path} is damaged ({why}); these texts are tokenised again", stacklevel=3)
+    warn(f"{path} is damaged ({why}); these texts are tokenised again")
     return None
 
 
@@ -191,7 +190,7 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
         with replaced(path) as temporary:
             save_file(dict(tensors), temporary, metadata={"sha256": _notes(path, tensors)})
     except (OSError, SafetensorError) as error:
-        warnings.warn(f"tokens were not cached, the next start tokenises again: {error}", stacklevel=3)
+        warn(f"tokens were not cached, the next start tokenises again: {error}")
 
 
 def _notes(path: Path, tensors: Mapping[str, Tensor]) -> str:

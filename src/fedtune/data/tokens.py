@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedtune.data import token_cache
-from fedtune.errors import UsageError
+from fedtune.errors import UsageError, warn
 from fedtune.tensors import Tensors
 
 if TYPE_CHECKING:
@@ -150,7 +149,7 @@ def check_known(store: TokenStore, tokenizer: PreTrainedTokenizerBase) -> None:
     special = set(tokenizer.all_special_ids)
     empty = int((store.lengths <= tokenizer.num_special_tokens_to_add(pair=False)).sum())
     if empty:
-        warnings.warn(f"{empty} texts have no tokens for {tokenizer.name_or_path} but special ones", stacklevel=2)
+        warn(f"{empty} texts have no tokens for {tokenizer.name_or_path} but special ones")
     unknown = tokenizer.unk_token_id
     if unknown is None:
         return
@@ -160,9 +159,7 @@ def check_known(store: TokenStore, tokenizer: PreTrainedTokenizerBase) -> None:
         allowed = f"a tokenizer that knows the texts ({share:.0%} of their tokens are {tokenizer.unk_token})"
         raise UsageError("tokenizer", tokenizer.name_or_path, allowed)
     if share > _MANY:
-        warnings.warn(
-            f"{share:.0%} of the tokens are {tokenizer.unk_token}: {tokenizer.name_or_path} may not suit", stacklevel=2
-        )
+        warn(f"{share:.0%} of the tokens are {tokenizer.unk_token}: {tokenizer.name_or_path} may not suit")
 
 
 def _tokenise(

@@ -35,5 +35,7 @@ def located(file: str, argument: str) -> str:
 
 def shipped(sweeps: bool) -> dict[str, Path]:
     """Name -> path, of the sweeps that come with the package, or of its configurations of a run."""
-    files = {f"{PREFIX}{path.relative_to(_FOLDER).with_suffix('')}": path for path in sorted(_FOLDER.rglob("*.yaml"))}
+    files = {
+        f"{PREFIX}{path.relative_to(_FOLDER).with_suffix('').as_posix()}": path for path in sorted(_FOLDER.rglob("*.yaml"))
+    }
     return {name: path for name, path in files.items() if sweeps == bool(re.search("^method:", path.read_text("utf-8"), re.M))}

@@ -62,9 +62,8 @@ def made(make: Callable[..., Any], values: Mapping[str, Any], where: str, also: 
     try:
         return make(**{name: typed(value, hints.get(name), f"{where}.{name}") for name, value in values.items()})
     except UsageError as error:
-        if error.argument.startswith(where.partition(".")[0]):
-            raise
-        raise UsageError(f"{where}.{error.argument}", error.came, error.allowed) from error
+        root = where.partition(".")[0]
+        raise error.renamed(lambda name: name if name.startswith(root) else f"{where}.{name}") from error
 
 
 def named(given: Any, where: str, registered: Mapping[str, type[Any]], base: type[Any]) -> Any:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import re
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.errors import RunError, UsageError, one_of, shown
+from fedtune.errors import RunError, UsageError, one_of, shown, warn
 from fedtune.files import printable
 from fedtune.models.conversion import bert_to_distilbert
 from fedtune.models.folders import check_content, check_kinds, other_than_its_file
@@ -197,7 +196,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     other = reading(name, lambda place: other_than_its_file(tokenizer, Path(place)))
     if other is not None:
         made = f"the {type(tokenizer).__name__} that Transformers makes of {name}"
-        warnings.warn(f"{made} has other tokens for {other!r} than its tokenizer.json has", stacklevel=2)
+        warn(f"{made} has other tokens for {other!r} than its tokenizer.json has")
     return tokenizer
 
 

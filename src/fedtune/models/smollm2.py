@@ -11,13 +11,12 @@ import hashlib
 import importlib.util
 import json
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fedtune.errors import RunError, UsageError
+from fedtune.errors import RunError, UsageError, warn
 from fedtune.files import content, removed, replaced, said, settled
 from fedtune.models.cache import cache_folder
 
@@ -62,7 +61,7 @@ def folder_of(sha256: str) -> Path:
     if not os.path.lexists(folder):
         _make(folder, sha256)
     elif (fault := fault_of(folder)) is not None:
-        warnings.warn(f"{folder} is damaged ({fault}); it is made again", stacklevel=2)
+        warn(f"{folder} is damaged ({fault}); it is made again")
         _make(folder, sha256)
     return folder
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import PretrainedConfig, PreTrainedModel
 
-from fedtune.errors import RunError, UsageError, shown
+from fedtune.errors import RunError, UsageError, shown, warn
 from fedtune.files import content, present, regular
 from fedtune.models.pretrained import cause, converted_weights, load_config, locate
 from fedtune.models.sizes import check_room
@@ -231,10 +230,9 @@ def _check_fit(name: str, network: PreTrainedModel, found: dict[str, Any], heads
     left_out = [key for key in found["unexpected_keys"] if key.removeprefix(prefix).split(".")[0] in parts]
     left_out = [key for key in left_out if not key.endswith(_COUNTED) and ".pooler." not in f".{key}"]
     if left_out:
-        warnings.warn(
+        warn(
             f"{name} has weights that its configuration does not use: {', '.join(sorted(left_out)[:3])}"
-            f"{f' and {len(left_out) - 3} more' if len(left_out) > 3 else ''}",
-            stacklevel=2,
+            f"{f' and {len(left_out) - 3} more' if len(left_out) > 3 else ''}"
         )
     return set(absent)
 

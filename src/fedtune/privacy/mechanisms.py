@@ -14,10 +14,11 @@ ExampleGaussian     Abadi et al. 2016, "Deep Learning with Differential Privacy"
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, final
 
-from fedtune.errors import UsageError, at_least, one_of
+from fedtune.errors import NotGiven, UsageError, one_of, raise_all
 from fedtune.federated.values import named, plain
 from fedtune.privacy.accountant import ACCOUNTANTS
 
@@ -51,21 +52,24 @@ class Budget:
     units: ClassVar[str] = ""  # of which there are fewer than 1 / delta
 
     def __post_init__(self) -> None:
+        raise_all(self._wrong())
+
+    def _wrong(self) -> Iterator[UsageError]:
+        """Values that cannot be used, or are missing."""
         for name in ("noise", "epsilon"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
-                raise UsageError(name, value, "a number above 0, or 0 where it is not given")
+                yield UsageError(name, value, "a number above 0, or 0 where it is not given")
         if not 0 < self.delta < 1:
-            raise UsageError("delta", self.delta, f"a number above 0 and below 1 / {self.units}")
+            yield UsageError("delta", self.delta, f"a number above 0 and below 1 / {self.units}")
         if not 0 < self.clip < math.inf:
-            raise UsageError("clip", self.clip, "a number above 0")
-        at_least("rounds", self.rounds, 0)
+            yield UsageError("clip", self.clip, "a number above 0")
+        if self.rounds < 0:
+            yield UsageError("rounds", self.rounds, "0 or more")
         if self.accountant not in ("", *self.accountants):
-            raise one_of("accountant", self.accountant, self.accountants)
+            yield one_of("accountant", self.accountant, self.accountants)
         if not self.noise and not self.epsilon:
-            raise UsageError(
-                "noise", self.noise, "noise (a multiple of the clip), or epsilon with rounds, for which it is found"
-            )
+            yield NotGiven("noise", "noise (a multiple of the clip); or epsilon and rounds, for which it is found")
 
 
 @dataclass(frozen=True)
@@ -90,18 +94,18 @@ class Mechanism(Budget):
     accountants: ClassVar[tuple[str, ...]] = ACCOUNTANTS
     units: ClassVar[str] = "num_clients"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _wrong(self) -> Iterator[UsageError]:
+        yield from super()._wrong()
         for name, known in (("sampling", SAMPLINGS), ("neighbours", ("", *NEIGHBOURS))):
             if getattr(self, name) not in known:
-                raise one_of(name, getattr(self, name), [one for one in known if one])
-        if not self.noise and not self.rounds:
-            raise UsageError("rounds", self.rounds, "with epsilon and without noise, the number of rounds that it is for")
+                yield one_of(name, getattr(self, name), [one for one in known if one])
+        if self.epsilon and not self.noise and not self.rounds:
+            yield NotGiven("rounds", "the number of rounds that epsilon is for; or noise in place of both")
         if self.accountant == "classical" and self.epsilon > 1:
             allowed = (
                 f"pld or rdp: sqrt(2 ln(1.25/delta)) / epsilon holds for epsilon up to 1 only, and epsilon is {self.epsilon:g}"
             )
-            raise UsageError("accountant", self.accountant, allowed)
+            yield UsageError("accountant", self.accountant, allowed)
 
     @property
     def relation(self) -> str:
@@ -136,12 +140,13 @@ class AdaptiveGaussian(Mechanism):
     clip_rate: float = 0.2
     count_noise: float = 0.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _wrong(self) -> Iterator[UsageError]:
+        yield from super()._wrong()
         if not 0 < self.quantile < 1:
-            raise UsageError("quantile", self.quantile, "a number between 0 and 1")
+            yield UsageError("quantile", self.quantile, "a number between 0 and 1")
         for name in ("clip_rate", "count_noise"):
-            at_least(name, getattr(self, name), 0)
+            if not getattr(self, name) >= 0:
+                yield UsageError(name, getattr(self, name), "0 or more")
 
 
 @final
@@ -157,11 +162,12 @@ class Banded(Mechanism):
 
     bands: int = 4
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least("bands", self.bands, 1)
+    def _wrong(self) -> Iterator[UsageError]:
+        yield from super()._wrong()
+        if self.bands < 1:
+            yield UsageError("bands", self.bands, "1 or more")
         if self.sampling != "poisson":
-            raise UsageError("sampling", self.sampling, "poisson, for Banded")
+            yield UsageError("sampling", self.sampling, "poisson, for Banded")
 
 
 @final
@@ -198,6 +204,22 @@ def privacy_of(given: Any) -> Budget | None:
         UsageError: an unknown name or parameter, or a value that it does not take.
     """
     return named(given, "privacy", PRIVACY, Budget)
+
+
+def kind_of(given: Any) -> type[Budget]:
+    """The class of a mechanism, or of what a name or a dictionary of plain values means.
+
+    Raises:
+        UsageError: an unknown name.
+    """
+    if isinstance(given, Budget):
+        return type(given)
+    name = given.get("name") if isinstance(given, Mapping) else given
+    if not isinstance(given, (str, Mapping)):
+        raise UsageError("privacy", given, f"a name ({', '.join(PRIVACY)}), or a dictionary with it and its values")
+    if not isinstance(name, str) or name not in PRIVACY:
+        raise one_of("privacy", name, PRIVACY)
+    return PRIVACY[name]
 
 
 def for_rounds(privacy: Budget | None, max_rounds: int) -> Budget | None:

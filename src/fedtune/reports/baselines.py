@@ -27,9 +27,9 @@ class Baselines:
         self._pooled: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
         for line in lines:
             if line["kind"] == "centralised":
-                self._pooled.setdefault(_key(line, _NAMED), []).append(line)
+                self._pooled.setdefault(key_of(line, _NAMED), []).append(line)
             elif line["kind"] == "federated" and line["clients"] == 1:
-                runs = self._single.setdefault(_key(line, [*_NAMED, *settings]), {})
+                runs = self._single.setdefault(key_of(line, [*_NAMED, *settings]), {})
                 for split in (None, line["split"]):
                     runs.setdefault(split, line["run"])
 
@@ -37,18 +37,18 @@ class Baselines:
         """The directory of the run that a run is compared with: its own where it has one client; None where there is none."""
         if line["clients"] == 1 and line["kind"] == "federated":
             return str(line["run"])
-        runs = self._single.get(_key(line, [*_NAMED, *self._settings]))
+        runs = self._single.get(key_of(line, [*_NAMED, *self._settings]))
         return self.pooled(line) if runs is None else runs.get(line["split"], runs[None])
 
     def pooled(self, line: Mapping[str, Any]) -> str | None:
         """The directory of the centralised baseline of a run; None where there is none."""
-        wanted = _key(line, self._settings)
-        for one in self._pooled.get(_key(line, _NAMED), []):
-            if all(has in (None, value) for has, value in zip(_key(one, self._settings), wanted, strict=True)):
+        wanted = key_of(line, self._settings)
+        for one in self._pooled.get(key_of(line, _NAMED), []):
+            if all(has in (None, value) for has, value in zip(key_of(one, self._settings), wanted, strict=True)):
                 return str(one["run"])
         return None
 
 
-def _key(line: Mapping[str, Any], columns: Sequence[str]) -> tuple[Any, ...]:
+def key_of(line: Mapping[str, Any], columns: Sequence[str]) -> tuple[Any, ...]:
     """The values in some columns, None where one is missing."""
     return tuple(None if line[name] is None or line[name] != line[name] else line[name] for name in columns)

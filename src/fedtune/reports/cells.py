@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fedtune.reports.baselines import Baselines
+from fedtune.reports.repeats import each_once
 from fedtune.reports.results import TEST, column_of
 from fedtune.reports.settings import CELL, order, rates, settings, shown_setting
 from fedtune.storage.summary import SHARES
@@ -28,7 +29,8 @@ _MEANS += ["bytes_up", "bytes_down", "megabytes", "seconds"]
 def compare(rounds: DataFrame) -> DataFrame:
     """What a paper's table says: one row for each task, model, split, number of clients and other setting.
 
-    Runs that do not have all their rounds yet are left out.
+    Runs that do not have all their rounds yet are left out. A seed counts once: of runs with the same settings and the same
+    seeds, as copies of a directory are, the first counts, and a warning names the others.
 
     The baseline of a run is the run with one client and the same seed, as in Hilmkil et al. 2021, or where there is none the
     centralised baseline. Metrics are those of the last evaluated round, on the `part` that the rounds were evaluated on; those
@@ -48,7 +50,7 @@ def compare(rounds: DataFrame) -> DataFrame:
         `test.score` and the metrics, each with its range, `test.standard_error` (of the score, where that is a share of the
         examples), `test.majority`, `test.local` and `test.centralised` (scores of the baselines).
     """
-    return _cells(_runs(rounds), settings(rounds))
+    return _cells(_runs(each_once(rounds)), settings(rounds))
 
 
 def tuned(rounds: DataFrame) -> DataFrame:
@@ -66,7 +68,7 @@ def tuned(rounds: DataFrame) -> DataFrame:
 
     other = settings(rounds)
     chosen = rates(other)
-    runs = _runs(rounds)
+    runs = _runs(each_once(rounds))
     runs = runs[runs.part != "test"] if len(runs) else runs
     keys = [*CELL, *(name for name in other if name not in chosen), "monitor", "mode"]
     picked = []

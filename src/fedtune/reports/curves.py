@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.reports.layout import Layout, best_of, layout_of, values_of, with_values
+from fedtune.reports.repeats import each_once
 from fedtune.reports.results import column_of
 from fedtune.reports.settings import label_of, settings
 from fedtune.runs.figures import CENTRALISED, CHANCE, ONE_CLIENT, legend_below, marked, new_figure, over_rounds, save, style_of
@@ -27,7 +28,8 @@ def plot_grid(rounds: DataFrame, path: str | Path, metric: str | None = None, al
     Settings in which runs differ beyond that make lines as long as a panel has few, else rows. Lines are means over seeds,
     bands go from the least to the greatest, and all panels have one scale. Baselines are in every panel: the runs with one
     client (of the panel's split, where there are any), centralised training, each with the settings that are best for it, and
-    the majority class. Of a great many panels the first are drawn, and the picture says so.
+    the majority class. Of a great many panels the first are drawn, and the picture says so. A seed counts once,
+    as in `compare`.
 
     Args:
         rounds: as from `read_runs`.
@@ -39,7 +41,7 @@ def plot_grid(rounds: DataFrame, path: str | Path, metric: str | None = None, al
     Returns:
         the pictures.
     """
-    return by_task(rounds, Path(path), also, lambda runs, task: _draw(runs, task, metric))
+    return by_task(each_once(rounds), Path(path), also, lambda runs, task: _draw(runs, task, metric))
 
 
 def by_task(table: DataFrame, path: Path, also: Sequence[str], draw: Callable[[DataFrame, str], Figure | None]) -> list[Path]:

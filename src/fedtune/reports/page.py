@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fedtune.files import printable
 from fedtune.reports.layout import layout_of
 from fedtune.reports.results import column_of, metric_names, unfinished
-from fedtune.reports.settings import CELL, label_of, order, rates, settings, short_names, shown_setting
+from fedtune.reports.settings import CELL, label_of, order, rates, settings, short_names, shown_setting, that_differ
 from fedtune.reports.tables import Table
 from fedtune.runs.figures import PALETTE
 
@@ -35,7 +35,7 @@ def page(rounds: DataFrame, tables: Sequence[Table], failed: Mapping[str, str], 
     Args:
         rounds: as from `read_runs`.
         tables: of each task.
-        failed: directory -> reason.
+        failed: directory -> reason, also of what was left out.
         title: what the runs are.
     """
     metrics = [*metric_names(rounds), *(name for name in ("update_cosine", "mean_update_norm") if rounds[name].notna().any())]
@@ -43,7 +43,7 @@ def page(rounds: DataFrame, tables: Sequence[Table], failed: Mapping[str, str], 
     drawn = _first(rounds, len(metrics))
     few = "" if len(drawn) == rounds.run.nunique() else f" Curves of the first {len(drawn)} only."
     runs, longest = rounds[rounds.kind == "federated"].run.nunique(), int(rounds["round"].max())
-    about = f"{runs} runs, {longest} rounds at most, {unfinished(rounds)} unfinished, {len(failed)} failed or damaged.{few}"
+    about = f"{runs} runs, {longest} rounds at most, {unfinished(rounds)} unfinished, {len(failed)} failed or left out.{few}"
     shown = rounds[rounds.run.isin(drawn)]
     files = {name: (resources.files("fedtune.reports") / f"page.{name}").read_text("utf-8") for name in ("html", "js")}
     return Template(files["html"]).substitute(
@@ -153,12 +153,11 @@ def _table(table: Table, tasks: Mapping[str, int], places: Any) -> dict[str, Any
 
 def _of_runs(federated: DataFrame, other: Sequence[str], tasks: Mapping[str, int], places: Any) -> list[dict[str, Any]]:
     """A table of the single runs of each task, which the page folds."""
-    names = short_names(other)
-    keys = ["run", "model", "split", "clients", *other, "seed", "round", "complete", "score"]
-    labels = [names.get(key, key) for key in keys[:-3]] + ["rounds", "complete", "last score"]
-    found = []
+    names, found = short_names(other), []
     for task, runs in federated.groupby("task", sort=False):
         last = runs.groupby("run", sort=False).last().reset_index().to_dict("records")
+        keys = ["run", "model", "split", "clients", *that_differ(other, last), "seed", "round", "complete", "score"]
+        labels = [names.get(key, key) for key in keys[:-3]] + ["rounds", "complete", "last score"]
         rows = [
             {
                 "d": places(one),

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedtune.errors import UsageError
+from fedtune.errors import UsageError, warn
 from fedtune.files import printable, said, write_text
 from fedtune.reports.cells import compare, tuned
 from fedtune.reports.costs import plot_costs
 from fedtune.reports.curves import plot_grid
 from fedtune.reports.folders import failures, has_rounds
 from fedtune.reports.page import page
+from fedtune.reports.repeats import repeats, without
 from fedtune.reports.results import read_runs, unfinished
 from fedtune.reports.spreadsheet import read_cells, spreadsheet
 from fedtune.reports.tables import markdown, tables_of
@@ -31,8 +31,9 @@ def report(folder: Path, out: Path | None = None) -> Path | None:
     """Write tables.md, tables.csv, curves.png, curves.svg and report.html about all runs below a folder, and print where.
 
     Where clients of a task send different numbers of bytes, there is also bytes.png (and .svg). Where there are several tasks,
-    each has pictures of its own, `curves-TASK.png`. A run whose files are damaged is left out,
-    and named with the reason. A picture that cannot be drawn is a warning. No file of a run is written over.
+    each has pictures of its own, `curves-TASK.png`. A run whose files are damaged is left out, and named with the reason; so is
+    one with the settings and the seed of another one, as a seed counts once. A picture that cannot be drawn is a warning. No
+    file of a run is written over.
 
     Args:
         folder: the runs; or a tables.csv of theirs, which is printed as Markdown tables (with `out`, into its tables.md, with
@@ -53,19 +54,23 @@ def report(folder: Path, out: Path | None = None) -> Path | None:
     failed = failures(folder, damaged)
     rounds = _read(folder, failed, damaged)
     failed |= {run: f"damaged and left out: {reason}" for run, reason in damaged.items()}
+    twice = {run: f"the settings and the seed of {counted}" for run, counted in repeats(rounds).items()}
+    rounds = without(rounds, twice)
+    failed_or_left_out = failed | {run: f"left out: {reason}" for run, reason in twice.items()}
     cells = compare(rounds)
     tables = list(tables_of(cells, tuned(rounds)))
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "tables.csv", spreadsheet(cells))
-        write_text(out / "tables.md", markdown(tables, failed))
+        write_text(out / "tables.md", markdown(tables, failed_or_left_out))
         pictures = _drawn(plot_grid, rounds, out / "curves.png") + _drawn(plot_costs, cells, out / "bytes.png")
-        write_text(out / "report.html", page(rounds, tables, failed, folder.resolve().name))
+        write_text(out / "report.html", page(rounds, tables, failed_or_left_out, folder.resolve().name))
     except (OSError, ValueError) as error:  # a name with a NUL is of the second kind
         raise UsageError("--out", str(out), f"a directory that can be written ({said(error)})") from error
     number = rounds[rounds.kind == "federated"].run.nunique()
     left_out = f"{unfinished(rounds)} unfinished and not in the tables, " if unfinished(rounds) else ""
     left_out += f"{len(damaged)} damaged and left out ({_listed(damaged)}), " if damaged else ""
+    left_out += f"{len(twice)} more left out, as a seed counts once ({_listed(twice)}), " if twice else ""
     written = ", ".join(map(printable, [out / "tables.md", out / "tables.csv", *pictures, out / "report.html"]))
     print(f"{number} runs, {left_out}{len(failed) - len(damaged)} failed: {written}")
     return out
@@ -126,5 +131,5 @@ def _drawn(draw: Callable[..., list[Path]], table: DataFrame, path: Path) -> lis
     except OSError:  # of the place, not of the picture
         raise
     except Exception as error:  # whatever it is, the tables are not about it
-        warnings.warn(f"{path} could not be drawn: {type(error).__name__}: {said(error)}", stacklevel=2)
+        warn(f"{path} could not be drawn: {type(error).__name__}: {said(error)}")
         return []

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fedtune.errors import UsageError
 from fedtune.files import present, read_object
 from fedtune.reports.folders import check, directories, left_out
-from fedtune.reports.settings import CELL, CONTENT, SECTIONS, changed_contents, content_of, differing, plain, settings
+from fedtune.reports.settings import CELL, CONTENT, SECTIONS, changed_contents, differing, plain, settings
 from fedtune.storage.config import NEUTRAL, dotted, read_config
 from fedtune.storage.records import RESERVED, RoundRecord, read_rounds
 from fedtune.storage.summary import spread
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 TEST = "test."  # with that begins the column of what is known of the test part, once for a run
 _CLIENTS = ("client_min", "client_mean", "client_max")
-_OF_RUN = ("run", "kind", "seed", "complete", "part", "examples", "chance", "monitor", "mode", "score")
+_OF_RUN = ("run", "kind", "seed", "other_seeds", "complete", "part", "examples", "chance", "monitor", "mode", "score")
 _COLUMNS = {*_OF_RUN, *_CLIENTS, *CELL, *RESERVED}
 _METRIC = "metric."  # with that begins the column of a metric whose name another column has, or may have
 _LEVELS = {"by_author": ["skew"], "by_length": ["skew"], "dirichlet": ["alpha"], "by_author_and_label": ["skew", "alpha"]}
@@ -39,13 +39,15 @@ def read_runs(folder: str | Path, damaged: dict[str, str] | None = None) -> Data
 
     Returns:
         columns `run` (directory), `kind` ("federated", or "centralised" for a baseline), `task`, `model`, `split`, `clients`,
-        `seed`, `complete` (whether the run has all its rounds), then the values in which the runs differ otherwise (dotted
-        names), then the `part` that the rounds were evaluated on and its `examples`, `monitor` and `mode`, the `chance` (what
-        the metric that is monitored comes to without learning: the most frequent class, a uniform guess), the `score` (that
-        metric), and what `rounds.jsonl` has: `round`, the metrics, `train_loss_nats`, `num_examples`, `seconds` and so on, and
-        of the accuracy for each client the `client_min`, `client_mean` and `client_max`. Sorted by run and round. A metric has
-        a column of its name; but one that is named as another column is ("seed"), or that begins with "model.", "data.",
-        "loop.", "content.", "test." or "metric.", as settings and this rule do, has `metric.NAME`.
+        `seed` (of the loop), `other_seeds` (those of data and model, as text, where they are not the loop's), `complete`
+        (whether the run has all its rounds), then the values in which the runs differ otherwise (dotted names; of
+        "content.version" each number stands for other texts, or other files of the model), then the `part` that
+        the rounds were evaluated on and its `examples`, `monitor` and `mode`, the `chance` (what the metric that is monitored
+        comes to without learning: the most frequent class, a uniform guess), the `score` (that metric), and what
+        `rounds.jsonl` has: `round`, the metrics, `train_loss_nats`, `num_examples`, `seconds` and so on, and of the accuracy
+        for each client the `client_min`, `client_mean` and `client_max`. Sorted by run and round. A metric has a column of its
+        name; but one that is named as another column is ("seed"), or that begins with "model.", "data.", "loop.", "content.",
+        "test." or "metric.", as settings and this rule do, has `metric.NAME`.
 
         What a run's summary says of the test part is in each of its rows: `test.NAME` of the metrics after the last round,
         `test.examples`, `test.majority` (accuracy of the most frequent class), and of the baselines `test.centralised.NAME` and
@@ -62,11 +64,12 @@ def read_runs(folder: str | Path, damaged: dict[str, str] | None = None) -> Data
     if not found:
         raise UsageError("runs_dir", str(folder), "a directory with runs in it (rounds.jsonl and config.yaml)")
     configs = {name: NEUTRAL | config for name, (config, *_) in found.items()}
-    other = [*differing(configs), *changed_contents(configs)]
+    other, contents = differing(configs), changed_contents(configs)
     rows = []
     for name, (config, rounds, complete, summary) in found.items():
         of_run = {"clients": rounds[0]["num_clients"]} | _named(name, config) | {"complete": complete}
-        of_run |= {key: plain(content_of(config) if key == CONTENT else configs[name].get(key)) for key in other}
+        of_run |= {key: plain(configs[name].get(key)) for key in other}
+        of_run |= {CONTENT: contents[name]} if contents else {}
         of_run |= _measured(config, summary) | _tested(summary)
         rows += [of_run | one for one in rounds]
     table = DataFrame(rows).sort_values(["run", "round"], ignore_index=True)
@@ -177,7 +180,15 @@ def _named(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
         "model": _shown(config.get("model.name", config.get("model.class"))),
         "split": "pooled" if pooled else " ".join([_shown(split), *levels]),
         "seed": seed if isinstance(seed := config.get("loop.seed"), int) else _shown(seed),
+        "other_seeds": _other_seeds(config, seed),
     } | ({"clients": 1} if pooled else {"clients": clients} if isinstance(clients, int) else {})
+
+
+def _other_seeds(config: Mapping[str, Any], seed: Any) -> str | None:
+    """The seeds of data and model where they are others than the loop's; what has none of its own has the loop's."""
+    found = {part: config.get(f"{part}.seed", seed) for part in ("data", "model")}
+    other = [f"{part} {_shown(own)}" for part, own in found.items() if own != seed]
+    return ", ".join(other) or None
 
 
 def _shown(value: Any) -> str:

@@ -14,10 +14,12 @@ if TYPE_CHECKING:
 
 CELL = ["task", "model", "split", "clients"]  # what a run is called by, but for its seed
 SECTIONS = ("model.", "data.", "loop.", "content.")  # of a configuration; with them begins the column of a setting
-CONTENT = "content.digest"  # a column where contents differ
+CONTENT = "content.version"  # a column where contents differ
 NAMED = {"data.task", "model.name", "data.split", "data.skew", "data.alpha", "data.num_clients"}
 NAMED |= {"data.seed", "model.seed", "loop.seed"}
 _CONTENT_BY = ["data.task", "data.task_options", "data.folder", "data.tokenizer", "data.max_length", "model.name", "model.init"]
+_CONTENT_BY += ["model.lora.adapter"]
+_NO_CONTENT = ("content.label_names", "content.privacy")  # what is said there of a run, beside what it is made of
 _WHERE = ("data.task", "model.name")
 _ASIDE = ("versions.", "content.", "baseline.", "loop.baselines", *sorted(KEPT))
 _PLAIN = (str, int, float, bool, type(None))
@@ -29,6 +31,11 @@ _WORDS = ("accuracy", "exact_match", "token_accuracy", "perplexity", "update_cos
 def settings(rounds: DataFrame) -> list[str]:
     """The columns of `read_runs`, or of `compare`, in which runs differ beyond task, model, split, clients and seed."""
     return [column for column in rounds.columns if column.startswith(SECTIONS)]
+
+
+def that_differ(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Those settings that are not the same in all rows of a table."""
+    return [column for column in columns if len({shown_setting(row[column]) for row in rows}) > 1]
 
 
 def rates(columns: Sequence[str]) -> list[str]:
@@ -63,21 +70,17 @@ def _counts(key: str) -> bool:
     return key not in NAMED and key.startswith(SECTIONS) and not key.startswith(_ASIDE)
 
 
-def changed_contents(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A column for the content where runs of the same task and model have different ones, so that no mean mixes them."""
-    contents: dict[str, set[str]] = {}
-    for config in configs.values():
-        if "baseline.name" not in config:
-            named = [config.get(key) for key in _CONTENT_BY]
-            contents.setdefault(json.dumps(named, default=str), set()).add(content_of(config))
-    return [CONTENT] if any(len(found) > 1 for found in contents.values()) else []
-
-
-def content_of(config: Mapping[str, Any]) -> str:
-    """Eight digits that name the content of a run's texts and model."""
-    return fingerprint(
-        {key: value for key, value in config.items() if key.startswith("content.") and key != "content.label_names"}
-    )
+def changed_contents(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """Where runs of the same task and model have different texts, or files of the model, run -> the number of its content
+    among those of its task and model, so that no mean mixes them; else nothing."""
+    contents: dict[str, dict[str, int]] = {}
+    found = {}
+    for name, config in configs.items():
+        known = contents.setdefault(json.dumps([config.get(key) for key in _CONTENT_BY], default=str), {})
+        of_run = {key: value for key, value in config.items() if key.startswith("content.") and key not in _NO_CONTENT}
+        found[name] = known.setdefault(fingerprint(of_run), len(known) + 1)
+    federated = [name for name, config in configs.items() if "baseline.name" not in config]
+    return found if any(found[name] > 1 for name in federated) else {}
 
 
 def plain(value: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fedtune.files import printable
 from fedtune.reports.cells import METRICS, REACHED
 from fedtune.reports.results import TEST
-from fedtune.reports.settings import label_of, rates, settings, short_names, shown_setting
+from fedtune.reports.settings import label_of, rates, settings, short_names, shown_setting, that_differ
 from fedtune.storage.summary import SHARES
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def tables_of(cells: DataFrame, best: DataFrame) -> Iterator[Table]:
         note = _range(of_task) + (_ROUNDS if any(_known(one["baseline"]) for one in of_task) else "")
         yield _table(task, f"{parts} part, after the last round", note, [*named, *_rounds(monitors)], of_task)
         tuned = best[best.task == task].to_dict("records")
-        if tuned:
+        if tuned and that_differ(rates(other), of_task):
             columns = [*named, *_best(monitors, parts, rates(other))]
             yield _table(
                 task, f"best learning rate per cell, chosen on the {parts} part", _BEST + _range(tuned), columns, tuned
@@ -107,10 +107,10 @@ def _table(task: Any, title: str, note: str, columns: Sequence[Column], cells: S
 
 
 def _named(other: Sequence[str], cells: Sequence[Row]) -> list[Column]:
-    """The columns that name a row: those in which runs differ, anywhere in the report, and what they are called by."""
+    """The columns that name a row: what runs are called by, and the settings in which those of this task differ."""
     names = short_names(other)
     found = [_setting("model", "model"), _setting("split", "split"), _setting("clients", "clients")]
-    found += [_setting(label, name) for name, label in names.items()]
+    found += [_setting(names[name], name) for name in that_differ(other, cells)]
     return [*found, Column("seeds", "seeds", lambda row: str(row["seeds"]))]
 
 
@@ -210,7 +210,7 @@ def size(number: float) -> str:
 
 
 def markdown(tables: Sequence[Table], failed: Mapping[str, str]) -> str:
-    """The tables as Markdown, those of a task below its name, and what failed."""
+    """The tables as Markdown, those of a task below its name, and what failed, or was left out, with the reason."""
     text, task = "# Results\n", None
     for table in tables:
         if table.task != task:
@@ -218,7 +218,7 @@ def markdown(tables: Sequence[Table], failed: Mapping[str, str]) -> str:
             text += f"\n## {as_text(task)}\n"
         text += f"\n### {as_text(table.title[:1].upper() + table.title[1:])}\n\n{as_text(table.note)}\n\n{table.markdown()}"
     if failed:
-        text += "\n## Failed\n\n" + _lines([["run", "reason"], ["---"] * 2, *map(list, failed.items())])
+        text += "\n## Failed, or left out\n\n" + _lines([["run", "reason"], ["---"] * 2, *map(list, failed.items())])
     return text
 
 

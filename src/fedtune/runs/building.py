@@ -39,8 +39,7 @@ def flags(part: str) -> Iterator[None]:
     try:
         yield
     except UsageError as error:
-        name = f"{part}.{error.argument}"
-        raise UsageError(f"--{_FLAGS.get(name, name)}", error.came, error.allowed) from error
+        raise error.renamed(lambda name: f"--{_FLAGS.get(f'{part}.{name}', f'{part}.{name}')}") from error
 
 
 def content_of_run(arguments: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Any, ClassVar, final
 
 import pytorch_lightning as pl
 
-from fedtune.errors import UsageError, one_of
+from fedtune.errors import UsageError, one_of, warn
 from fedtune.federated.messages import ClientReport
 from fedtune.storage.history import History
 from fedtune.storage.records import RoundRecord
@@ -98,13 +97,28 @@ class FederatedCallback:
 
 @final
 class MonitorCheck(FederatedCallback):
-    """Ends a run whose rounds don't log the metric to monitor; the accuracy, which is the default, may be missing."""
+    """Ends a run whose rounds don't log the metric to monitor; where that is the accuracy, which is the default, it says so."""
+
+    def __init__(self) -> None:
+        self._said = False
+
+    def on_fit_start(self, run: Run, module: pl.LightningModule) -> None:
+        """Nothing has been said yet."""
+        self._said = False
 
     def on_round_end(self, run: Run, module: pl.LightningModule, record: RoundRecord) -> None:
-        """Look at the metrics of the round."""
+        """Look at the metrics of the round, the first that was evaluated."""
         monitor = run.config["loop"]["monitor"]
-        if record.metrics and monitor not in ("accuracy", *record.metrics):
+        if not record.metrics or monitor in record.metrics:
+            return
+        if monitor != "accuracy":
             raise one_of("monitor", monitor, record.metrics)
+        if not self._said:
+            logged = f"{type(module).__name__} logs {', '.join(record.metrics)}"
+            run.print(
+                f"accuracy is monitored, but {logged}: no round is known as the best; monitor (--loop.monitor) may name one"
+            )
+        self._said = True
 
 
 def watched(module: Any, monitor: str, mode: str) -> tuple[str, str]:
@@ -128,7 +142,7 @@ def exceptions_reported(callbacks: Sequence[FederatedCallback], run: Run, module
                 callback.on_exception(run, module, error)
             except Exception as another:  # it must not hide the first one, nor keep it from the other callbacks
                 said = f"{type(callback).__name__}.on_exception: {type(another).__name__}: {another}"
-                warnings.warn(said, stacklevel=1)
+                warn(said)
         raise
 
 

@@ -97,7 +97,7 @@ def _config_of(run: Path) -> dict[str, Any]:
     model = config["model"]
     if "name" not in model or "class" in model or "class_path" in model:
         what = shown(model.get("class", model.get("class_path")))
-        raise UsageError("run", str(run), f"a run of a TextClassifier, as Transformers knows its networks (this is of {what})")
+        raise UsageError("run", str(run), f"a run of a TextClassifier or a CausalLM (this is of {what}; fedtune.load opens it)")
     return config
 
 

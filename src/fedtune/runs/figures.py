@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fedtune.errors import warn
 from fedtune.files import printable, replaced, said
 from fedtune.storage.records import RoundRecord
 from fedtune.storage.summary import mean_of
@@ -152,7 +153,7 @@ def plot_run(
     try:
         plot_curves(drawn, folder / "curves.png", levels, f"{folder.name}: {part} part", monitor)
     except Exception as error:  # whatever it is
-        warnings.warn(f"{folder / 'curves.png'} could not be drawn: {type(error).__name__}: {said(error)}", stacklevel=2)
+        warn(f"{folder / 'curves.png'} could not be drawn: {type(error).__name__}: {said(error)}")
 
 
 def plot_split(table: Sequence[Mapping[str, Any]], path: str | Path, title: str = "") -> None:

@@ -17,7 +17,8 @@ from fedtune.data.splits import DEFAULTS, SPLITS, WHOLE
 from fedtune.errors import Refused, UsageError, shown
 from fedtune.models import CausalLM, TextClassifier
 from fedtune.models.adapters import lora_of
-from fedtune.privacy.mechanisms import PRIVACY, plain_privacy, privacy_of
+from fedtune.privacy.checks import privacy_with
+from fedtune.privacy.mechanisms import PRIVACY, plain_privacy
 from fedtune.runs.building import flags
 from fedtune.runs.kinds import more_options
 from fedtune.runs.loggers import LOGGERS
@@ -164,10 +165,11 @@ def resolved(options: Namespace) -> dict[str, dict[str, Any]]:
     with flags("model"):
         found["model"] = _model(found["model"])
     with flags("loop"):
-        found["loop"]["algorithm"] = specification_of(algorithm_of(found["loop"]["algorithm"]))
+        algorithm = algorithm_of(found["loop"]["algorithm"])
+        found["loop"]["algorithm"] = specification_of(algorithm)
         check_plain("algorithm", found["loop"]["algorithm"])
         found["loop"]["faults"] = plain_faults(faults_of(found["loop"]["faults"]))
-        found["loop"]["privacy"] = plain_privacy(privacy_of(found["loop"]["privacy"]))
+        found["loop"]["privacy"] = plain_privacy(privacy_with(found["loop"]["privacy"], algorithm))
         found["loop"]["secure_sums"] = plain_secure(secure_of(found["loop"]["secure_sums"]))
     if found["data"]["num_clients"] == 1 and found["data"]["split"] in WHOLE:
         found["data"] |= {"split": "iid", **DEFAULTS}

@@ -33,11 +33,11 @@ class Plan:
     def said(self) -> str:
         """In a line, what is done and in which order; empty without baselines."""
         known = {
-            "centralised": f"centralised ({self.rounds} rounds of as many examples, pooled)",
-            "local": f"local ({self.alone} clients, each alone)",
+            "centralised": f"centralised ({_counted(self.rounds, 'round')} of as many examples, pooled)",
+            "local": f"local ({_counted(self.alone, 'client')}, each alone)",
         }
         after = [text for name, text in known.items() if name in self.baselines]
-        first = f"federated: {self.rounds} rounds of {self.cohort} clients"
+        first = f"federated: {_counted(self.rounds, 'round')} of {_counted(self.cohort, 'client')}"
         return f"{first}; then the baselines: {', '.join(after)}" if after else ""
 
 
@@ -113,6 +113,10 @@ class Forecast:
         times = max(1.0, plan.rounds * plan.cohort / plan.num_clients)
         once = max(record.seconds_evaluate for record in self._seen)  # some rounds may not be evaluated
         return plan.alone / plan.processes * (times * trained / len(reports) + once)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def duration(seconds: float) -> str:

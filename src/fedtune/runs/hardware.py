@@ -12,8 +12,9 @@ from typing import Literal, cast
 
 import torch
 from lightning_fabric import Fabric
+from lightning_utilities.core import rank_zero
 
-from fedtune.errors import UsageError, one_of
+from fedtune.errors import UsageError, one_of, unsaid
 from fedtune.runtimes.environment import Place
 
 Resolved = Literal["32-true", "bf16-mixed"]
@@ -79,9 +80,18 @@ def fabric_of(accelerator: str, precision: Resolved, place: Place | None = None)
             raise UsageError("accelerator", accelerator, f"at most {count} ranks on this machine, a GPU each; or cpu")
         devices = [place.local_rank if count > 1 else 0]  # Slurm may show each rank its own GPU alone
     try:
-        return Fabric(accelerator=accelerator, devices=devices, precision=precision)
+        with unsaid(rank_zero.log, "Using bfloat16 Automatic Mixed Precision"):  # `said_of` says it in words
+            return Fabric(accelerator=accelerator, devices=devices, precision=precision)
     except (ValueError, RuntimeError, ImportError) as error:
         raise UsageError("accelerator", accelerator, f"one that this machine has: auto, cpu ({error})") from error
+
+
+def said_of(precision: str | int, fabric: Fabric) -> str:
+    """What was chosen where the precision is "auto", in a line; nothing where it is fp32, or was not to be chosen."""
+    if precision != "auto" or fabric._precision.precision != "bf16-mixed":
+        return ""
+    where = "GPU" if fabric.device.type == "cuda" else "CPU"
+    return f"precision: matrix products in bfloat16, which this {where} is made for, weights in fp32 (32-true: all in fp32)"
 
 
 def peak_memory_bytes(device: torch.device) -> int:

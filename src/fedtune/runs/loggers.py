@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import Logger, WandbLogger
 
-from fedtune.errors import one_of
+from fedtune.errors import one_of, warn
 from fedtune.files import said
 from fedtune.runs.callbacks import FederatedCallback, Run
 from fedtune.runs.sections import final_numbers, numbers_of, pooled_numbers
@@ -36,7 +35,7 @@ class LoggerMirror(FederatedCallback):
         except Exception as error:  # whatever it is, the run is not about it
             self._fails = True
             name = type(self._logger).__name__
-            warnings.warn(f"the run is no longer logged, {name} failed: {type(error).__name__}: {said(error)}", stacklevel=4)
+            warn(f"the run is no longer logged, {name} failed: {type(error).__name__}: {said(error)}")
 
     def on_fit_start(self, run: Run, module: pl.LightningModule) -> None:
         """Log the configuration."""

@@ -25,8 +25,9 @@ from fedtune.federated.remote import Remote
 from fedtune.federated.round import RoundOptions
 from fedtune.federated.state import RoundResult, ServerState
 from fedtune.federated.trainer import check_module
+from fedtune.privacy.checks import privacy_with
 from fedtune.privacy.examples import ExamplePlan
-from fedtune.privacy.mechanisms import for_rounds, plain_privacy, privacy_of
+from fedtune.privacy.mechanisms import for_rounds, plain_privacy
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.runs.arguments import check_arguments, check_data
 from fedtune.runs.baselines import BASELINES, Baselines
@@ -142,7 +143,7 @@ class FederatedLoop:
         self._position = Position()
         resolve_precision(self.precision, self.accelerator)
         self._algorithm, self._faults = algorithm_of(self.algorithm), faults_of(self.faults)
-        self._privacy = for_rounds(privacy_of(self.privacy), self.max_rounds)
+        self._privacy = for_rounds(privacy_with(self.privacy, self._algorithm), self.max_rounds)
         self._secure = secure_of(self.secure_sums)
         if self.fast_dev_run:
             self.max_rounds, self.check_val_every_n_rounds, self.run_dir, self.logger = 1, 1, None, "none"

@@ -25,7 +25,7 @@ from fedtune.federated.still import Still
 from fedtune.federated.trainer import Line, ModuleTrainer, check_module
 from fedtune.federated.training import Training
 from fedtune.runs.callbacks import Run
-from fedtune.runs.hardware import deterministic_algorithms, fabric_of, freed_memory_kept, resolve_precision
+from fedtune.runs.hardware import deterministic_algorithms, fabric_of, freed_memory_kept, resolve_precision, said_of
 from fedtune.runs.loggers import loggers_of
 from fedtune.runs.privately import training_of
 from fedtune.runs.progress import Progress
@@ -49,6 +49,8 @@ def prepared(
 ) -> Iterator[Evaluator]:
     """Inside the block module and data are set up for a stage ("fit", "validate" or "test"), and the module is attached."""
     fabric = fabric_of(loop.accelerator, resolve_precision(loop.precision, loop.accelerator), place_of(loop.runtime))
+    if stage == "fit" and (chosen := said_of(loop.precision, fabric)):
+        progress.line(chosen)
     clip = loop.gradient_clip_val, loop.gradient_clip_algorithm
     limits = loop.limit_train_batches, loop.limit_val_batches, loop.limit_test_batches
     options = *clip, loop.accumulate_grad_batches, *limits, loop.options.fast_dropout

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 import re
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fedtune.errors import RenamedWarning
+from fedtune.errors import RenamedWarning, warn
 from fedtune.runs.counterparts import from_trainer
 from fedtune.runs.options import RunOptions
 
@@ -76,7 +75,7 @@ def _moved(loop: Mapping[str, Any], old: list[str]) -> dict[str, Any]:
 
 def _say(old: list[str], where: str) -> None:
     names = ", ".join(f"{name} is now {_whole(name)}" for name in old)
-    warnings.warn(f"{where}: {names}; the old name works until version 0.3", RenamedWarning, stacklevel=4)
+    warn(f"{where}: {names}; the old name works until version 0.3", RenamedWarning)
 
 
 def _whole(name: str) -> str:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +13,12 @@ import pytorch_lightning as pl
 from pytorch_lightning.loggers import WandbLogger
 from safetensors.torch import save_file
 
+from fedtune.errors import warn
 from fedtune.files import present, said
 from fedtune.runs.callbacks import FederatedCallback, Run
 from fedtune.runs.figures import drawn_metrics, plot_split
 from fedtune.runs.sections import best_numbers, levels_of, numbers_of, pooled_numbers, section_of
-from fedtune.runs.wandb_start import import_wandb, log_model, opened
+from fedtune.runs.wandb_start import import_wandb, log_model, opened, sync_command
 from fedtune.storage.records import RoundRecord
 from fedtune.tensors import carried
 
@@ -81,9 +80,9 @@ class WandbMirror(FederatedCallback):
             yield
         except Exception as error:  # whatever it is, the run is not about it
             folder = getattr(self._mirror, "dir", None)
-            later = f"; send what it lacks with: wandb sync {os.path.dirname(folder)}" if folder else ""
+            later = f"; send what it lacks with: {sync_command(folder)}" if folder else ""
             self._mirror = None
-            warnings.warn(f"{what}: {type(error).__name__}: {said(error)}{later}", stacklevel=4)
+            warn(f"{what}: {type(error).__name__}: {said(error)}{later}")
 
     def _log_split(self, run: Run) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -167,7 +166,7 @@ class WandbMirror(FederatedCallback):
         else:
             self._mirror.finish(exit_code=exit_code)
         if offline:
-            run.print(f"W&B wrote offline files; send them with: wandb sync {os.path.dirname(folder)}")
+            run.print(f"W&B wrote offline files; send them with: {sync_command(folder)}")
 
     def on_exception(self, run: Run, module: pl.LightningModule, error: BaseException) -> None:
         """Close the run as a failed one."""

@@ -5,18 +5,18 @@ from __future__ import annotations
 import http.client
 import os
 import re
+import shlex
 import ssl
 import threading
 import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedtune.errors import UsageError, one_of
+from fedtune.errors import UsageError, one_of, warn
 from fedtune.files import content, regular, said, write_text
 
 FINISH_SECONDS = 60.0  # that the end of a run waits for W&B, unless WANDB_FINISH_TIMEOUT says otherwise
@@ -36,6 +36,7 @@ _LOG_MODEL: dict[str, bool | str] = {
 _PLAIN = ("LocalTraining", "Mean")  # the parts of federated averaging
 _TAGGED = (("model", "name"), ("data", "task"), ("data", "split"))
 _HASH = re.compile(r"[0-9a-f]{8}")  # the name of a directory that is the hash of its run's configuration
+_START = re.compile(r"(?:offline-)?run-\d{8}_\d{6}-(.+)")  # the name of a folder of W&B's: one start of a run
 
 
 def import_wandb(argument: str) -> Any:
@@ -118,7 +119,7 @@ def opened(wandb: Any, config: Mapping[str, Any], run_dir: str | None, given: Ma
         except Exception as error:
             why = f"{type(error).__name__}: {said(error)}"
         wandb.teardown()  # it holds on to the run
-    warnings.warn(f"W&B could not be started ({why}): nothing is sent, the run is written into offline files", stacklevel=5)
+    warn(f"W&B could not be started ({why}): nothing is sent, the run is written into offline files")
     return _init(wandb, config, run_dir, given, "offline")
 
 
@@ -187,6 +188,24 @@ def _tags(config: Mapping[str, Any]) -> list[str]:
     return [str(config[part][key])[:64] for part, key in _TAGGED if key in config.get(part, {})]
 
 
+def sync_command(files: str) -> str:
+    """The command that sends a run: the folders of all its starts, of which an interrupted run has several.
+
+    Args:
+        files: of the newest start, as W&B's run has them in `dir`.
+    """
+    newest = Path(files).parent
+    start = _START.fullmatch(newest.name)
+    if start is None or sum(_is_of(one, start[1]) for one in newest.parent.iterdir()) < 2:
+        return f"wandb sync {shlex.quote(str(newest))}"
+    return f"wandb sync {shlex.quote(str(newest.parent))}/*run-????????_??????-{start[1]}"
+
+
+def _is_of(folder: Path, run: str) -> bool:
+    start = _START.fullmatch(folder.name)
+    return start is not None and start[1] == run
+
+
 def run_id(run_dir: str | None) -> str | None:
     """The W&B run that a run directory belongs to; drawn at its first start. An agent of a W&B sweep gives its own."""
     if run_dir is None or os.environ.get("WANDB_SWEEP_ID"):
@@ -199,7 +218,7 @@ def run_id(run_dir: str | None) -> str | None:
         known = ""
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", known):
         if known:
-            warnings.warn(f"{file} is damaged; the run is mirrored as a new one", stacklevel=5)
+            warn(f"{file} is damaged; the run is mirrored as a new one")
         known = uuid.uuid4().hex[:12]
         write_text(file, known)
     return known

@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from fedtune.errors import RunError
+from fedtune.errors import RunError, warn
 from fedtune.federated.messages import Position
 from fedtune.federated.state import ServerState
 from fedtune.files import content, entries, opened, present, removed, replaced, said, synchronise, write_text
@@ -116,7 +115,7 @@ def latest(folder: Path) -> ServerState | None:
         try:
             return load(path)
         except RunError as error:
-            warnings.warn(f"DAMAGED CHECKPOINT, the one before is used instead: {error}", stacklevel=2)
+            warn(f"DAMAGED CHECKPOINT, the one before is used instead: {error}")
     if found:
         raise RunError(f"every checkpoint of {folder} is damaged; start again in a new run directory")
     return None

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedtune.errors import RunError, UsageError, shown
+from fedtune.errors import RunError, UsageError, shown, warn
 from fedtune.federated.memory import ClientMemory, MemoryInRam, MemoryOnDisk
 from fedtune.federated.ranks import ALONE, Ranks
 from fedtune.federated.state import ServerState
@@ -145,7 +144,7 @@ class RunDirectory:
         if found > number + 1:  # a crash leaves one at most
             place = _copied(file)
             said_now = f"{file}: rounds {number + 1} to {found} have no checkpoint and are done again"
-            warnings.warn(f"{said_now}; what it said of them is kept in {place.name}", stacklevel=2)
+            warn(f"{said_now}; what it said of them is kept in {place.name}")
         self.memory.rewind(number)
         if state is not None:  # the last round's end, which a kill may have cut short
             self._tidy(folder, number, done[-1].cohort if done else [])
@@ -186,7 +185,7 @@ class RunDirectory:
         try:
             return {} if self.path is None or not present(self.path / name) else read_object(self.path / name)
         except RunError as error:
-            warnings.warn(f"{error}; it is made anew", stacklevel=2)
+            warn(f"{error}; it is made anew")
             return {}
 
     def read(self, name: str, key: str, wanted: Iterable[int]) -> list[dict[str, Any]]:
@@ -203,9 +202,7 @@ class RunDirectory:
         file, good = self.path / name, []
         if not present(file):
             if name in _ONLY_HERE and self._done > 1 and not self._again:
-                warnings.warn(
-                    f"{file} is missing: callbacks begin after round {self._done} as if they knew nothing", stacklevel=2
-                )
+                warn(f"{file} is missing: callbacks begin after round {self._done} as if they knew nothing")
             return []
         found = parsed_lines(file)
         for one, number in zip(found, wanted, strict=False):
@@ -220,7 +217,7 @@ class RunDirectory:
                 raise RunError(
                     f"{damaged}: {shown(found[len(good)])}; remove the file to go on with callbacks that know nothing"
                 )
-            warnings.warn(f"{damaged}; from there on it is made anew", stacklevel=2)
+            warn(f"{damaged}; from there on it is made anew")
         if name in _ONLY_HERE and len(good) < self._done - 1:  # a crash loses one at most
             raise RunError(
                 f"{file} has {len(good)} of {self._done} rounds; remove the file to go on with callbacks that know nothing"
@@ -245,7 +242,7 @@ class RunDirectory:
         for path in paths:
             with writing(path):
                 place = put_aside(path, "damaged")
-            warnings.warn(f"{why}; it is made anew, and {path.name} is kept as {place.name}", stacklevel=3)
+            warn(f"{why}; it is made anew, and {path.name} is kept as {place.name}")
 
     def _before(self, file: Path) -> dict[str, Any] | None:
         """The configuration of the run that is here, if one is.

@@ -165,8 +165,7 @@ def check_cells(sweep: Sweep, file: str | Path) -> None:
         bad += [] if found is None else [found]
     if bad:
         what = "ends of ranges and categories" if sweep.search else "runs"
-        allowed = f"{bad[0].allowed} ({len(bad)} of {len(cells)} {what} could not start)"
-        raise UsageError(f"{file}: {bad[0].argument}", bad[0].came, allowed)
+        raise bad[0].renamed(lambda name: f"{file}: {name}", f" ({len(bad)} of {len(cells)} {what} could not start)")
 
 
 @contextlib.contextmanager
@@ -177,7 +176,7 @@ def _naming(file: str | Path) -> Iterator[None]:
     except UsageError as error:
         if error.argument == "--only" or str(file) in (error.came, error.argument.rpartition(": ")[0]):
             raise
-        raise UsageError(f"{file}: {error.argument}", error.came, error.allowed) from error
+        raise error.renamed(lambda name: f"{file}: {name}") from error
 
 
 def _check_cap(content: Mapping[str, Any], with_wandb: bool) -> None:

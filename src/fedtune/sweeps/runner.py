@@ -57,13 +57,15 @@ def plan(sweep: Sweep, folder: Path, workers: int) -> None:
         console.print(axes)
     if board.cells:
         table = Table(title=f"{sweep.name}: {len(board.cells)} runs in {folder}", title_justify="left")
-        for column in ("directory", *(board.cells[0].varied), "state", "estimate"):
+        to_do = [cell for cell in board.cells if cell.name not in done]
+        # from the runs that are done: before the first of them nothing is known of the others
+        estimates = {cell.name: duration(estimate([cell], board.cells, done) or 0) for cell in to_do if done}
+        for column in ("directory", *(board.cells[0].varied), "state", *["estimate"] * bool(estimates)):
             table.add_column(column.rpartition(".")[2])
         for cell in board.cells:
-            seconds = None if cell.name in done else estimate([cell], board.cells, done)
             state = "stale" if cell.name in outdated else status(folder / cell.name).get("state", "to do")
             values = map(Text, map(str, cell.varied.values()))
-            table.add_row(cell.name, *values, state, "" if seconds is None else duration(seconds))
+            table.add_row(cell.name, *values, state, *[estimates.get(cell.name, "")] * bool(estimates))
         console.print(table)
     console.print(board.summary(), soft_wrap=True)
 

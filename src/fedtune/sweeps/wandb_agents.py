@@ -7,12 +7,11 @@ import os
 import signal
 import subprocess
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedtune.errors import RunError, UsageError
+from fedtune.errors import RunError, UsageError, warn
 from fedtune.runs.wandb_start import import_wandb, is_online, out_of_reach
 from fedtune.sweeps.files import File, load, said_of
 from fedtune.sweeps.grid import check
@@ -37,9 +36,7 @@ def online() -> bool:
         return False
     why = out_of_reach(wandb)
     if why is not None:
-        warnings.warn(
-            f"W&B cannot be reached ({why}): the sweep is done here, and its runs are written into offline files", stacklevel=2
-        )
+        warn(f"W&B cannot be reached ({why}): the sweep is done here, and its runs are written into offline files")
     return why is None
 
 

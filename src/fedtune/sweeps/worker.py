@@ -65,7 +65,8 @@ class _Reporter(FederatedCallback):
 
     def _send(self, run: Any) -> None:
         done = len(run.history)
-        self._line.send(f"round {done}/{run.max_rounds}" if done < run.max_rounds else "last evaluation, baselines")
+        left = ", ".join(["last evaluation", *["baselines"] * bool(run.config["loop"]["baselines"])])
+        self._line.send(f"round {done}/{run.max_rounds}" if done < run.max_rounds else left)
 
 
 def work(arguments: Arguments, folder: Path, setting: Mapping[str, Any], line: Connection) -> None:
