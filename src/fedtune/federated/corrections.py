@@ -19,15 +19,6 @@ def pull_(gradients: Sequence[Tensor], weights: Sequence[Tensor], centres: Seque
     torch._foreach_sub_(list(gradients), list(centres), alpha=strength)
 
 
-def of_some(correct: Correction, names: Container[str]) -> Correction:
-    """The correction, of tensors with these names."""
-
-    def chosen(*given: list[Any]) -> None:
-        correct(*map(list, zip(*(one for one in zip(*given, strict=True) if one[0] in names), strict=True)))
-
-    return chosen
-
-
 class Offsets:
     """Tensors that are added to gradients, the same in each step; rows of zeros of tall matrices are left out."""
 

@@ -16,7 +16,7 @@ from fedtune.algorithms.fedavg import Mean
 from fedtune.errors import UsageError
 from fedtune.federated.parts import Algorithm
 from fedtune.federated.values import named, plain
-from fedtune.privacy.mechanisms import AdaptiveGaussian, Mechanism
+from fedtune.privacy.mechanisms import AdaptiveGaussian, Budget
 
 FEWEST = 3  # clients of a round: of a sum of two, each knows the other's part
 _PACKAGES = {"cryptography": "cryptography", "Crypto": "pycryptodome"}  # by the names of what is imported
@@ -75,7 +75,7 @@ def plain_secure(part: PairwiseMasks | None, strict: bool = True) -> dict[str, A
     return None if part is None else plain(part, "secure_sums", SECURE_SUMS, strict)
 
 
-def check_secure(algorithm: Algorithm, mechanism: Mechanism | None, size: int, lies: Sequence[str], all_clients: bool) -> None:
+def check_secure(algorithm: Algorithm, mechanism: Budget | None, size: int, lies: Sequence[str], all_clients: bool) -> None:
     """Raise `UsageError` for what needs more of a client than its part of a sum.
 
     Args:
