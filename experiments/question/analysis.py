@@ -272,8 +272,8 @@ def screening(runs: Sequence[Run]) -> None:
         rows = [
             {
                 "factor": name,
-                "T is longer by a factor of": fit.said(name, power=True),
-                "least loss, nats, is higher by": f"{2 * weight:+.3f} ({2 * (weight - half):+.3f} to {2 * (weight + half):+.3f})",
+                "T by a factor of": fit.said(name, power=True),
+                "least loss, nats, by": f"{2 * weight:+.3f} ({2 * (weight - half):+.3f} to {2 * (weight + half):+.3f})",
             }
             for name, weight in zip(FACTORS, weights[1:], strict=True)
         ]
