@@ -364,7 +364,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "scaffold": {"algorithm": "scaffold", "module": PLAIN_SGD},
     "qfedavg": {"algorithm": "qfedavg", "module": PLAIN_SGD},
     "heads of their own": {"algorithm": "fedper"},
-    "scalars": {"algorithm": {"name": "fedkseed", "seeds": 8}},
+    "scalars": {"algorithm": {"name": "fedkseed", "seeds": 8}, "module": PLAIN_SGD},
     "adapters": {"algorithm": "fedit", "module": {"lora": {"rank": 2}}},
     "drop-outs": {"faults": [{"name": "Drop", "rate": 0.2}, {"name": "Raise", "clients": [6]}], "seed": 4, "rounds": 4},
     "privacy": {"algorithm": UNIFORM, "privacy": {"name": "Gaussian", "noise": 1.0, "clip": 0.1}, "clients_per_round": 6},

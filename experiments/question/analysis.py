@@ -94,7 +94,10 @@ class Fit:
 
         start = np.append(np.linalg.lstsq(x, y, rcond=None)[0], math.log(0.3))
         found = minimize(unlikely, start, method="BFGS", options={"gtol": 1e-6})
-        spread = np.sqrt(np.diag(np.linalg.inv(_curvature(unlikely, found.x))))
+        try:
+            spread = np.sqrt(np.diag(np.linalg.inv(_curvature(unlikely, found.x))))
+        except np.linalg.LinAlgError:  # a group of which no run has left has no upper end
+            spread = np.full(len(found.x), np.inf)
         freedom = max(len(runs) - x.shape[1], 1)
         wider = math.sqrt(len(runs) / freedom) * _student(freedom) / 1.96  # few runs: as in least squares
         names = ["constant", *columns]
@@ -107,7 +110,7 @@ class Fit:
         low, value, high = (self.value[name] + sign * self.half[name] for sign in (-1, 0, 1))
         if power:
             low, value, high = math.exp(low), math.exp(value), math.exp(high)
-        return f"{value:.2f} ({low:.2f} to {high:.2f})"
+        return f"{value:.2f} ({low:.2f} to {high:.2f})" if np.isfinite(self.half[name]) else "not known: none of them left"
 
 
 def _student(freedom: int) -> float:

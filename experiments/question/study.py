@@ -78,6 +78,8 @@ def dose() -> Iterator[Cell]:
             yield Cell("dose", head=head, seed=seed)
         for head, (rate, steps) in itertools.product(("none", "orthogonal"), ((0.01, 4), (0.005, 8), (0.002, 20))):
             yield Cell("dose", head=head, rate=rate, steps=steps, seed=seed)
+        for head in ("none", "orthogonal"):  # added when these had not left chance: a larger budget
+            yield Cell("dose", head=head, rate=0.02, seed=seed)
         for head, gamma in itertools.product(("pooler", "distilbert"), (0.5, 2.0, 4.0)):
             yield Cell("dose", head=head, rate=0.05 / gamma**2, gamma=gamma, seed=seed)
         for head, gamma in itertools.product(("pooler", "distilbert"), (0.5, 2.0)):  # the rate as it was
