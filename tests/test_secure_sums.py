@@ -20,6 +20,7 @@ from fedtune.errors import RunError, UsageError
 from fedtune.federated.messages import Context
 from fedtune.federated.pieces import Pieces
 from fedtune.federated.sums import ExactSum, Sum, grid_bits
+from fedtune.runs.arguments import _check_remote
 from fedtune.runs.flags import resolve
 from fedtune.tensors import Tensors, sha256
 from fedtune.testing import TinyData, TinyModule
@@ -482,6 +483,11 @@ def test_buffers_that_travel_are_refused() -> None:
     loaders = GivenLoaders([data.client_dataloader(client) for client in range(4)], data.client_dataloader(2))
     with pytest.raises(UsageError, match=r"with secure_sums .* as they are averaged apart"):
         make_loop(secure_sums="PairwiseMasks").fit(TinyModule(), loaders)
+
+
+def test_clients_at_other_sites_are_refused() -> None:
+    with pytest.raises(UsageError, match="allowed: none with clients at other sites: they are a simulation"):
+        _check_remote(make_loop(secure_sums="PairwiseMasks"))
 
 
 def test_secure_sums_are_a_part_found_by_name_and_a_flag_with_values() -> None:
