@@ -394,12 +394,14 @@ def test_a_clients_noise_does_not_depend_on_who_else_is_there(make_data: Make, m
 def test_a_ledger_of_other_noise_ends_the_run() -> None:
     samplings = (Sampling(100, 5, 20),)
     plans = [example_plan(ExampleGaussian(noise=noise), samplings, 0, None, 1, 9) for noise in (1.0, 1.1)]
-    result = RoundResult(ServerState(1, {}), [], Agreement(0.0, None, {}))
+    result = RoundResult(ServerState(1, {}), [], Agreement(0.0))
     after = plans[0].noted(result, ServerState(0, {}))
     assert after.state.memory["ExampleGaussian"]["ledger"]["rounds"].tolist() == [1]
     assert plans[0].noted(result, after.state).state.memory["ExampleGaussian"]["ledger"]["rounds"].tolist() == [2]
     with pytest.raises(RunError, match="the privacy ledger has another noise for the rounds before"):
         plans[1].noted(result, after.state)
+    with pytest.raises(RunError, match="the privacy ledger has no rounds, where 3 were before"):
+        plans[0].noted(result, ServerState(3, {}))
 
 
 def test_a_run_ends_before_its_budget_is_passed(
