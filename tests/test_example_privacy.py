@@ -34,6 +34,7 @@ from fedtune.privacy.gradients import apart, hooked
 from fedtune.privacy.mechanisms import ExampleGaussian, privacy_of
 from fedtune.privacy.sampling import Sampling
 from fedtune.privacy.steps import NoisySum
+from fedtune.runs.flags import resolve
 from fedtune.storage.records import read_rounds
 from fedtune.tensors import Groups, sha256
 from fedtune.testing import TinyData, TinyModule
@@ -51,13 +52,18 @@ CASES = {
     for family in ("bert", "distilbert", "albert")
     for how in ("full", "lora")
     for way in ("packed", "padded")
-} | {"llama, lora, padded": ("llama", "lora", "padded")}
+}
+CASES |= {
+    f"{family}, {how}, padded": (family, how, "padded") for family in ("roberta", "modernbert") for how in ("full", "lora")
+}
+DECODERS = ("llama", "qwen2", "gpt2")
+CASES |= {f"{family}, lora, padded": (family, "lora", "padded") for family in DECODERS}
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    found = {"llama": save_decoder(tmp_path_factory.mktemp("llama"))}
-    for family in ("bert", "distilbert", "albert"):
+    found = {family: save_decoder(tmp_path_factory.mktemp(family), family) for family in DECODERS}
+    for family in TINY:
         path = tmp_path_factory.mktemp("family") / family
         torch.manual_seed(0)
         transformers.AutoModel.from_config(TINY[family]).save_pretrained(path)
@@ -69,8 +75,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def made(folders: dict[str, str], family: str, how: str, way: str) -> tuple[Any, Any]:
     """A module without dropout, whose weights are not at their start, and a batch of seven texts of different lengths."""
     lora = LORA if how == "lora" else None
-    if family == "llama":
-        module: Any = fedtune.CausalLM(folders[family], lora=lora, dropout=None)
+    if family in DECODERS:
+        module: Any = fedtune.CausalLM(folders[family], lora=lora, dropout=0.0 if family == "gpt2" else None)
         data = fedtune.FederatedDataModule(make_chats(), folders[family], num_clients=1, batch_size=7, max_length=64)
     else:
         more = {"dropout": 0.0, "lora": lora, "padding_free": way == "packed"}
@@ -119,7 +125,9 @@ def length(grads: Gradients) -> float:
 def test_without_noise_and_with_a_huge_clip_the_step_is_the_plain_one(case: str, folders: dict[str, str]) -> None:
     module, batch = made(folders, *CASES[case])
     found = noisy(module, batch, clip=1e6, denominator=7)
-    if CASES[case][0] == "llama":  # its plain loss is the mean over all answer tokens, that of examples the mean of their means
+    if (
+        CASES[case][0] in DECODERS
+    ):  # their plain loss is the mean over all answer tokens, that of examples the mean of their means
         alone = by_hand(module, batch)
         plain = {name: torch.stack([one[name] for one in alone]).mean(0) for name in found}
     else:
@@ -394,12 +402,14 @@ def test_a_clients_noise_does_not_depend_on_who_else_is_there(make_data: Make, m
 def test_a_ledger_of_other_noise_ends_the_run() -> None:
     samplings = (Sampling(100, 5, 20),)
     plans = [example_plan(ExampleGaussian(noise=noise), samplings, 0, None, 1, 9) for noise in (1.0, 1.1)]
-    result = RoundResult(ServerState(1, {}), [], Agreement(0.0, None, {}))
+    result = RoundResult(ServerState(1, {}), [], Agreement(0.0))
     after = plans[0].noted(result, ServerState(0, {}))
     assert after.state.memory["ExampleGaussian"]["ledger"]["rounds"].tolist() == [1]
     assert plans[0].noted(result, after.state).state.memory["ExampleGaussian"]["ledger"]["rounds"].tolist() == [2]
     with pytest.raises(RunError, match="the privacy ledger has another noise for the rounds before"):
         plans[1].noted(result, after.state)
+    with pytest.raises(RunError, match="the privacy ledger has no rounds, where 3 were before"):
+        plans[0].noted(result, ServerState(3, {}))
 
 
 def test_a_run_ends_before_its_budget_is_passed(
@@ -597,3 +607,7 @@ def test_without_the_package_the_line_says_how_to_get_it(
 def test_the_mechanism_is_found_by_name() -> None:
     assert privacy_of({"name": "ExampleGaussian", "noise": "1e-1"}) == ExampleGaussian(noise=0.1)
     assert fedtune.PRIVACY["ExampleGaussian"] is ExampleGaussian
+    given = {"name": "ExampleGaussian", "epsilon": "8e0"}
+    assert resolve({"loop": {"privacy": given}})["loop"]["privacy"] == given | {
+        **{"noise": 0.0, "epsilon": 8.0, "delta": 1e-5, "rounds": 0, "clip": 1.0, "accountant": ""}
+    }

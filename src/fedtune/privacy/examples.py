@@ -85,7 +85,7 @@ class ExamplePlan:
         """The result of a round, with the ledger in its memory, and the largest epsilon so far among its diagnostics.
 
         Raises:
-            RunError: the rounds before had other noise or sampling.
+            RunError: the rounds before had other noise or sampling, or are in no ledger.
         """
         clients = range(len(self.samplings))
         now = {
@@ -94,6 +94,8 @@ class ExamplePlan:
             "steps": [float(self.steps(client)) for client in clients],
         }
         known = before.memory.get(LEDGER, {}).get("ledger", {})
+        if before.round and not known:
+            raise RunError(f"round {result.state.round}: the privacy ledger has no rounds, where {before.round} were before")
         for name, values in now.items():
             if known and known[name].cpu().tolist() != values:
                 raise RunError(

@@ -15,6 +15,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fedtune.errors import UsageError
 
@@ -101,12 +102,24 @@ def _hooks() -> Callable[..., Any]:
     """The hooks of opacus, for tensors that need not begin with the examples."""
     try:
         from opacus.grad_sample.grad_sample_module import GradSampleHooks
+        from opacus.utils.tensor_utils import sum_over_all_but_batch_and_last_n
     except ImportError as error:
         raise UsageError(
             "privacy", "no package opacus", "after: pip install 'fedtune[privacy]' (the package opacus)"
         ) from error
 
+    of_norm = GradSampleHooks.GRAD_SAMPLERS[nn.LayerNorm]
+
+    def of_any_norm(layer: nn.LayerNorm, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+        if layer.bias is not None:
+            found: dict[nn.Parameter, Tensor] = of_norm(layer, activations, backprops)
+            return found
+        normed = F.layer_norm(activations[0], layer.normalized_shape, eps=layer.eps)  # without a bias opacus' own fails
+        return {layer.weight: sum_over_all_but_batch_and_last_n(normed * backprops, layer.weight.dim())}
+
     class Hooks(GradSampleHooks):
+        GRAD_SAMPLERS = GradSampleHooks.GRAD_SAMPLERS | {nn.LayerNorm: of_any_norm}
+
         def __init__(self, module: nn.Module, by_example: Callable[[Tensor], Tensor]) -> None:
             super().__init__(module, loss_reduction="mean")
             self._by_example = by_example
