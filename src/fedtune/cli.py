@@ -149,9 +149,7 @@ def _fill_describe(found: Parser) -> None:
 
     add_run_arguments(found)  # those of a run, whose data are shown; of the model its name alone matters
     found.of_data = True
-    found.add_argument(
-        "--picture", type=str | None, default=None, help="draw it, too, into this file; its suffix is the format"
-    )
+    found.add_argument("--picture", type=str | None, default=None, help="draw it, too, into this file (png, svg, pdf)")
 
 
 def _fill_export(found: Parser) -> None:
@@ -286,10 +284,7 @@ _COMMANDS = {
         "tables, curves and one page", "Tables, curves and one page from the records of many runs.", _fill_report, _report
     ),
     "describe": _Command(
-        "who holds what: the client split",
-        "The client split, as a table; with --picture also drawn.",
-        _fill_describe,
-        _describe,
+        "who holds what: the split", "The client split, as a table; with --picture also drawn.", _fill_describe, _describe
     ),
     "export": _Command(
         "a run's model for Transformers",
