@@ -233,7 +233,9 @@ def test_the_command_exports_and_says_in_one_line_why_not(
 def test_a_run_of_another_kind_of_module_is_refused(tiny_bert: str, tmp_path: Path) -> None:
     finished(tiny_bert, tmp_path / "run", rounds=1)
     changed(tmp_path / "run" / "config.yaml", model={"class": "Mine"})
-    with pytest.raises(fedtune.UsageError, match=r"a TextClassifier or a CausalLM \(this is of 'Mine'; fedtune.load"):
+    with pytest.raises(
+        fedtune.UsageError, match=r"a TextClassifier or a CausalLM \(this is of 'Mine'; fedtune.load opens it\)"
+    ):
         fedtune.export(tmp_path / "run", tmp_path / "out")
 
 

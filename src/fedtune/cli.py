@@ -149,9 +149,7 @@ def _fill_describe(found: Parser) -> None:
 
     add_run_arguments(found)  # those of a run, whose data are shown; of the model its name alone matters
     found.of_data = True
-    found.add_argument(
-        "--picture", type=str | None, default=None, help="draw it, too, into this file; its suffix is the format"
-    )
+    found.add_argument("--picture", type=str | None, default=None, help="draw it, too, into this file (png, svg, pdf)")
     found.add_argument(
         "--features", action="store_true", help="also how fast the classifier would begin to learn: a forward and backward pass"
     )
@@ -296,10 +294,7 @@ _COMMANDS = {
         "tables, curves and one page", "Tables, curves and one page from the records of many runs.", _fill_report, _report
     ),
     "describe": _Command(
-        "who holds what: the client split",
-        "The client split, as a table; with --picture also drawn.",
-        _fill_describe,
-        _describe,
+        "who holds what: the split", "The client split, as a table; with --picture also drawn.", _fill_describe, _describe
     ),
     "export": _Command(
         "a run's model for Transformers",

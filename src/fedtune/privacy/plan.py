@@ -128,7 +128,8 @@ class PrivacyPlan:
         relation = "with one client more or less" if mechanism.relation == "add_or_remove_one" else "with one client replaced"
         first = "at first " if isinstance(mechanism, AdaptiveGaussian) else ""
         return (
-            f"client-level differential privacy after {rounds} rounds: epsilon {found['epsilon_rdp']:.4f} by RDP, {tighter}, "
+            f"client-level differential privacy after {rounds} round{'s' * (rounds != 1)}: "
+            f"epsilon {found['epsilon_rdp']:.4f} by RDP, {tighter}, "
             f"at delta {mechanism.delta:g}; unit: a client with all its texts; neighbours: federations {relation}; "
             f"sampling: {self._sampling}; denominator: {self.cohort_size}, whoever answers; "
             f"clip: {first}{mechanism.clip:g}, the length of an update; noise: {self._noise}; {NOT_COVERED}"
