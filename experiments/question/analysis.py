@@ -1,7 +1,7 @@
 """What the runs of the study say: `python experiments/question/analysis.py` prints the tables of README.md from records.csv.
 
 T is the step of a client at which a run leaves chance. Laws are fitted to log T by maximum likelihood with normal errors; a run
-that has not left counts as T greater than its last step (Tobin 1958). Intervals are of 95 %, from the curvature of the likelihood.
+that has not left counts as T greater than its last step (Tobin 1958). Intervals are of 95 %, from the likelihood's curvature.
 """
 
 from __future__ import annotations
@@ -94,7 +94,10 @@ class Fit:
 
         start = np.append(np.linalg.lstsq(x, y, rcond=None)[0], math.log(0.3))
         found = minimize(unlikely, start, method="BFGS", options={"gtol": 1e-6})
-        spread = np.sqrt(np.diag(np.linalg.inv(_curvature(unlikely, found.x))))
+        try:
+            spread = np.sqrt(np.diag(np.linalg.inv(_curvature(unlikely, found.x))))
+        except np.linalg.LinAlgError:  # a group of which no run has left has no upper end
+            spread = np.full(len(found.x), np.inf)
         freedom = max(len(runs) - x.shape[1], 1)
         wider = math.sqrt(len(runs) / freedom) * _student(freedom) / 1.96  # few runs: as in least squares
         names = ["constant", *columns]
@@ -107,7 +110,7 @@ class Fit:
         low, value, high = (self.value[name] + sign * self.half[name] for sign in (-1, 0, 1))
         if power:
             low, value, high = math.exp(low), math.exp(value), math.exp(high)
-        return f"{value:.2f} ({low:.2f} to {high:.2f})"
+        return f"{value:.2f} ({low:.2f} to {high:.2f})" if np.isfinite(self.half[name]) else "not known: none of them left"
 
 
 def _student(freedom: int) -> float:
@@ -143,66 +146,70 @@ def table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
+def _is(head: str) -> Callable[[Run], float]:
+    return lambda run: float(run["head"] == head)
+
+
+def _of_factor(name: str) -> Callable[[Run], float]:
+    return lambda run: float(FACTORS[name](run))
+
+
 def _log(name: str) -> Callable[[Run], float]:
     return lambda run: math.log(run[name])
 
 
 def dose(runs: Sequence[Run]) -> None:
     """Rate, head and scale."""
+    rows: list[dict[str, Any]] = []
+
+    def add(
+        what: str, chosen: Sequence[Run], name: str, columns: Mapping[str, Callable[[Run], float]], power: bool = False
+    ) -> None:
+        fit = Fit(chosen, columns)
+        rows.append({"what": what, "found": fit.said(name, power), "runs (left)": f"{fit.runs} ({fit.seen})"})
+
     main = [run for run in runs if run["gamma"] == 1]
     natural = [run for run in main if run["head"] in ("pooler", "distilbert")]
-    fit = Fit(natural, {"log rate": _log("rate"), "distilbert": lambda run: run["head"] == "distilbert"})
-    rows = [{"what": "slope of log T on log rate", "found": fit.said("log rate"), "runs (left)": f"{fit.runs} ({fit.seen})"}]
-    rows.append({"what": "T of distilbert over that of pooler", "found": fit.said("distilbert", power=True), "runs (left)": ""})
+    both = {"distilbert": _is("distilbert")}
+    add("slope of log T on log rate", natural, "log rate", {"log rate": _log("rate"), **both})
+    add("T of distilbert over that of pooler", natural, "distilbert", {"log rate": _log("rate"), **both}, power=True)
     for head in ("tanh", "relu", "none", "orthogonal"):
-        one = [run for run in main if run["head"] in ("pooler", head)]
-        dosed = Fit([run | {"left": run["left"] and run["left"] * run["rate"], "last": run["last"] * run["rate"]} for run in one],
-                    {head: lambda run, head=head: run["head"] == head})  # fmt: skip
-        rows.append(
-            {
-                "what": f"rate x T of {head} over that of pooler",
-                "found": dosed.said(head, power=True),
-                "runs (left)": f"{dosed.runs} ({dosed.seen})",
-            }
-        )
+        dosed = [_dosed(run) for run in main if run["head"] in ("pooler", head)]
+        add(f"rate x T of {head} over that of pooler", dosed, head, {head: _is(head)}, power=True)
     heads = [run for run in runs if run["head"] in ("pooler", "distilbert")]
     same = [run for run in heads if run["rate"] == 0.05]
-    fit = Fit(same, {"log gamma": _log("gamma"), "distilbert": lambda run: run["head"] == "distilbert"})
-    rows.append(
-        {
-            "what": "slope of log T on log gamma, the rate as it is",
-            "found": fit.said("log gamma"),
-            "runs (left)": f"{fit.runs} ({fit.seen})",
-        }
-    )
+    add("slope of log T on log gamma, the rate as it is", same, "log gamma", {"log gamma": _log("gamma"), **both})
     moved = [run for run in heads if math.isclose(run["rate"] * run["gamma"] ** 2, 0.05)]
-    fit = Fit(moved, {"log gamma": _log("gamma"), "distilbert": lambda run: run["head"] == "distilbert"})
-    rows.append(
-        {
-            "what": "the same, rate x gamma squared as it is",
-            "found": fit.said("log gamma"),
-            "runs (left)": f"{fit.runs} ({fit.seen})",
-        }
-    )
+    add("the same, rate x gamma squared as it is", moved, "log gamma", {"log gamma": _log("gamma"), **both})
     table("Dose: one client", rows)
     laws = []
     for name, size in (("A: mean square", SQUARE), ("B: speed", SPEED)):
-        law = Fit(runs, {"log dose": lambda run, size=size: math.log(run["rate"] * run["gamma"] ** 2 * size[run["head"]])})
+        free = Fit([_dosed(run) for run in runs], {"log size": _size(size)})
         laws.append(
             {
-                "law": name,
-                "slope": law.said("log dose"),
-                "deviation of log T": law.sigma,
-                "runs (left)": f"{law.runs} ({law.seen})",
+                "size": name,
+                "slope of log (rate x T) on log (gamma squared x size)": free.said("log size"),
+                "predicted": "-1",
+                "deviation of log T": free.sigma,
+                "runs (left)": f"{free.runs} ({free.seen})",
             }
         )
-    table("Two laws over all runs: log T on log (rate x gamma squared x size)", laws)
+    table("Two laws over all runs", laws)
+
+
+def _size(size: Mapping[str, float]) -> Callable[[Run], float]:
+    return lambda run: math.log(run["gamma"] ** 2 * size[run["head"]])
+
+
+def _dosed(run: Run) -> Run:
+    """The run with rate x steps in the place of steps."""
+    return run | {"left": run["left"] and run["left"] * run["rate"], "last": run["last"] * run["rate"]}
 
 
 def clients(runs: Sequence[Run]) -> None:
     """Many clients."""
     many = [run for run in runs if run["steps"] is None]
-    head = {"distilbert": lambda run: run["head"] == "distilbert"}
+    head = {"distilbert": _is("distilbert")}
     rounds = Fit(many, {"log K": _log("clients"), **head}, unit=lambda run: run["client_steps"])
     steps = Fit(many, {"log K": _log("clients"), **head})
     rows = [{"what": "slope of log round on log K, an epoch a round", "found": rounds.said("log K")},
@@ -228,12 +235,19 @@ def remedies(runs: Sequence[Run]) -> None:
         more = ", ".join(f"{name} {run[name]}" for name, value in plain.items() if run[name] != value)
         groups[more or "as it is"].append(run)
     rows = [
-        {"what": name, "leaves chance at round": ", ".join("–" if run["left"] is None else f"{run['left'] / run['client_steps']:.1f}" for run in found),
-         "least loss, nats": ", ".join(f"{run['best_loss']:.3f}" for run in found),
-         "accuracy there": ", ".join(f"{run['best_accuracy']:.3f}" for run in found)}
+        {
+            "what": name,
+            "leaves chance at round": ", ".join(_round(run) for run in found),
+            "least loss, nats": ", ".join(f"{run['best_loss']:.3f}" for run in found),
+            "accuracy there": ", ".join(f"{run['best_accuracy']:.3f}" for run in found),
+        }
         for name, found in groups.items()
-    ]  # fmt: skip
+    ]
     table("Remedies: DistilBERT, 32 clients, 12 epochs (a value a seed)", rows)
+
+
+def _round(run: Run) -> str:
+    return "–" if run["left"] is None else f"{run['left'] / run['client_steps']:.1f}"
 
 
 FACTORS: dict[str, Callable[[Run], bool]] = {
@@ -257,12 +271,15 @@ def screening(runs: Sequence[Run]) -> None:
         weights, *_ = np.linalg.lstsq(signs, loss, rcond=None)
         freedom = max(len(own) - signs.shape[1], 1)
         error = math.sqrt(float(((loss - signs @ weights) ** 2).sum()) / freedom / len(own))
-        fit = Fit(own, {name: lambda run, of=of: bool(of(run)) for name, of in FACTORS.items()})
+        fit, half = Fit(own, {name: _of_factor(name) for name in FACTORS}), _student(freedom) * error
         rows = [
-            {"factor": name, "T is longer by a factor of": fit.said(name, power=True),
-             "least loss, nats, is higher by": f"{2 * weight:+.3f} ({2 * (weight - _student(freedom) * error):+.3f} to {2 * (weight + _student(freedom) * error):+.3f})"}
+            {
+                "factor": name,
+                "T by a factor of": fit.said(name, power=True),
+                "least loss, nats, by": f"{2 * weight:+.3f} ({2 * (weight - half):+.3f} to {2 * (weight + half):+.3f})",
+            }
             for name, weight in zip(FACTORS, weights[1:], strict=True)
-        ]  # fmt: skip
+        ]
         table(f"Screening: {task}, {len(own)} runs, {fit.seen} left chance", rows)
 
 

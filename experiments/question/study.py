@@ -78,6 +78,8 @@ def dose() -> Iterator[Cell]:
             yield Cell("dose", head=head, seed=seed)
         for head, (rate, steps) in itertools.product(("none", "orthogonal"), ((0.01, 4), (0.005, 8), (0.002, 20))):
             yield Cell("dose", head=head, rate=rate, steps=steps, seed=seed)
+        for head in ("none", "orthogonal"):  # added when these had not left chance: a larger budget
+            yield Cell("dose", head=head, rate=0.02, seed=seed)
         for head, gamma in itertools.product(("pooler", "distilbert"), (0.5, 2.0, 4.0)):
             yield Cell("dose", head=head, rate=0.05 / gamma**2, gamma=gamma, seed=seed)
         for head, gamma in itertools.product(("pooler", "distilbert"), (0.5, 2.0)):  # the rate as it was
@@ -152,7 +154,7 @@ def run(cell: Cell, folder: Path) -> str:
 
     started = time.perf_counter()
     options = {"validation": 0.02} if cell.task == "spooky_author" else {}
-    own = {"padding": "max_length"} if not cell.mask else {}
+    own: dict[str, Any] = {"padding": "max_length"} if not cell.mask else {}
     data = fedtune.FederatedDataModule(
         cell.task, task_options=options, limit=SENTENCES, num_clients=cell.clients, batch_size=BATCH, max_length=48,
         mask=cell.mask, shuffle=cell.shuffle, model="minilm", seed=cell.seed, **own,
@@ -199,7 +201,8 @@ def _module(cell: Cell, data: Any) -> Any:
     sys.path.insert(0, str(HERE))
     import heads
 
-    given = {"gamma": cell.gamma, "optimizer": cell.optimizer, "learning_rate": cell.rate, "dropout": cell.dropout}
+    given: dict[str, Any] = {"gamma": cell.gamma, "optimizer": cell.optimizer, "dropout": cell.dropout}
+    given["learning_rate"] = cell.rate
     with seeded(cell.seed, "model"):
         if cell.head in heads.HEADS:
             return heads.Bert("minilm", data.num_labels, head=cell.head, **given)
