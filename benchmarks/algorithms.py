@@ -20,11 +20,13 @@ from lightning_fabric import Fabric
 from machine import about, write
 
 import fedtune
+from fedtune.algorithms import fedavg
 from fedtune.algorithms.specification import algorithm_of, specification_of
 from fedtune.federated.client import Worker
 from fedtune.federated.evaluation import attached
 from fedtune.federated.memory import MemoryOnDisk
 from fedtune.federated.messages import Context
+from fedtune.federated.parts import Algorithm
 from fedtune.federated.personal import personal_names
 from fedtune.federated.round import RoundOptions, run_round
 from fedtune.federated.state import ServerState
@@ -34,7 +36,18 @@ from fedtune.runtimes.serial import Serial
 from fedtune.tensors import snapshot, travelling
 
 CLIENTS, TEXTS, ROUNDS = 2, 512, 6
+PRIVATE = "private"  # FedAvg with clipped updates and noise on their sum; not among the algorithms that are measured by default
 NAMES = ("fedavg", "fedprox", "fedadam", "scaffold", "fednova", "feddyn", "qfedavg", "ditto", "fedper", "diloco")
+
+
+PRIVACY = {"name": "Gaussian", "noise": 1.0, "clip": 0.5}
+
+
+def _algorithm(name: str, clients: int) -> Algorithm:
+    """A registered one, or FedAvg with privacy of clients."""
+    if name != PRIVATE:
+        return algorithm_of(name)
+    return fedtune.plan_privacy(PRIVACY, clients).algorithm(fedavg(weighting="uniform"), frozenset(), frozenset())
 
 
 def main() -> None:
@@ -42,7 +55,9 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=CLIENTS)
     parser.add_argument("--texts", type=int, default=TEXTS, help="of a client")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--only", nargs="+", default=NAMES, help="algorithms, fedavg first")
+    parser.add_argument(
+        "--only", nargs="+", default=NAMES, help="algorithms, fedavg first; private is FedAvg with privacy of clients"
+    )
     parser.add_argument("--name", default="algorithms", help="name of the file of results; - for none")
     options = parser.parse_args()
     logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
@@ -54,7 +69,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, attached(training), freed_memory_kept():
         start, sides = snapshot(travelling(module)), {}
         for name in options.only:
-            algorithm = algorithm_of(name)
+            algorithm = _algorithm(name, options.clients)
             personal = personal_names(algorithm.personal, start)
             memory = MemoryOnDisk(Path(folder) / name, options.clients)
             worker = Worker(training, data, algorithm.client, memory, personal={one: start[one] for one in personal})
@@ -75,7 +90,7 @@ def main() -> None:
         middle = statistics.median(ratios)
         print(f"{name:10} {statistics.median(found):10.2f} {middle:10.3f}   {ratios[0]:.3f} to {ratios[-1]:.3f}")
     if options.name != "-":
-        used = {name: specification_of(algorithm_of(name)) for name in options.only}
+        used = {name: PRIVACY if name == PRIVATE else specification_of(algorithm_of(name)) for name in options.only}
         threads = torch.get_num_threads()
         write(options.name, about() | {"unit": "seconds", "threads": threads, "algorithms": used, "raw": seconds})
 

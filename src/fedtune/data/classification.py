@@ -150,7 +150,7 @@ class FederatedDataModule(pl.LightningDataModule):
         if split == "natural" and self._left_out:
             warn(self._left_out)
         if smallest < size:
-            warn(f"batch_size {size} is larger than the smallest client: its {smallest} texts are one batch")
+            warn(f"batch_size {size} is larger than the smallest client (texts: {smallest}), which has one batch")
         return parts
 
     @property
