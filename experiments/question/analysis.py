@@ -1,4 +1,4 @@
-"""What the runs of the study say: `python experiments/question/analysis.py` prints the tables of README.md from records.csv.
+"""What the runs of the study say: `python experiments/question/analysis.py` prints the tables of README.md from records.jsonl.
 
 T is the step of a client at which a run leaves chance. Laws are fitted to log T by maximum likelihood with normal errors; a run
 that has not left counts as T greater than its last step (Tobin 1958). Intervals are of 95 %, from the likelihood's curvature.
@@ -6,7 +6,7 @@ that has not left counts as T greater than its last step (Tobin 1958). Intervals
 
 from __future__ import annotations
 
-import csv
+import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.stats import norm
 
-RECORDS = Path(__file__).parent / "records.csv"
+RECORDS = Path(__file__).parent / "records.jsonl"
 MARGIN, NATS = 0.05, 0.05  # of accuracy above the majority class; of loss below guessing the frequencies
 SQUARE = {"pooler": 1.57, "tanh": 7.60, "relu": 4.04, "none": 53.4, "distilbert": 3.96, "orthogonal": 52.3}
 SPEED = {"pooler": 0.0127, "tanh": 0.0260, "relu": 0.0141, "none": 0.121, "distilbert": 0.0120, "orthogonal": 0.103}
@@ -26,30 +26,18 @@ Run = dict[str, Any]
 
 def read(path: Path = RECORDS) -> list[Run]:
     """The runs, each with its settings, `curve` [(step of a client, round, accuracy, loss)], and what came of it."""
-    curves: dict[str, list[tuple[float, ...]]] = defaultdict(list)
-    runs: dict[str, Run] = {}
-    with path.open() as file:
-        for row in csv.DictReader(file):
-            run = runs.setdefault(row["name"], {name: _value(value) for name, value in row.items()})
-            run["client_steps"] = run["steps"] if run["steps"] else 64 // run["clients"]
-            number = int(row["round"])
-            curves[row["name"]].append((run["client_steps"] * number, number, float(row["accuracy"]), float(row["loss_nats"])))
-    for name, run in runs.items():
-        run["curve"] = sorted(curves[name])
+    runs = [json.loads(line) for line in path.read_text().splitlines()]
+    for run in runs:
+        run["client_steps"] = run["steps"] or 64 // run["clients"]
+        run["curve"] = [
+            (run["client_steps"] * one["round"], one["round"], one["accuracy"], one["loss_nats"])
+            for one in run["rounds_evaluated"]
+        ]
         run["left"], run["last"] = _by_loss(run), run["curve"][-1][0]
         run["left_by_accuracy"] = _by_accuracy(run)
         run["best_loss"] = min(point[3] for point in run["curve"])
         run["best_accuracy"] = max(point[2] for point in run["curve"] if point[3] == run["best_loss"])
-    return list(runs.values())
-
-
-def _value(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return {"True": True, "False": False, "": None}.get(text, text)
+    return runs
 
 
 def _by_loss(run: Run) -> float | None:

@@ -1,13 +1,12 @@
 """The runs of the study: `python experiments/question/study.py`, from the project's folder, with FEDTUNE_DATA set for Spooky.
 
 One row of the design is one federated run; its record, `runs/question/NAME.json`, is written when it is complete, so that a run
-that was interrupted begins anew and a complete one is never repeated. `--collect` writes what is there to `records.csv`.
+that was interrupted begins anew and a complete one is never repeated. `--collect` writes what is there to `records.jsonl`.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import itertools
 import json
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-RECORDS, FOLDER = HERE / "records.csv", Path("runs/question")
+RECORDS, FOLDER = HERE / "records.jsonl", Path("runs/question")
 BATCH, SENTENCES, STEPS = 16, 1024, 64  # texts of a batch, of the training part; steps of an epoch
 
 
@@ -254,17 +253,9 @@ def _cross(shares: list[float], guessed: list[float]) -> float:
 
 
 def collect(folder: Path) -> int:
-    """Write the records that there are to `records.csv`, a row an evaluation; returns the number of runs."""
-    found = sorted(folder.glob("*.json"))
-    rows = []
-    for path in found:
-        record = json.loads(path.read_text())
-        rows += [{name: value for name, value in record.items() if name != "rounds_evaluated"} | {"round": one["round"]} | one
-                 for one in record["rounds_evaluated"]]  # fmt: skip
-    with RECORDS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    """Write the records that there are to `records.jsonl`, a line a run; returns their number."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    RECORDS.write_text("".join(f"{json.dumps(record)}\n" for record in found))
     return len(found)
 
 
@@ -274,7 +265,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2, help="replicates: 1 or 2")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--quick", action="store_true", help="seven runs: six heads at one rate each")
-    parser.add_argument("--collect", action="store_true", help="write records.csv from what is there, run nothing")
+    parser.add_argument("--collect", action="store_true", help="write records.jsonl from what is there, run nothing")
     options = parser.parse_args()
     if options.collect:
         print(f"{collect(FOLDER)} runs: {RECORDS}")

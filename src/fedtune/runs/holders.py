@@ -30,7 +30,7 @@ def show(data: Any, picture: str | None = None) -> None:
     rows = data.describe()
     title = f"{printable(data.task.name, _NAME)}, split {data.hparams['split']}, {data.num_clients} clients"
     lines = [printable(data.left_out, _LONGEST)] * bool(data.left_out)
-    table = Table(title=title, caption="\n".join([*lines, _sizes(data), f"source: {printable(data.task.source, _LONGEST)}"]))
+    table = Table(title=title)
     columns = [name for name in rows[0] if name not in ("labels", "authors")]
     for name in columns:
         table.add_column(name.replace("_", " "), justify="right")
@@ -43,6 +43,7 @@ def show(data: Any, picture: str | None = None) -> None:
         plain = [f"{row[name]:.2f}" if isinstance(row[name], float) else str(row[name]) for name in columns]
         table.add_row(*plain, *(most_frequent(row[name]) for name in counted))
     new_console(markup=False, emoji=False).print(table)  # names are as they are
+    print(*lines, _sizes(data), f"source: {printable(data.task.source, _LONGEST)}", sep="\n")
     if picture is not None:
         _draw(rows, picture, title)
 
