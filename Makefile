@@ -12,7 +12,7 @@ PEERS_VENV := .venv-peers
 NEWEST := .newest-transformers
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-llm sweep report notebooks bench test check clean fuzz docs package newest
+.PHONY: help install demo demo-llm sweep report question notebooks bench test check clean fuzz docs package newest
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,10 @@ sweep: $(STAMP) ## a grid of runs, and its report: SWEEP=mine.yaml or fedtune:NA
 
 report: $(STAMP) ## tables, curves and one page of the runs below SWEEP_RUNS
 	$(BIN)/fedtune report $(SWEEP_RUNS)
+
+question: $(STAMP) ## why DistilBERT falls when clients are many: what is left of the study's runs (hours); QUICK=1: the heads alone
+	$(BIN)/python experiments/question/study.py $(if $(QUICK),--quick)
+	$(BIN)/python experiments/question/analysis.py $(RUNS)/question
 
 notebooks: $(STAMP) ## run the notebooks and store them with their outputs
 	$(BIN)/python -m pytest --overwrite notebooks

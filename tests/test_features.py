@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import fedtune
 from fedtune.errors import UsageError
 from fedtune.models.features import EMBEDDINGS, ENCODER, HEAD, LAST, features
+from fedtune.runs.speeds import show_speed
 
 
 @pytest.fixture
@@ -103,3 +104,21 @@ def test_what_cannot_be_measured_is_one_line(module: Any, batch: dict[str, torch
         features(module, [batch])
     with pytest.raises(UsageError, match="a classifier whose head ends in a linear layer"):
         features(object(), [batch, batch])
+
+
+def test_the_command_shows_the_speed_of_a_classifier_and_refuses_what_has_none(
+    make_data: Any, make_module: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = make_data()
+    data.setup()
+    show_speed(make_module(), data)
+    said = capsys.readouterr().out
+    assert "training texts, before training" in said
+    assert [part for part in (LAST, HEAD, ENCODER, EMBEDDINGS) if f"speed: {part}" not in said] == []
+    assert "speed in all" in said
+    with pytest.raises(UsageError, match="--features: got 'Linear'; allowed: a classifier of texts"):
+        show_speed(torch.nn.Linear(2, 2), data)
+    whole = make_data(num_clients=1, batch_size=100)
+    whole.setup()
+    with pytest.raises(UsageError, match=r"--data.batch_size: got 100; allowed: half of the training texts, or fewer"):
+        show_speed(make_module(), whole)

@@ -1,4 +1,6 @@
-"""What the runs of the study say: `python experiments/question/analysis.py` prints the tables of README.md from records.jsonl.
+"""What the runs of the study say: `python experiments/question/analysis.py` prints tables of records.jsonl.
+
+Another file, or a folder of records (runs/question), may be named.
 
 T is the step of a client at which a run leaves chance. Laws are fitted to log T by maximum likelihood with normal errors; a run
 that has not left counts as T greater than its last step (Tobin 1958). Intervals are of 95 %, from the likelihood's curvature.
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,8 +28,12 @@ Run = dict[str, Any]
 
 
 def read(path: Path = RECORDS) -> list[Run]:
-    """The runs, each with its settings, `curve` [(step of a client, round, accuracy, loss)], and what came of it."""
-    runs = [json.loads(line) for line in path.read_text().splitlines()]
+    """The runs of records.jsonl, or of a folder of records, each with its settings and what came of it.
+
+    `curve` has (step of a client, round, accuracy, loss) for each evaluation; `left` is T, or None.
+    """
+    lines = [one.read_text() for one in sorted(path.glob("*.json"))] if path.is_dir() else path.read_text().splitlines()
+    runs = [json.loads(line) for line in lines]
     for run in runs:
         run["client_steps"] = run["steps"] or 64 // run["clients"]
         run["curve"] = [
@@ -272,7 +279,7 @@ def screening(runs: Sequence[Run]) -> None:
 
 
 def main() -> None:
-    runs = read()
+    runs = read(Path(sys.argv[1]) if len(sys.argv) > 1 else RECORDS)
     for name, what in (("dose", dose), ("clients", clients), ("remedies", remedies), ("screening", screening)):
         part = [run for run in runs if run["part"] == name]
         if part:

@@ -1,0 +1,103 @@
+"""The study of experiments/question: its design, its heads, and what is read out of its records."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import save_tiny_bert
+
+from fedtune.errors import UsageError
+from fedtune.randomness import seeded
+
+FOLDER = Path(__file__).parent.parent / "experiments" / "question"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _found() -> Any:
+    sys.path.insert(0, str(FOLDER))
+    yield
+    sys.path.remove(str(FOLDER))
+
+
+@pytest.fixture
+def study() -> Any:
+    return importlib.import_module("study")
+
+
+@pytest.fixture
+def analysis() -> Any:
+    return importlib.import_module("analysis")
+
+
+def test_every_run_has_a_name_of_its_own(study: Any) -> None:
+    cells = [cell for part in study.PARTS.values() for cell in part()]
+    assert len({cell.name for cell in cells}) == len(set(cells)) == len(cells)
+    assert {cell.seed for cell in cells} == {0, 1}
+
+
+def test_no_effect_of_the_screening_is_that_of_another_factor_or_of_two(study: Any, analysis: Any) -> None:
+    runs = [vars(cell) for cell in study.screening() if cell.task == "authors" and cell.seed == 0]
+    signs = np.array([[2 * of(run) - 1 for of in analysis.FACTORS.values()] for run in runs])
+    assert signs.shape == (16, 8)
+    assert (signs.T @ signs == 16 * np.eye(8)).all()
+    pairs = [signs[:, i] * signs[:, j] for i, j in itertools.combinations(range(8), 2)]
+    assert not (np.array(pairs) @ signs).any()  # resolution IV
+
+
+def test_a_law_is_found_in_runs_of_which_some_did_not_end(analysis: Any) -> None:
+    rng = np.random.default_rng(0)
+    doses = rng.uniform(0, 3, 60)
+    times = np.exp(1 + 0.7 * doses + rng.normal(0, 0.2, 60))
+    runs = [{"dose": dose, "left": time if time < 12 else None, "last": 12.0} for dose, time in zip(doses, times, strict=True)]
+    fit = analysis.Fit(runs, {"dose": lambda run: run["dose"]})
+    assert fit.seen < 45
+    assert fit.value["dose"] == pytest.approx(0.7, abs=0.1)
+    assert abs(fit.value["dose"] - 0.7) < fit.half["dose"] < 0.15
+    assert fit.sigma == pytest.approx(0.2, abs=0.06)
+    plain = np.polyfit(doses[times < 12], np.log(times[times < 12]), 1)[0]
+    assert plain < fit.value["dose"] - 0.02  # what leaves them out is too flat
+
+
+def test_leaving_chance_is_read_from_a_curve(analysis: Any, tmp_path: Path) -> None:
+    guess = math.log(3)
+    losses, accuracies = [guess, guess - 0.02, guess - 0.07, guess - 0.2], [0.40, 0.50, 0.42, 0.55]
+    evaluated = [
+        {"round": number, "accuracy": accuracy, "loss_nats": loss}
+        for number, (accuracy, loss) in enumerate(zip(accuracies, losses, strict=True), 1)
+    ]
+    run = {"task": "spooky_author", "entropy": guess, "majority": 0.4, "steps": 10, "clients": 1, "rounds_evaluated": evaluated}
+    (tmp_path / "runs.jsonl").write_text(f"{json.dumps(run)}\n{json.dumps(run | {'rounds_evaluated': evaluated[:2]})}\n")
+    left, stayed = analysis.read(tmp_path / "runs.jsonl")
+    assert left["left"] == pytest.approx(20 + 10 * 0.03 / 0.05)  # on the line between 0.02 and 0.07
+    assert left["left_by_accuracy"] == 40  # the second evaluation was above, but it did not stay
+    assert (stayed["left"], stayed["last"]) == (None, 20)
+
+
+@pytest.mark.parametrize("head", ["pooler", "tanh", "relu", "none"])
+def test_a_head_reads_what_it_says_and_gamma_scales_it(head: str, tmp_path: Path) -> None:
+    heads, name = importlib.import_module("heads"), save_tiny_bert(tmp_path)
+    found = {}
+    for gamma in (1.0, 2.0):
+        with seeded(0, "model"):
+            module = heads.Bert(name, 3, head=head, gamma=gamma).eval()
+        with torch.no_grad():
+            ids = torch.tensor([[2, 6, 7, 3]])
+            first = module.network.bert(ids).last_hidden_state[:, 0]
+            logits = module(ids, torch.ones_like(ids))
+        layer, dense = module.network.classifier, getattr(module.network.bert.pooler, "dense", None)
+        act = {"relu": torch.relu, "none": lambda given: given}.get(head, torch.tanh)
+        read = act(first if dense is None else dense(first))
+        assert torch.allclose(logits, gamma * read @ layer.weight.T + layer.bias, atol=1e-5)
+        found[gamma] = logits - layer.bias
+    assert torch.allclose(2 * found[1.0], found[2.0], atol=1e-5)
+    with pytest.raises(UsageError, match="head: got 'sigmoid'; allowed: pooler, tanh, relu, none"):
+        heads.Bert(name, 3, head="sigmoid")
