@@ -25,6 +25,7 @@ FINE, QUICK = (
     1e-3,
 )  # to which PLD rounds losses up: the quick one gives less than 1e-4 of epsilon more, in an eighth of the time
 _MOST_COUNT = 2**40
+_MOST_LOSSES = 1e6  # intervals that an epsilon is divided into
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,9 @@ def epsilon_by(accountant: str, release: Release, count: int, delta: float, inte
         return epsilon_of_rdp(*rdp_of(release), count, delta)
     if release.fixed is not None:
         raise UsageError("privacy.accountant", accountant, "rdp, for cohorts of a fixed size")
-    losses = _library().pld.PLDAccountant(value_discretization_interval=interval)
+    # with next to no noise losses are so large that those of the usual interval would fill the memory
+    wide = epsilon_by("rdp", release, count, delta) / _MOST_LOSSES
+    losses = _library().pld.PLDAccountant(value_discretization_interval=max(interval, wide))
     return float(losses.compose(release.event(), count).get_epsilon(delta))
 
 
