@@ -71,13 +71,14 @@ class Fit:
 
     Args:
         runs: each with `left` (T, or None) and `last`.
-        columns: name -> the value of a run; a constant is added.
+        columns: name -> the value of a run; a constant is added, and what is the same for all runs is left out.
         response: what is fitted; steps, or another unit such as rounds by a divisor.
     """
 
     def __init__(
         self, runs: Sequence[Run], columns: Mapping[str, Callable[[Run], float]], unit: Callable[[Run], float] = lambda run: 1
     ) -> None:
+        columns = {name: column for name, column in columns.items() if len({float(column(run)) for run in runs}) > 1}
         x = np.array([[1.0, *(float(column(run)) for column in columns.values())] for run in runs])
         seen = np.array([run["left"] is not None for run in runs])
         y = np.log([(run["left"] or run["last"]) / unit(run) for run in runs])
@@ -102,6 +103,8 @@ class Fit:
 
     def said(self, name: str, power: bool = False) -> str:
         """A coefficient with its interval; as a factor where it is that of a yes or no."""
+        if name not in self.value:
+            return "not known: all runs are alike in this"
         low, value, high = (self.value[name] + sign * self.half[name] for sign in (-1, 0, 1))
         if power:
             low, value, high = math.exp(low), math.exp(value), math.exp(high)
