@@ -42,6 +42,8 @@ def test_every_run_has_a_name_of_its_own(study: Any) -> None:
     cells = [cell for part in study.PARTS.values() for cell in part()]
     assert len({cell.name for cell in cells}) == len(set(cells)) == len(cells)
     assert {cell.seed for cell in cells} == {0, 1}
+    own = [(cell.client_steps, study.STEPS // cell.clients) for cell in cells]  # of a round, and of an epoch
+    assert all(steps <= epoch or steps % epoch == 0 for steps, epoch in own)
 
 
 def test_no_effect_of_the_screening_is_that_of_another_factor_or_of_two(study: Any, analysis: Any) -> None:

@@ -34,7 +34,7 @@ class Cell:
         rate: the learning rate.
         gamma: scale of the features.
         clients: K, all in every round.
-        steps: of a client in a round; None: one epoch of its own texts.
+        steps: of a client in a round; None: one epoch of its own texts. More than those are several epochs.
         rounds: in all.
         every: rounds from one evaluation to the next.
     """
@@ -160,10 +160,12 @@ def run(cell: Cell, folder: Path) -> str:
     )  # fmt: skip
     data.setup()
     module = _module(cell, data)
+    own_steps = STEPS // cell.clients  # of an epoch of a client's own texts
     loop = fedtune.FederatedLoop(
         max_rounds=cell.rounds,
         check_val_every_n_rounds=cell.every,
-        limit_train_batches=1.0 if cell.steps is None else cell.steps,
+        local_epochs=max(1, cell.client_steps // own_steps),
+        limit_train_batches=min(cell.client_steps, own_steps),
         limit_test_batches=1,
         seed=cell.seed,
         baselines=(),
