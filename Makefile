@@ -45,7 +45,8 @@ report: $(STAMP) ## tables, curves and one page of the runs below SWEEP_RUNS
 
 question: $(STAMP) ## why DistilBERT falls when clients are many: what is left of the study's runs (hours); QUICK=1: the heads alone
 	$(BIN)/python experiments/question/study.py $(if $(QUICK),--quick)
-	$(BIN)/python experiments/question/analysis.py $(RUNS)/question
+	$(if $(QUICK),,$(BIN)/python experiments/question/study.py --collect)
+	$(BIN)/python experiments/question/analysis.py $(if $(QUICK),runs/question)
 
 notebooks: $(STAMP) ## run the notebooks and store them with their outputs
 	$(BIN)/python -m pytest --overwrite notebooks

@@ -486,6 +486,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "scaffold": ({"algorithm": "scaffold", "model": {"optimizer": "sgd"}}, "sends its update alone"),
     "fednova": ({"algorithm": "fednova", "model": {"optimizer": "sgd"}}, "sends its update alone"),
     "qfedavg": ({"algorithm": "qfedavg"}, "sends its update alone"),
+    "fedkseed": ({"algorithm": "fedkseed", "model": {"optimizer": "sgd"}}, "one that trains by gradients"),
     "ditto": ({"algorithm": "ditto"}, "one that trains once a round"),
     "fedrep": ({"algorithm": "fedrep"}, "one that trains once a round"),
     "accumulated": ({"accumulate_grad_batches": 2}, "accumulate_grad_batches: got 2; allowed: 1, with privacy of examples"),
@@ -587,10 +588,19 @@ class Looks(ClientUpdate):
         return {"update": client.update()}
 
 
-def test_a_client_part_that_trains_twice_or_looks_at_the_loss_is_refused() -> None:
-    for part in (Twice(), Looks()):
+@dataclass(frozen=True)
+class Walks(ClientUpdate):
+    """Makes steps without gradients, which nobody could clip."""
+
+    def __call__(self, client: Client) -> Groups:
+        client.train(walk=lambda loss: None)
+        return {"update": client.update()}
+
+
+def test_a_client_part_that_trains_twice_or_without_gradients_or_looks_at_the_loss_is_refused() -> None:
+    for part in (Twice(), Looks(), Walks()):
         algorithm = fedtune.Algorithm(client=part, aggregator=Mean())
-        with pytest.raises(UsageError, match="one that trains once a round and asks for no loss"):
+        with pytest.raises(UsageError, match="one that trains once a round, by gradients, and asks for no loss"):
             make_loop(max_rounds=1, privacy=SCORES, algorithm=algorithm).fit(Scores(), loaders([20], 5)[0])
 
 

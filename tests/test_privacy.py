@@ -529,3 +529,16 @@ def test_next_to_no_noise_has_an_epsilon_without_filling_the_memory() -> None:
     """The losses of noise 0.005 go up to some 260,000: a billion intervals of the usual length."""
     bound, found = (epsilon_by(by, Release(0.5, 0.005), 12, 1e-5) for by in ("rdp", "pld"))
     assert 0.9 * bound < found < bound
+
+
+@pytest.mark.parametrize("values", [{"rounds": math.nan}, {"rounds": "3"}, {"clip_rate": "much"}, {"bands": math.nan}])
+def test_what_is_no_number_is_refused_in_one_line(values: dict[str, Any]) -> None:
+    (name,) = values
+    kind = {"clip_rate": AdaptiveGaussian, "bands": Banded}.get(name, Gaussian)
+    with pytest.raises(UsageError, match=rf"^{name}: got .* or more$"):
+        kind(noise=1.0, **values)
+
+
+def test_a_plan_without_a_run_refuses_privacy_of_examples_by_its_name() -> None:
+    with pytest.raises(UsageError, match="privacy: got 'ExampleGaussian'; allowed: .*Gaussian.*, Banded$"):
+        fedtune.plan_privacy("ExampleGaussian", 100, 10)

@@ -255,10 +255,16 @@ def _cross(shares: list[float], guessed: list[float]) -> float:
 
 
 def collect(folder: Path) -> int:
-    """Write the records that there are to `records.jsonl`, a line a run; returns their number."""
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    RECORDS.write_text("".join(f"{json.dumps(record)}\n" for record in found))
+    """Add the records that there are to `records.jsonl`, a line a run in the order of names; returns the number of all."""
+    found = known() | {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    RECORDS.write_text("".join(f"{json.dumps(found[name])}\n" for name in sorted(found)))
     return len(found)
+
+
+def known() -> dict[str, dict[str, Any]]:
+    """Name -> the record of each run of `records.jsonl`."""
+    lines = RECORDS.read_text().splitlines() if RECORDS.exists() else []
+    return {record["name"]: record for record in map(json.loads, lines)}
 
 
 def main() -> None:
@@ -266,7 +272,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(PARTS), choices=list(PARTS), help="parts of the design")
     parser.add_argument("--seeds", type=int, default=2, help="replicates: 1 or 2")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
-    parser.add_argument("--quick", action="store_true", help="seven runs: six heads at one rate each")
+    parser.add_argument("--quick", action="store_true", help="six runs: each head at one rate")
     parser.add_argument("--collect", action="store_true", help="write records.jsonl from what is there, run nothing")
     options = parser.parse_args()
     if options.collect:
@@ -274,10 +280,10 @@ def main() -> None:
         return
     cells = [cell for part in options.only for cell in PARTS[part]() if cell.seed < options.seeds]
     if options.quick:
-        cells = [
-            cell for cell in cells if cell.seed == 0 and cell.part == "dose" and cell.gamma == 1 and cell.rate in (0.1, 0.01)
-        ]
-    left = [cell for cell in dict.fromkeys(cells) if not (FOLDER / f"{cell.name}.json").exists()]
+        main = [cell for cell in cells if cell.part == "dose" and cell.seed == 0 and cell.gamma == 1]
+        cells = [cell for cell in main if cell.rate == (0.02 if cell.head in ("none", "orthogonal") else 0.05)]
+    there = {} if options.quick else known()  # --quick is to see for oneself
+    left = [cell for cell in dict.fromkeys(cells) if cell.name not in there and not (FOLDER / f"{cell.name}.json").exists()]
     left.sort(key=lambda cell: cell.seed)  # a whole replicate before the next
     print(f"{len(cells)} runs, {len(left)} of them to do", flush=True)
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -128,7 +128,7 @@ class Client:
         if walk is not None:
             training = worker.training
             check_walk(training.module, type(worker.client).__name__, self.gradient_clip_val, training.accumulate_grad_batches)
-        if worker.privately is not None and self.reports:
+        if worker.privately is not None and (self.reports or walk is not None):  # a walk has no gradients to clip
             raise not_once(worker.client)
         train = train_epochs if worker.privately is None else worker.privately(self._context.of(request.client))
         with training_only(worker.training.module, only):

@@ -32,5 +32,7 @@ class ByExample(abc.ABC):
 
 def not_once(client: Any) -> UsageError:
     """The error for what a client of an algorithm does beyond training once in a round."""
-    allowed = "with privacy of examples, one that trains once a round and asks for no loss or gradient without noise"
+    allowed = (
+        "with privacy of examples, one that trains once a round, by gradients, and asks for no loss or gradient without noise"
+    )
     return UsageError("algorithm.client", type(client).__name__, allowed)

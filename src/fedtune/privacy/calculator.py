@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from fedtune.algorithms.fedavg import fedavg
 from fedtune.errors import UsageError, at_least, one_of
 from fedtune.privacy.checks import check_privacy
-from fedtune.privacy.mechanisms import PRIVACY, Mechanism, privacy_of
+from fedtune.privacy.mechanisms import PRIVACY, Mechanism, kind_of, privacy_of
 from fedtune.privacy.plan import PrivacyPlan, plan_of
 
 
@@ -29,9 +29,9 @@ def plan_privacy(privacy: Any, num_clients: int, clients_per_round: int | None =
     >>> round(plan.figures(rounds=1000)["epsilon_rdp"], 4)
     4.2935
     """
-    mechanism = privacy_of(privacy)
-    if not isinstance(mechanism, Mechanism):  # that of examples depends on how many texts each client has
+    if not issubclass(kind_of(privacy), Mechanism):  # that of examples depends on how many texts each client has
         raise one_of("privacy", privacy, [name for name, kind in PRIVACY.items() if issubclass(kind, Mechanism)])
+    mechanism = cast(Mechanism, privacy_of(privacy))
     at_least("num_clients", num_clients, 1)
     if clients_per_round is not None and not 1 <= clients_per_round <= num_clients:
         raise UsageError("clients_per_round", clients_per_round, f"1 to {num_clients}, the number of clients")

@@ -40,9 +40,7 @@ def check_examples(algorithm: Algorithm, accumulate_grad_batches: int) -> None:
     check_opacus()
     client = algorithm.client
     if client.makes != ("update",) or client.seeds:
-        allowed = (
-            f"with privacy of examples, one that trains by gradients and sends its update alone ({', '.join(client.makes)})"
-        )
+        allowed = "with privacy of examples, one that trains by gradients and sends its update alone"
         raise UsageError("algorithm.client", type(client).__name__, allowed)
     if client.personal is not None:
         raise not_once(client)

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, final
 
-from fedtune.errors import NotGiven, UsageError, one_of, raise_all
+from fedtune.errors import NotGiven, UsageError, at_least, one_of, raise_all
 from fedtune.federated.values import named, plain
 from fedtune.privacy.accountant import ACCOUNTANTS
 
@@ -64,12 +64,18 @@ class Budget:
             yield UsageError("delta", self.delta, f"a number above 0 and below 1 / {self.units}")
         if not 0 < self.clip < math.inf:
             yield UsageError("clip", self.clip, "a number above 0")
-        if self.rounds < 0:
-            yield UsageError("rounds", self.rounds, "0 or more")
+        yield from self._too_small(0, "rounds")
         if self.accountant not in ("", *self.accountants):
             yield one_of("accountant", self.accountant, self.accountants)
         if not self.noise and not self.epsilon:
             yield NotGiven("noise", "noise (a multiple of the clip); or epsilon and rounds, for which it is found")
+
+    def _too_small(self, least: int, *names: str) -> Iterator[UsageError]:
+        for name in names:
+            try:
+                at_least(name, getattr(self, name), least)
+            except UsageError as error:
+                yield error
 
 
 @dataclass(frozen=True)
@@ -144,9 +150,7 @@ class AdaptiveGaussian(Mechanism):
         yield from super()._wrong()
         if not 0 < self.quantile < 1:
             yield UsageError("quantile", self.quantile, "a number between 0 and 1")
-        for name in ("clip_rate", "count_noise"):
-            if not getattr(self, name) >= 0:
-                yield UsageError(name, getattr(self, name), "0 or more")
+        yield from self._too_small(0, "clip_rate", "count_noise")
 
 
 @final
@@ -164,8 +168,7 @@ class Banded(Mechanism):
 
     def _wrong(self) -> Iterator[UsageError]:
         yield from super()._wrong()
-        if self.bands < 1:
-            yield UsageError("bands", self.bands, "1 or more")
+        yield from self._too_small(1, "bands")
         if self.sampling != "poisson":
             yield UsageError("sampling", self.sampling, "poisson, for Banded")
 

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from fedtune.data.classification import FederatedDataModule
 from fedtune.errors import UsageError
+from fedtune.models.classifier import TextClassifier
 from fedtune.models.features import features
 from fedtune.randomness import seeded
 from fedtune.runs.displays import new_console
@@ -22,11 +23,11 @@ def show_speed(module: Any, data: FederatedDataModule) -> None:
     Raises:
         UsageError: it is no classifier with a linear last layer, or there are too few texts.
     """
-    if not hasattr(module, "layers"):
+    if not isinstance(module, TextClassifier):
         raise UsageError("--features", type(module).__name__, "a classifier of texts")
     size = data.hparams["batch_size"]
     with seeded(data.hparams["seed"], "features"):
-        batches = list(itertools.islice(data.train_dataloader(), max(2, _TEXTS // size)))
+        batches = list(itertools.islice(data.train_dataloader(), max(2, _TEXTS // size // 2 * 2)))
     if len(batches) < 2:
         raise UsageError("--data.batch_size", size, "half of the training texts, or fewer, where features are measured")
     found = features(module, batches)
