@@ -540,5 +540,5 @@ def test_what_is_no_number_is_refused_in_one_line(values: dict[str, Any]) -> Non
 
 
 def test_a_plan_without_a_run_refuses_privacy_of_examples_by_its_name() -> None:
-    with pytest.raises(UsageError, match="privacy: got 'ExampleGaussian'; allowed: .*Gaussian.*, Banded$"):
+    with pytest.raises(UsageError, match=r"privacy: got 'ExampleGaussian'; allowed: .*Gaussian.*, Banded$"):
         fedtune.plan_privacy("ExampleGaussian", 100, 10)
