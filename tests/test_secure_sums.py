@@ -372,6 +372,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "adapters": {"algorithm": "fedit", "module": {"lora": {"rank": 2}}},
     "drop-outs": {"faults": [{"name": "Drop", "rate": 0.2}, {"name": "Raise", "clients": [6]}], "seed": 4, "rounds": 4},
     "privacy": {"algorithm": UNIFORM, "privacy": {"name": "Gaussian", "noise": 1.0, "clip": 0.1}, "clients_per_round": 6},
+    "privacy of examples": {"privacy": {"name": "ExampleGaussian", "noise": 1.0, "delta": 0.01}},
     "bands": {"algorithm": UNIFORM, "privacy": {"name": "Banded", "noise": 1.0, "clip": 0.1, "bands": 1}},
 }
 
@@ -464,7 +465,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "two clients": ({"clients_per_round": 2}, "clients_per_round: got 2; allowed: 3 or more, with secure_sums"),
     "adaptive": (
         {"algorithm": UNIFORM, "privacy": {"name": "AdaptiveGaussian", "noise": 0.5, "count_noise": 1.0}},
-        "privacy: got 'AdaptiveGaussian'; allowed: Gaussian or Banded, with secure_sums",
+        "privacy: got 'AdaptiveGaussian'; allowed: another, with secure_sums",
     ),
     "half": ({"secure_sums": {"threshold": 0.5}}, "secure_sums.threshold: got 0.5; allowed: a share above 0.5"),
     "vanish": ({"secure_sums": {"vanish": 1.5}}, "secure_sums.vanish: got 1.5; allowed: a probability"),

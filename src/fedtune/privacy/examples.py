@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, cast, final
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from fedtune.federated.cohorts import cohort
 from fedtune.federated.messages import Context
 from fedtune.federated.parts import Algorithm
 from fedtune.federated.state import RoundResult, ServerState
-from fedtune.privacy.accountant import QUICK, Release, count_within, epsilon_by, epsilon_of_rdp, noise_for, rdp_of
+from fedtune.privacy.accountant import QUICK, Release, count_within, epsilon_by, noise_for
 from fedtune.privacy.mechanisms import ExampleGaussian
 from fedtune.privacy.plan import check_buffers
 from fedtune.privacy.sampling import Sampling
@@ -70,7 +70,7 @@ class ExamplePlan:
 
     def training(self, context: Context) -> PrivateEpochs:
         """How a client trains in a round."""
-        client = context.client or 0
+        client = cast(int, context.client)  # of a client's own context
         return PrivateEpochs(self.mechanism.clip, self.noises[client], self.samplings[client], context)
 
     def release(self, client: int) -> Release:
@@ -106,7 +106,7 @@ class ExamplePlan:
         rounds[self.cohort(self.seed, result.state.round)] += 1
         ledger = {name: torch.tensor(values, dtype=torch.float64) for name, values in now.items()} | {"rounds": rounds}
         state = replace(result.state, memory=result.state.memory | {LEDGER: {"ledger": ledger}})
-        epsilon = max(self._each("fast", rounds.numpy().astype(np.int64)))
+        epsilon = max(self._each("rdp", rounds.numpy().astype(np.int64)))
         return replace(result, state=state, diagnostics=result.diagnostics | {"epsilon_rdp": epsilon})
 
     def figures(self, rounds: int) -> dict[str, Any]:
@@ -143,12 +143,13 @@ class ExamplePlan:
             )
         )
         return (
-            f"example-level differential privacy within each client after {rounds} rounds: epsilon {rdp} by RDP, {pld} by PLD, "
-            f"at delta {self.mechanism.delta:g}; unit: an example of a client; neighbours: the examples of a client with one "
-            f"more or less; sampling: Poisson, each of a client's examples in a step with probability {rate}, "
-            f"{_span(min(steps), max(steps))} steps a round; denominator: {_span(min(expected), max(expected))}, whoever is "
-            f"drawn; clip: {self.mechanism.clip:g}, the length of an example's gradient; noise: normal, standard deviation "
-            f"{noise} clips on the sum of each step, added by the client; {NOT_COVERED}"
+            f"example-level differential privacy within each client after {rounds} round{'s' * (rounds != 1)}: epsilon {rdp} "
+            f"by RDP, {pld} by PLD, at delta {self.mechanism.delta:g}; unit: an example of a client; neighbours: the examples of "
+            f"a client with one more or less; sampling: Poisson, each of a client's examples in a step with probability {rate}, "
+            f"{_span(min(steps), max(steps))} step{'s' * (max(steps) != 1)} a round; denominator: "
+            f"{_span(min(expected), max(expected))}, whoever is drawn; clip: {self.mechanism.clip:g}, the length of an "
+            f"example's gradient; noise: normal, standard deviation {noise} clips on the sum of each step, added by the client; "
+            f"{NOT_COVERED}"
         )
 
     def epsilons(self, accountant: str, rounds: int) -> list[float]:
@@ -160,10 +161,7 @@ class ExamplePlan:
         for client, count in enumerate(counts.tolist()):
             key = self.release(client), count * self.steps(client)
             if key not in known:
-                fast = accountant == "fast" and key[1]
-                known[key] = (
-                    epsilon_of_rdp(*rdp_of(key[0]), key[1], delta) if fast else epsilon_by(accountant, *key, delta, QUICK)
-                )
+                known[key] = epsilon_by(accountant, *key, delta, QUICK)
             found.append(known[key])
         return found
 

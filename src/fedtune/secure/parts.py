@@ -95,7 +95,7 @@ def check_secure(algorithm: Algorithm, mechanism: Budget | None, size: int, lies
         allowed = "none, with secure_sums: the server cannot decode one client's message, and masked numbers have 8 bytes each"
         raise UsageError("algorithm.up", names, allowed)
     if isinstance(mechanism, AdaptiveGaussian):
-        allowed = "Gaussian or Banded, with secure_sums: AdaptiveGaussian counts clients by the lengths of their updates"
+        allowed = "another, with secure_sums: AdaptiveGaussian counts clients by the lengths of their updates"
         raise UsageError("privacy", "AdaptiveGaussian", allowed)
     if lies:
         allowed = "faults of clients that are honest (Drop, Late, Raise), with secure_sums: nobody sees what a client sent"
