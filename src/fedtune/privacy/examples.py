@@ -143,13 +143,14 @@ class ExamplePlan:
             )
         )
         return (
-            f"example-level differential privacy within each client after {rounds} round{'s' * (rounds != 1)}: epsilon {rdp} "
-            f"by RDP, {pld} by PLD, at delta {self.mechanism.delta:g}; unit: an example of a client; neighbours: the examples of "
-            f"a client with one more or less; sampling: Poisson, each of a client's examples in a step with probability {rate}, "
-            f"{_span(min(steps), max(steps))} step{'s' * (max(steps) != 1)} a round; denominator: "
-            f"{_span(min(expected), max(expected))}, whoever is drawn; clip: {self.mechanism.clip:g}, the length of an "
-            f"example's gradient; noise: normal, standard deviation {noise} clips on the sum of each step, added by the client; "
-            f"{NOT_COVERED}"
+            "example-level differential privacy within each client "
+            f"after {rounds} round{'s' * (rounds != 1)}: epsilon {rdp} by RDP, {pld} by PLD, at delta {self.mechanism.delta:g}; "
+            "unit: an example of a client; neighbours: the examples of a client with one more or less; "
+            f"sampling: Poisson, each of a client's examples in a step with probability {rate}, "
+            f"{_span(min(steps), max(steps))} step{'s' * (max(steps) != 1)} a round; "
+            f"denominator: {_span(min(expected), max(expected))}, whoever is drawn; "
+            f"clip: {self.mechanism.clip:g}, the length of an example's gradient; "
+            f"noise: normal, standard deviation {noise} clips on the sum of each step, added by the client; {NOT_COVERED}"
         )
 
     def epsilons(self, accountant: str, rounds: int) -> list[float]:
