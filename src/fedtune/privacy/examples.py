@@ -144,7 +144,8 @@ class ExamplePlan:
         )
         return (
             "example-level differential privacy within each client "
-            f"after {rounds} round{'s' * (rounds != 1)}: epsilon {rdp} by RDP, {pld} by PLD, at delta {self.mechanism.delta:g}; "
+            f"after {rounds} round{'s' * (rounds != 1)}: epsilon {rdp} by RDP, {pld} by PLD, "
+            f"at delta {self.mechanism.delta:g}; "
             "unit: an example of a client; neighbours: the examples of a client with one more or less; "
             f"sampling: Poisson, each of a client's examples in a step with probability {rate}, "
             f"{_span(min(steps), max(steps))} step{'s' * (max(steps) != 1)} a round; "
