@@ -59,7 +59,7 @@ def test_every_make_target_in_the_readme_exists() -> None:
 
 
 def test_an_installation_ends_with_what_to_do_next() -> None:
-    command = ["make", "--dry-run", "--assume-old=.venv/.installed", "install"]
+    command = ["make", "--no-print-directory", "--dry-run", "--assume-old=.venv/.installed", "install"]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     assert len(said) == 1
     assert "source .venv/bin/activate" in said[0]
