@@ -24,7 +24,7 @@ import fedtune
 from fedtune import cli
 from fedtune.errors import Elsewhere
 from fedtune.federated.shared import is_shared
-from fedtune.runs.launcher import MeetingPoint
+from fedtune.runs.launcher import MeetingPoint, threads_of
 from fedtune.runtimes.dealing import longest_first
 from fedtune.runtimes.environment import place_of
 from fedtune.sweeps.several import of_wandb
@@ -362,3 +362,10 @@ def test_the_environment_says_where_a_process_stands() -> None:
         place_of("auto", torchrun | {"RANK": "3"})
     with pytest.raises(fedtune.UsageError, match="auto, serial, torchrun"):
         fedtune.FederatedLoop(runtime="ray")
+
+
+@pytest.mark.parametrize(("said", "expected"), [("3", 3), ("", 2), ("0", 2), ("4,2", 2)])
+def test_threads_are_what_the_user_says_or_the_cores_divided(said: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setenv("OMP_NUM_THREADS", said)
+    assert threads_of(4) == expected

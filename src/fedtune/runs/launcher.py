@@ -48,8 +48,9 @@ class MeetingPoint:
 
 
 def threads_of(workers: int) -> int:
-    """Threads of each of so many processes that share this machine."""
-    return max(1, len(os.sched_getaffinity(0)) // workers)
+    """Threads of each of so many processes that share this machine; `OMP_NUM_THREADS`, where it is set, is kept."""
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    return int(said) if said.isdecimal() and int(said) else max(1, len(os.sched_getaffinity(0)) // workers)
 
 
 def launch(arguments: Sequence[str], workers: int, runtime: str = "auto") -> None:

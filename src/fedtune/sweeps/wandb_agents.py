@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import RunError, UsageError, warn
+from fedtune.runs.launcher import threads_of
 from fedtune.runs.wandb_start import import_wandb, is_online, out_of_reach
 from fedtune.sweeps.files import File, load, said_of
 from fedtune.sweeps.grid import check
@@ -104,8 +105,7 @@ def _agents(path: str, workers: int) -> list[int]:
 def _environment(number: int, workers: int) -> dict[str, str]:
     import torch
 
-    threads = str(max(1, len(os.sched_getaffinity(0)) // workers))
-    found = os.environ | {"OMP_NUM_THREADS": threads}
+    found = os.environ | {"OMP_NUM_THREADS": str(threads_of(workers))}
     found["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # where the command fedtune is
     count = torch.cuda.device_count()
     return found | ({"CUDA_VISIBLE_DEVICES": gpu(number, count)} if count > 1 else {})
