@@ -34,8 +34,8 @@ def study() -> Any:
 
 
 @pytest.fixture
-def analysis() -> Any:
-    return importlib.import_module("analysis")
+def laws() -> Any:
+    return importlib.import_module("laws")
 
 
 def test_every_run_has_a_name_of_its_own(study: Any) -> None:
@@ -46,21 +46,21 @@ def test_every_run_has_a_name_of_its_own(study: Any) -> None:
     assert all(steps <= epoch or steps % epoch == 0 for steps, epoch in own)
 
 
-def test_no_effect_of_the_screening_is_that_of_another_factor_or_of_two(study: Any, analysis: Any) -> None:
+def test_no_effect_of_the_screening_is_that_of_another_factor_or_of_two(study: Any, laws: Any) -> None:
     runs = [vars(cell) for cell in study.screening() if cell.task == "authors" and cell.seed == 0]
-    signs = np.array([[2 * of(run) - 1 for of in analysis.FACTORS.values()] for run in runs])
+    signs = np.array([[2 * of(run) - 1 for of in laws.FACTORS.values()] for run in runs])
     assert signs.shape == (16, 8)
     assert (signs.T @ signs == 16 * np.eye(8)).all()
     pairs = [signs[:, i] * signs[:, j] for i, j in itertools.combinations(range(8), 2)]
     assert not (np.array(pairs) @ signs).any()  # resolution IV
 
 
-def test_a_law_is_found_in_runs_of_which_some_did_not_end(analysis: Any) -> None:
+def test_a_law_is_found_in_runs_of_which_some_did_not_end(laws: Any) -> None:
     rng = np.random.default_rng(0)
     doses = rng.uniform(0, 3, 60)
     times = np.exp(1 + 0.7 * doses + rng.normal(0, 0.2, 60))
     runs = [{"dose": dose, "left": time if time < 12 else None, "last": 12.0} for dose, time in zip(doses, times, strict=True)]
-    fit = analysis.Fit(runs, {"dose": lambda run: run["dose"]})
+    fit = laws.Fit(runs, {"dose": lambda run: run["dose"]})
     assert fit.seen < 45
     assert fit.value["dose"] == pytest.approx(0.7, abs=0.1)
     assert abs(fit.value["dose"] - 0.7) < fit.half["dose"] < 0.15
@@ -69,7 +69,7 @@ def test_a_law_is_found_in_runs_of_which_some_did_not_end(analysis: Any) -> None
     assert plain < fit.value["dose"] - 0.02  # what leaves them out is too flat
 
 
-def test_leaving_chance_is_read_from_a_curve(analysis: Any, tmp_path: Path) -> None:
+def test_leaving_chance_is_read_from_a_curve(laws: Any, tmp_path: Path) -> None:
     guess = math.log(3)
     losses, accuracies = [guess, guess - 0.02, guess - 0.07, guess - 0.2], [0.40, 0.50, 0.42, 0.55]
     evaluated = [
@@ -78,7 +78,7 @@ def test_leaving_chance_is_read_from_a_curve(analysis: Any, tmp_path: Path) -> N
     ]
     run = {"task": "spooky_author", "entropy": guess, "majority": 0.4, "steps": 10, "clients": 1, "rounds_evaluated": evaluated}
     (tmp_path / "runs.jsonl").write_text(f"{json.dumps(run)}\n{json.dumps(run | {'rounds_evaluated': evaluated[:2]})}\n")
-    left, stayed = analysis.read(tmp_path / "runs.jsonl")
+    left, stayed = laws.read(tmp_path / "runs.jsonl")
     assert left["left"] == pytest.approx(20 + 10 * 0.03 / 0.05)  # on the line between 0.02 and 0.07
     assert left["left_by_accuracy"] == 40  # the second evaluation was above, but it did not stay
     assert (stayed["left"], stayed["last"]) == (None, 20)
@@ -103,3 +103,17 @@ def test_a_head_reads_what_it_says_and_gamma_scales_it(head: str, tmp_path: Path
     assert torch.allclose(2 * found[1.0], found[2.0], atol=1e-5)
     with pytest.raises(UsageError, match="head: got 'sigmoid'; allowed: pooler, tanh, relu, none"):
         heads.Bert(name, 3, head="sigmoid")
+
+
+def test_the_speed_that_a_budget_needs_is_the_laws(laws: Any) -> None:
+    rng = np.random.default_rng(1)
+    speeds = {str(number): speed for number, speed in enumerate(np.geomspace(0.003, 0.3, 40))}
+    runs = [
+        {"head": head, "gamma": 1.0, "rate": 0.1, "left": 10 * 0.2 * speed**-0.6 * math.exp(rng.normal(0, 0.1)), "last": 1e9}
+        for head, speed in speeds.items()
+    ]
+    (value, low, high), (less, *_) = laws.speed_needed(laws.law(runs, speeds), [2.0, 4.0])
+    assert value == pytest.approx((2.0 / 0.2) ** (-1 / 0.6), rel=0.1)
+    assert low < value < high
+    assert (high / low) ** (0.6 / 2 / 1.96) == pytest.approx(math.exp(0.1), rel=0.05)  # one model from another
+    assert less < value
