@@ -54,8 +54,8 @@ class PairwiseMasks:
             stay, most = f"of a round's clients, {size} in the mean, {self.threshold:.0%}", "fewer clients than that"
         return (
             f"secure sums, simulated: {stay} must stay to the end; a server that keeps to the protocol, and {most} that tell "
-            "it all they know, learn of the others' updates and weights no more than their sum; not covered: who lies or changes "
-            "messages, what the sum itself says, and whoever knows the seed, of which all keys are made here; records name "
+            "it all they know, learn of the others' updates and weights no more than their sum; not covered: who lies or "
+            "changes messages, what the sum itself says, and whoever knows the seed, of which all keys are made here; records name "
             "clients, their examples and losses, which the protocol does not send"
         )
 
