@@ -55,8 +55,8 @@ class PairwiseMasks:
         return (
             f"secure sums, simulated: {stay} must stay to the end; a server that keeps to the protocol, and {most} that tell "
             "it all they know, learn of the others' updates and weights no more than their sum; not covered: who lies or "
-            "changes messages, what the sum itself says, and whoever knows the seed, of which all keys are made here; records name "
-            "clients, their examples and losses, which the protocol does not send"
+            "changes messages, what the sum itself says, and whoever knows the seed, of which all keys are made here; "
+            "records name clients, their examples and losses, which the protocol does not send"
         )
 
 
