@@ -297,7 +297,10 @@ def test_sweeps_that_come_with_fedtune_are_found_by_name(command: Run, tmp_path:
 
 def test_the_repository_has_no_symbolic_links_of_which_git_on_windows_makes_text_files() -> None:
     root = Path(__file__).parent.parent
-    listed = subprocess.run(["git", "ls-files", "--stage"], cwd=root, capture_output=True, text=True, check=False).stdout
+    if not (root / ".git").exists():
+        pytest.skip("no checkout of git")
+    listed = subprocess.run(["git", "ls-files", "--stage"], cwd=root, capture_output=True, text=True, check=True).stdout
+    assert len(listed.splitlines()) > 100
     assert not [line for line in listed.splitlines() if line.startswith("120000")]
 
 

@@ -387,6 +387,9 @@ def test_a_run_with_secure_sums_ends_with_the_bits_of_a_plain_one(name: str, mak
         assert one.metrics == other.metrics
         assert one.clients == [_times_of(mine, theirs) for mine, theirs in zip(other.clients, one.clients, strict=True)]
         assert one.update_cosine is None  # nobody sees two updates
+    varying = name == "privacy"  # Poisson cohorts
+    assert ("a round's clients, 6 in the mean, 60% must" in secure.summary["secure_sums"]) == varying
+    assert "secure_sums" not in plain.summary
 
 
 def _times_of(report: Any, other: Any) -> Any:

@@ -66,6 +66,21 @@ def made(make: Callable[..., Any], values: Mapping[str, Any], where: str, also: 
         raise error.renamed(lambda name: name if name.startswith(root) else f"{where}.{name}") from error
 
 
+def kind_and_values(given: Any, where: str, registered: Mapping[str, type[Any]]) -> tuple[type[Any], dict[str, Any]]:
+    """The class that a name, or a dictionary with it and its values, means; and the values.
+
+    Raises:
+        UsageError: an unknown name, which is looked for in `where`.
+    """
+    values = {"name": given} if isinstance(given, str) else given
+    if not isinstance(values, Mapping):
+        raise UsageError(where, given, f"a name ({', '.join(registered)}), or a dictionary with it and its values")
+    name = values.get("name")
+    if not isinstance(name, str) or name not in registered:
+        raise one_of(where, name, registered)
+    return registered[name], {key: one for key, one in values.items() if key != "name"}
+
+
 def named(given: Any, where: str, registered: Mapping[str, type[Any]], base: type[Any]) -> Any:
     """The part that a name, or a dictionary with it and its values, means; a part, and None, are what they are.
 
@@ -78,13 +93,7 @@ def named(given: Any, where: str, registered: Mapping[str, type[Any]], base: typ
     """
     if given is None or isinstance(given, base):
         return given
-    values = {"name": given} if isinstance(given, str) else given
-    if not isinstance(values, Mapping):
-        raise UsageError(where, given, f"a name ({', '.join(registered)}), or a dictionary with it and its values")
-    name = values.get("name")
-    if not isinstance(name, str) or name not in registered:
-        raise one_of(where, name, registered)
-    return made(registered[name], {key: one for key, one in values.items() if key != "name"}, where)
+    return made(*kind_and_values(given, where, registered), where)
 
 
 def typed(value: Any, hint: Any, where: str) -> Any:

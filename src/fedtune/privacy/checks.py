@@ -25,7 +25,7 @@ def privacy_with(given: Any, algorithm: Algorithm) -> Budget | None:
     if given is None:
         return None
     mechanism, kind = None, kind_of(given)
-    wrong = list(_of_algorithm(algorithm, kind)) if issubclass(kind, Mechanism) else []
+    wrong = list(_of_algorithm(algorithm, kind) if issubclass(kind, Mechanism) else _of_client(algorithm.client))
     try:
         mechanism = privacy_of(given)
     except UsageError as error:
@@ -35,17 +35,23 @@ def privacy_with(given: Any, algorithm: Algorithm) -> Budget | None:
 
 
 def check_examples(algorithm: Algorithm, accumulate_grad_batches: int) -> None:
-    """Raise `UsageError` for what the accounting of privacy of examples would not be true of."""
+    """Raise `UsageError` for all that the accounting of privacy of examples would not be true of."""
     check_installed()
     check_opacus()
-    client = algorithm.client
+    wrong = list(_of_client(algorithm.client))
+    if accumulate_grad_batches != 1:
+        allowed = "1, with privacy of examples: a step is one draw"
+        wrong.append(UsageError("accumulate_grad_batches", accumulate_grad_batches, allowed))
+    raise_all(wrong)
+
+
+def _of_client(client: Any) -> Iterator[UsageError]:
+    """What is wrong with a client part that does more than train by gradients of its examples, once a round."""
     if client.makes != ("update",) or client.seeds:
         allowed = "with privacy of examples, one that trains by gradients and sends its update alone"
-        raise UsageError("algorithm.client", type(client).__name__, allowed)
-    if client.personal is not None:
-        raise not_once(client)
-    if accumulate_grad_batches != 1:
-        raise UsageError("accumulate_grad_batches", accumulate_grad_batches, "1, with privacy of examples: a step is one draw")
+        yield UsageError("algorithm.client", type(client).__name__, allowed)
+    elif client.personal is not None:
+        yield not_once(client)
 
 
 def check_privacy(

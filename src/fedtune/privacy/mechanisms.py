@@ -14,12 +14,12 @@ ExampleGaussian     Abadi et al. 2016, "Deep Learning with Differential Privacy"
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, final
 
 from fedtune.errors import NotGiven, UsageError, at_least, one_of, raise_all
-from fedtune.federated.values import named, plain
+from fedtune.federated.values import kind_and_values, named, plain
 from fedtune.privacy.accountant import ACCOUNTANTS
 
 SAMPLINGS = ("poisson", "fixed")
@@ -215,14 +215,7 @@ def kind_of(given: Any) -> type[Budget]:
     Raises:
         UsageError: an unknown name.
     """
-    if isinstance(given, Budget):
-        return type(given)
-    name = given.get("name") if isinstance(given, Mapping) else given
-    if not isinstance(given, (str, Mapping)):
-        raise UsageError("privacy", given, f"a name ({', '.join(PRIVACY)}), or a dictionary with it and its values")
-    if not isinstance(name, str) or name not in PRIVACY:
-        raise one_of("privacy", name, PRIVACY)
-    return PRIVACY[name]
+    return type(given) if isinstance(given, Budget) else kind_and_values(given, "privacy", PRIVACY)[0]
 
 
 def for_rounds(privacy: Budget | None, max_rounds: int) -> Budget | None:

@@ -6,18 +6,17 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from fedtune.algorithms.specification import algorithm_of
 from fedtune.errors import UsageError, at_least, one_of, shown
 from fedtune.federated.parts import Aggregator
 from fedtune.federated.remote import Remote
 from fedtune.privacy.checks import check_examples, check_privacy
-from fedtune.privacy.mechanisms import Mechanism, plain_privacy, privacy_of
+from fedtune.privacy.mechanisms import Mechanism, plain_privacy
 from fedtune.runs.baselines import BASELINES
 from fedtune.runs.callbacks import FederatedCallback
 from fedtune.runs.options import RunOptions
 from fedtune.runtimes.environment import place_of
-from fedtune.runtimes.faulty import check_clients, faults_of, plain_faults
-from fedtune.secure.parts import check_secure, plain_secure, secure_of
+from fedtune.runtimes.faulty import check_clients, plain_faults
+from fedtune.secure.parts import check_secure, plain_secure
 from fedtune.storage.summary import MODES
 
 EVALUATED_ON = ("validation", "test")
@@ -81,17 +80,16 @@ def check_data(loop: Any, data: Any) -> None:
         raise UsageError("evaluate_on", loop.evaluate_on, "test, with evaluation by clients")
     if loop.clients_per_round is not None and loop.clients_per_round > data.num_clients:
         raise UsageError("clients_per_round", loop.clients_per_round, f"at most num_clients, {data.num_clients}")
-    faults, algorithm = faults_of(loop.faults), algorithm_of(loop.algorithm)
+    faults, algorithm, mechanism = loop._faults, loop._algorithm, loop._privacy
     check_clients(faults, data.num_clients)
     knowing = [type(fault).__name__ for fault in faults if fault.knows]
     if algorithm.client.ranks and knowing:
         raise UsageError("faults", knowing[0], "with clients of different ranks, one that needs no mean of their updates")
-    mechanism = privacy_of(loop.privacy)
     if isinstance(mechanism, Mechanism):
         check_privacy(mechanism, algorithm, data.num_clients, loop.clients_per_round, loop.options.min_clients)
     elif mechanism is not None:
         check_examples(algorithm, loop.accumulate_grad_batches)
-    if secure_of(loop.secure_sums) is not None:
+    if loop._secure is not None:
         lies = [type(fault).__name__ for fault in faults if fault.lies]
         everyone = loop.clients_per_round is None
         check_secure(algorithm, mechanism, loop.clients_per_round or data.num_clients, lies, everyone)
@@ -104,8 +102,8 @@ def _check_remote(loop: Any) -> None:
     for name, came, allowed in (
         ("baselines", list(loop.baselines), f"none {where}, as they need the data: baselines: []"),
         ("faults", plain_faults(loop._faults, strict=False), f"none {where}"),
-        ("privacy", plain_privacy(privacy_of(loop.privacy), strict=False), f"none {where}"),
-        ("secure_sums", plain_secure(secure_of(loop.secure_sums), strict=False), f"none {where}: they are a simulation"),
+        ("privacy", plain_privacy(loop._privacy, strict=False), f"none {where}"),
+        ("secure_sums", plain_secure(loop._secure, strict=False), f"none {where}: they are a simulation"),
         ("options.evaluation", loop.options.evaluation, f"pooled, {where}"),
     ):
         if came and came != "pooled":

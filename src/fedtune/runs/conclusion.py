@@ -11,6 +11,7 @@ from fedtune.runs.baselines import Baselines
 from fedtune.runs.callbacks import Run
 from fedtune.runs.figures import plot_run
 from fedtune.runs.hardware import peak_memory_bytes
+from fedtune.runs.privately import secure_sentence
 from fedtune.storage.directory import RunDirectory, writing
 from fedtune.storage.summary import summarise, with_known_baselines
 
@@ -29,6 +30,8 @@ def conclude(loop: Any, run: Run, directory: RunDirectory, test: Mapping[str, fl
     run.summary["peak_memory_bytes"] = max(ranks.gather([peak_memory_bytes(baselines.evaluator.training.fabric.device)]))
     if loop.plan is not None:
         run.summary.update(loop.plan.figures(len(run.history)), privacy=loop.plan.sentence(len(run.history)))
+    if loop._secure is not None:
+        run.summary["secure_sums"] = secure_sentence(loop, run.data.num_clients)
     run.summary.update(ranks.from_first(lambda: dict(run.summary)))
     if directory.path is not None:
         with writing(directory.path / "curves.png"):

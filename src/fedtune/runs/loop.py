@@ -197,6 +197,7 @@ class FederatedLoop:
         """Set up, rounds, test, baselines, conclude."""
         training, module, ranks = evaluator.training, evaluator.training.module, evaluator.ranks
         self.plan = planned(self, training, run)
+        check_same(run.config, ranks)  # the plan is part of it by now
         path = Path(self.run_dir) if self.run_dir else None
         memory = run.data.memory if isinstance(run.data, Remote) else None
         directory = RunDirectory(path, run.config, self.options.keep, run.data.num_clients, ranks, memory)

@@ -12,7 +12,7 @@ from fedtune.federated.round import run_round
 from fedtune.federated.state import RoundResult
 from fedtune.federated.training import Training
 from fedtune.privacy.examples import ExamplePlan, example_plan
-from fedtune.privacy.mechanisms import ExampleGaussian
+from fedtune.privacy.mechanisms import ExampleGaussian, Mechanism
 from fedtune.privacy.plan import PrivacyPlan, plan_of
 from fedtune.privacy.sampling import sampling_of
 from fedtune.runs.callbacks import Run
@@ -26,7 +26,7 @@ def planned(loop: Any, training: Training, run: Run) -> PrivacyPlan | ExamplePla
         UsageError: as `plan_of` and `example_plan`.
     """
     if loop._secure is not None:
-        run.print(loop._secure.sentence(loop.clients_per_round or run.data.num_clients))
+        run.print(secure_sentence(loop, run.data.num_clients))
     if loop._privacy is None:
         return None
     data = run.data
@@ -46,6 +46,14 @@ def planned(loop: Any, training: Training, run: Run) -> PrivacyPlan | ExamplePla
         ends = f"the run ends there, not after {loop.max_rounds}"
         run.print(f"the privacy budget is used up after round {run.max_rounds}: {ends}")
     return plan
+
+
+def secure_sentence(loop: Any, num_clients: int) -> str:
+    """What may be said of a run's secure sums; Poisson cohorts have their size in the mean."""
+    varying = (
+        isinstance(loop._privacy, Mechanism) and loop._privacy.sampling == "poisson" and loop.clients_per_round is not None
+    )
+    return str(loop._secure.sentence(loop.clients_per_round or num_clients, varying))
 
 
 def training_of(plan: PrivacyPlan | ExamplePlan | None) -> Callable[[Context], Epochs] | None:

@@ -46,15 +46,17 @@ class PairwiseMasks:
         """t of so many clients."""
         return math.ceil(round(self.threshold * size, 9))
 
-    def sentence(self, size: int) -> str:
-        """What may be said of a run with so many clients a round."""
+    def sentence(self, size: int, in_the_mean: bool = False) -> str:
+        """What may be said of a run with so many clients a round, or in the mean of rounds."""
         least = self.least(size)
+        stay, most = f"of {size} clients a round {least}", f"up to {least - 1} clients"
+        if in_the_mean:
+            stay, most = f"of a round's clients, {size} in the mean, {self.threshold:.0%}", "fewer clients than that"
         return (
-            f"secure sums, simulated: of {size} clients a round {least} must stay to the end; a server that keeps to the "
-            f"protocol, and up to {least - 1} clients that tell it all they know, learn of the others' updates and weights no "
-            "more than their sum; not covered: who lies or changes messages, what the sum itself says, and whoever knows the "
-            "seed, of which all keys are made here; records name clients, their examples and losses, which the protocol does "
-            "not send"
+            f"secure sums, simulated: {stay} must stay to the end; a server that keeps to the protocol, and {most} that tell "
+            "it all they know, learn of the others' updates and weights no more than their sum; not covered: who lies or "
+            "changes messages, what the sum itself says, and whoever knows the seed, of which all keys are made here; "
+            "records name clients, their examples and losses, which the protocol does not send"
         )
 
 
