@@ -83,6 +83,8 @@ def test_only_takes_a_part_by_whole_or_shortened_key(write: Write) -> None:
     file = write({"data.num_clients": {"values": [1, 2, 4]}, "seed": {"values": [0, 1]}})
     assert len(grid.read(file, ["num_clients=2"]).cells) == 2
     assert len(grid.read(file, ["data.num_clients=2", "seed=1"]).cells) == 1
+    some = grid.read(file, ["num_clients=1", "num_clients=4", "seed=1"]).cells  # several values of a key
+    assert [(cell.varied["data.num_clients"], cell.varied["seed"]) for cell in some] == [(1, 1), (4, 1)]
     rates = write({"model.learning_rate": {"values": [0.001, 2.0e-5]}, "model.freeze_embeddings": {"values": [True, False]}})
     assert len(grid.read(rates, ["learning_rate=1e-3", "freeze_embeddings=true"]).cells) == 1
 

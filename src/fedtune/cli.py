@@ -130,7 +130,13 @@ def _fill_sweep(found: Parser) -> None:
     found.add_argument("file", type=str, help=what)
     found.add_argument("--runs_dir", type=str, default="runs/sweep", help="directory of the runs")
     found.add_argument("--workers", type=int, default=1, help="processes; threads, and GPUs, are divided among them")
-    found.add_argument("--only", type=str, action="append", default=[], help="take a part of the grid: key=value, repeatable")
+    found.add_argument(
+        "--only",
+        type=str,
+        action="append",
+        default=[],
+        help="take a part of the grid: key=value; again: another key, or one more value",
+    )
     found.add_argument(
         "--dry_run", "--dry-run", action="store_true", help="print the grid and an estimate of the time, run nothing"
     )

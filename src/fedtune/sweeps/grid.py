@@ -71,7 +71,8 @@ def read(file: str | Path | Mapping[str, Any], only: Sequence[str] = (), imports
             has `value`, `values`, a `distribution` with its bounds, or `parameters` of its own; dotted names are the same as
             nested ones. `seed` sets all three seeds. Flags in `command` hold for each run. `workers_per_run` is our own key.
             Or its content; or `fedtune:NAME`, a file that comes with fedtune.
-        only: "key=value" each; cells without that value are left out. The key may be shortened to its last part.
+        only: "key=value" each; cells without that value, or one of several of a key, are left out. The key may be shortened to
+            its last part.
         imports: modules of one's own that each run imports.
 
     Raises:
@@ -246,14 +247,15 @@ def _draws(content: Mapping[str, Any], parameters: Mapping[str, Mapping[str, Any
 
 
 def _taken(values: Mapping[str, Any], only: Sequence[str]) -> bool:
+    taken: dict[str, bool] = {}  # by key, of which there may be several values
     for condition in only:
         key, separator, wanted = condition.partition("=")
         keys = [name for name in values if name == key or name.endswith(f".{key}")]
         if not separator or not keys:
             raise UsageError("--only", condition, f"key=value, with a key of the file: {', '.join(values)}")
-        if all(wanted != str(values[name]) and parse_or_text(wanted) != values[name] for name in keys):
-            return False
-    return True
+        has_it = any(wanted == str(values[name]) or parse_or_text(wanted) == values[name] for name in keys)
+        taken[key] = taken.get(key, False) or has_it
+    return all(taken.values())
 
 
 def _none_taken(parameters: Mapping[str, Mapping[str, Any]], only: Sequence[str]) -> UsageError:
