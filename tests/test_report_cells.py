@@ -110,6 +110,16 @@ def test_the_best_rate_of_a_cell_is_chosen_on_the_validation_part_and_its_baseli
     assert text.index("| 0.0003 |") < text.index("### Best learning rate")  # every rate is in the other tables
 
 
+def test_a_rate_is_not_the_best_because_it_has_the_easier_seeds(tmp_path: Path) -> None:
+    write_all(tmp_path / "few", grid(rate=(3e-4,), seed=(0,)))
+    write_all(tmp_path / "all", grid(rate=(1e-3,), seed=(0, 1, 2)))
+    rounds = fedtune.read_runs(tmp_path)
+    rounds.loc[rounds.seed == 0, "score"] += 0.5
+    scores = fedtune.compare(rounds).set_index("model.learning_rate").score
+    assert scores[3e-4] > scores[1e-3]
+    assert tuned(rounds)["model.learning_rate"].tolist() == [1e-3]
+
+
 def test_nothing_is_chosen_on_the_test_part(tmp_path: Path) -> None:
     settings_ = ((("loop.evaluate_on", "test"),),)
     write_all(tmp_path, grid(rate=RATES, seed=(0,), settings=settings_))
@@ -252,6 +262,21 @@ def test_the_pictures_of_the_first_results_show_what_their_spreadsheets_say(monk
                 assert line.get_ydata().tolist() == here["test.accuracy"].tolist()
                 assert line.get_xdata() == pytest.approx(here.clients.to_numpy(), rel=0.07)
         assert len(figure.axes[0].lines) == 3
+
+
+def test_the_picture_of_privacy_shows_what_its_spreadsheet_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = runpy.run_path(str(EXPERIMENTS / "privacy" / "draw.py"))
+    drawn: list[Figure] = []
+    monkeypatch.setitem(script["draw"].__globals__, "save", lambda figure, *_, **__: drawn.append(figure))
+    file = EXPERIMENTS / "privacy" / "authors.csv"
+    script["draw"](file, Path())
+    cells, (panel,) = script["tuned"](read_cells(file)), drawn.pop().axes
+    assert len(cells) == 2 * (len(script["SETTINGS"]) + 1)  # a rate for each algorithm and setting
+    assert [line.get_label() for line in panel.lines[:-1]] == ["FFA-LoRA", "LoRA (FedIT)"]
+    for line in panel.lines[:-1]:
+        here = cells[cells.algorithm == line.get_label()]
+        assert here.place.tolist() == list(range(len(here)))
+        assert line.get_ydata().tolist() == here["test.accuracy"].tolist()
 
 
 def test_made_up_runs_are_read_as_real_ones(tmp_path: Path) -> None:

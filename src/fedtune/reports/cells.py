@@ -56,9 +56,9 @@ def compare(rounds: DataFrame) -> DataFrame:
 def tuned(rounds: DataFrame) -> DataFrame:
     """As `compare`, but of runs that differ in learning rates alone those with the best one, as Reddi et al. 2021 compare.
 
-    The rate of a cell is the one whose mean score over seeds is best on the validation part. Its baselines (with one client,
-    centralised) are tuned alike: each has the rate that is best by its own score on the validation part. Clients alone are
-    evaluated on the test part only; theirs is the cell's rate.
+    The rate of a cell is the one whose mean score is best on the validation part, over the seeds that all rates have. Its
+    baselines (with one client, centralised) are tuned alike: each has the rate that is best by its own score on the
+    validation part. Clients alone are evaluated on the test part only; theirs is the cell's rate.
 
     Returns:
         columns as of `compare`, and `baseline_rate` and `centralised_rate` (learning rates as text); no row where no
@@ -86,14 +86,18 @@ def tuned(rounds: DataFrame) -> DataFrame:
 
 
 def _best(runs: DataFrame, chosen: Sequence[str], name: str) -> DataFrame | None:
-    """Those runs of a cell with the learning rates whose mean over seeds is best; None where nothing is known."""
-    by_rate = runs.groupby(list(chosen), sort=False, dropna=False)
-    means = by_rate[name].transform("mean")
-    if not means.notna().any():
+    """Those runs of a cell with the learning rates whose mean over seeds is best; None where nothing is known.
+
+    The seeds that all rates have are compared, as one seed may be easier than another; where there are none, all.
+    """
+    number = runs.groupby(list(chosen), sort=False, dropna=False).ngroup()
+    known = runs[runs[name].notna()]
+    if not len(known):
         return None
-    place = means.idxmax() if runs["mode"].iloc[0] == "max" else means.idxmin()
-    number = by_rate.ngroup()
-    return runs[number == number[place]]
+    of_seed = number[known.index].groupby(known.seed).nunique()
+    common = known.seed.isin(of_seed.index[of_seed == number[known.index].nunique()])
+    means = (known[common] if common.any() else known).groupby(number)[name].mean()
+    return runs[number == (means.idxmax() if runs["mode"].iloc[0] == "max" else means.idxmin())]
 
 
 def _beside(best: DataFrame, others: DataFrame | None, chosen: Sequence[str], rate: str, columns: Sequence[str]) -> DataFrame:

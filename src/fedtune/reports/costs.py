@@ -25,9 +25,9 @@ _PANELS, _ACROSS, _SAME = 60, 3, 1.01  # panels in one picture, and in a row; by
 def plot_costs(cells: DataFrame, path: str | Path, also: Sequence[str] = ()) -> list[Path]:
     """Draw the score against the bytes that a client sends up in a round: a panel a model, split and number of clients.
 
-    A point is a cell, its bar goes from the least to the greatest over seeds. Of cells that differ in learning rates alone the
-    best on the validation part is drawn. The score is that of the test part where all cells of a task have it. A task has a
-    picture where cells of a panel send different numbers of bytes.
+    A point is a cell, its bar goes from the least to the greatest over seeds. Of cells that differ in learning rates alone
+    the best on the validation part, of those with the most seeds, is drawn. The score is that of the test part where all
+    cells of a task have it. A task has a picture where cells of a panel send different numbers of bytes.
 
     Args:
         cells: as from `compare`.
@@ -73,9 +73,10 @@ def _drawn(cells: DataFrame, task: str) -> Figure | None:
 
 
 def _best(cells: DataFrame, chosen: Sequence[str]) -> DataFrame:
-    """Of cells that differ in the chosen settings alone those with the best score."""
+    """Of cells that differ in the chosen settings alone those with the best score, among those with the most seeds."""
     keys = [*CELL, *(name for name in settings(cells) if name not in chosen), "monitor", "mode", "part"]
     groups = [group for _, group in cells[cells.score.notna()].groupby(keys, sort=False, dropna=False)]
+    groups = [group[group.seeds == group.seeds.max()] for group in groups]
     best = [group.score.idxmax() if group["mode"].iloc[0] == "max" else group.score.idxmin() for group in groups]
     return cells.loc[best]
 

@@ -92,8 +92,8 @@ def tables_of(cells: DataFrame, best: DataFrame) -> Iterator[Table]:
 
 _ROUNDS = f" Rounds to a share of the baseline's: mean over seeds, {_NONE} where one did not get there, or the baseline is no "
 _ROUNDS += "better than chance. The baseline has one client, else it is centralised."
-_BEST = "Of each cell the learning rate whose mean over seeds is best on the part named above; baselines alike, each with a "
-_BEST += "rate of its own (Reddi et al. 2021). The other tables have every rate. "
+_BEST = "Of each cell the learning rate that is best on the part named above, over the seeds that all rates have; baselines "
+_BEST += "alike, each with a rate of its own (Reddi et al. 2021). The other tables have every rate. "
 
 
 def _range(cells: Sequence[Row]) -> str:
