@@ -265,7 +265,7 @@ def test_the_pictures_of_the_first_results_show_what_their_spreadsheets_say(monk
 
 
 def test_the_picture_of_privacy_shows_what_its_spreadsheet_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    script = runpy.run_path(str(EXPERIMENTS / "privacy" / "draw.py"))
+    script = runpy.run_path(str(EXPERIMENTS / "privacy" / "picture.py"))
     drawn: list[Figure] = []
     monkeypatch.setitem(script["draw"].__globals__, "save", lambda figure, *_, **__: drawn.append(figure))
     file = EXPERIMENTS / "privacy" / "authors.csv"

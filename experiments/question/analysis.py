@@ -12,7 +12,23 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from laws import PAPER, RECORDS, SPEED, SQUARE, Fit, Run, dosed, effects, is_head, law, log_of, read, speed_needed
+from laws import (
+    FACTORS,
+    PAPER,
+    RECORDS,
+    SPEED,
+    SQUARE,
+    Fit,
+    Run,
+    dosed,
+    effects,
+    is_head,
+    law,
+    log_of,
+    of_factor,
+    read,
+    speed_needed,
+)
 
 
 def table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -139,6 +155,14 @@ def screening(runs: Sequence[Run]) -> None:
         ]
         left = sum(run["left"] is not None for run in own)
         table(f"Screening: {task}, {len(own)} runs, {left} left chance", rows)
+    factors = {name: of_factor(name) for name in FACTORS}
+    whole = Fit(runs, {"authors": lambda run: run["task"] == "authors", **factors})
+    rows = [{"what": "T of authors over that of spooky_author", "found": whole.said("authors", power=True)}]
+    for name, adamw in (("SGD", False), ("AdamW", True)):
+        own = [run for run in runs if FACTORS["AdamW"](run) == adamw]
+        fit = Fit(own, {name: factors[name] for name in ("gamma 2", "dropout 0.1")})
+        rows.append({"what": f"T with gamma 2 over that with gamma 1, {name}", "found": fit.said("gamma 2", power=True)})
+    table("Screening: both tasks", rows)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Draws this page's picture from the spreadsheet beside it: accuracy by how many clients hide in the mean, and by epsilon.
 
-Run it with `python experiments/privacy/draw.py`.
+Run it with `python experiments/privacy/picture.py`.
 """
 
 from __future__ import annotations
