@@ -107,8 +107,9 @@ class Fit:
             return "not known: all runs are alike in this"
         low, value, high = (self.value[name] + sign * self.half[name] for sign in (-1, 0, 1))
         if power:
-            low, value, high = math.exp(low), math.exp(value), math.exp(high)
-        return f"{value:.2f} ({low:.2f} to {high:.2f})" if np.isfinite(self.half[name]) else "not known: none of them left"
+            with np.errstate(over="ignore"):
+                low, value, high = np.exp((low, value, high))
+        return f"{value:.2f} ({low:.2f} to {high:.2f})" if np.isfinite(high) else "not known: too few of them left"
 
 
 def _student(freedom: int) -> float:
