@@ -69,6 +69,11 @@ def test_a_law_is_found_in_runs_of_which_some_did_not_end(laws: Any) -> None:
     assert plain < fit.value["dose"] - 0.02  # what leaves them out is too flat
 
 
+def test_as_many_coefficients_as_runs_have_no_interval(laws: Any) -> None:
+    runs = [{"many": many, "left": left, "last": 90.0} for many, left in ((0, 48.0), (1, 49.0))]
+    assert laws.Fit(runs, {"many": lambda run: run["many"]}).said("many", power=True) == "1.02 (too few runs for an interval)"
+
+
 def test_leaving_chance_is_read_from_a_curve(laws: Any, tmp_path: Path) -> None:
     guess = math.log(3)
     losses, accuracies = [guess, guess - 0.02, guess - 0.07, guess - 0.2], [0.40, 0.50, 0.42, 0.55]

@@ -69,7 +69,7 @@ class Fit:
     Args:
         runs: each with `left` (T, or None) and `last`.
         columns: name -> the value of a run; a constant is added, and what is the same for all runs is left out.
-        response: what is fitted; steps, or another unit such as rounds by a divisor.
+        unit: steps of a client in the unit that T is fitted in; 1 for steps themselves, those of a round for rounds.
     """
 
     def __init__(
@@ -99,6 +99,7 @@ class Fit:
         names = ["constant", *columns]
         self.value = dict(zip(names, found.x, strict=False))
         self.half = {name: 1.96 * wider * width for name, width in zip(names, spread, strict=False)}
+        self.saturated = len(runs) <= x.shape[1]  # as many coefficients as runs: nothing is left to tell an interval from
         self.sigma, self.runs, self.seen = math.exp(found.x[-1]) * math.sqrt(len(runs) / freedom), len(runs), int(seen.sum())
 
     def said(self, name: str, power: bool = False) -> str:
@@ -109,6 +110,8 @@ class Fit:
         if power:
             with np.errstate(over="ignore"):
                 low, value, high = np.exp((low, value, high))
+        if self.saturated and np.isfinite(high):
+            return f"{value:.2f} (too few runs for an interval)"
         return f"{value:.2f} ({low:.2f} to {high:.2f})" if np.isfinite(high) else "not known: too few of them left"
 
 
