@@ -70,6 +70,12 @@ def test_twice_the_features_are_four_times_the_speed_of_the_last_layer(module: A
     assert scaled.square == pytest.approx(4 * plain.square, rel=1e-4)
 
 
+def test_texts_of_one_class_have_no_speed(module: Any, batch: dict[str, torch.Tensor]) -> None:
+    alike = batch | {"labels": torch.zeros_like(batch["labels"])}
+    with pytest.raises(UsageError, match="batches: got '24 texts of one class'; allowed: texts of two classes or more"):
+        features(module, [alike, alike])
+
+
 def test_moments_are_those_of_what_the_last_layer_reads(module: Any, batch: dict[str, torch.Tensor]) -> None:
     found = features(module, [batch, {name: value[:8] for name, value in batch.items()}])
     module.eval()

@@ -40,6 +40,7 @@ def laws() -> Any:
 
 def test_every_run_has_a_name_of_its_own(study: Any) -> None:
     cells = [cell for part in study.PARTS.values() for cell in part()]
+    assert {cell.part for cell in cells} == set(study.PARTS)
     assert len({cell.name for cell in cells}) == len(set(cells)) == len(cells)
     assert {cell.seed for cell in cells} == {0, 1}
     own = [(cell.client_steps, study.STEPS // cell.clients) for cell in cells]  # of a round, and of an epoch
@@ -122,3 +123,23 @@ def test_the_speed_that_a_budget_needs_is_the_laws(laws: Any) -> None:
     assert low < value < high
     assert (high / low) ** (0.6 / 2 / 1.96) == pytest.approx(math.exp(0.1), rel=0.05)  # one model from another
     assert less < value
+
+
+def test_runs_are_compared_with_a_law_of_other_runs(laws: Any) -> None:
+    runs = [
+        {"head": head, "gamma": gamma, "rate": rate, "left": 0.3 / rate * (gamma**2 * laws.SPEED[head]) ** -0.6, "last": 1e9}
+        for head, gamma, rate in itertools.product(laws.SPEED, (0.5, 2.0), (0.01, 0.1))
+    ]
+    fit = laws.law(runs)
+    assert fit.value["log size"] == pytest.approx(-0.6, abs=1e-3)
+    later = [run | {"left": run["left"] * factor} for run, factor in zip(runs, itertools.cycle((1.2, 1.4)), strict=False)]
+    off = laws.by_the_law(later, fit)
+    assert math.exp(off.value["constant"]) == pytest.approx(math.sqrt(1.2 * 1.4), rel=1e-3)
+    assert off.seen == off.runs == 24
+
+
+def test_an_epoch_of_many_clients_has_few_steps(laws: Any) -> None:
+    runs = [{"clients": clients, "left": 48.0 + extra, "last": 90.0} for clients in (1, 4, 16, 32) for extra in (-1, 1)]
+    fit = laws.epochs(runs, {"log K": laws.log_of("clients")})
+    assert fit.value["log K"] == pytest.approx(1, abs=1e-3)
+    assert math.exp(fit.value["constant"]) == pytest.approx(48 / 64, rel=1e-2)

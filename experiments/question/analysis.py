@@ -14,14 +14,17 @@ from typing import Any
 
 from laws import (
     FACTORS,
+    LAST,
     PAPER,
     RECORDS,
     SPEED,
     SQUARE,
     Fit,
     Run,
+    by_the_law,
     dosed,
     effects,
+    epochs,
     is_head,
     law,
     log_of,
@@ -101,7 +104,7 @@ def clients(runs: Sequence[Run]) -> None:
     """Many clients."""
     many = [run for run in runs if run["steps"] is None]
     head = {"distilbert": is_head("distilbert")}
-    rounds = Fit(many, {"log K": log_of("clients"), **head}, unit=lambda run: run["client_steps"])
+    rounds = epochs(many, {"log K": log_of("clients"), **head})
     steps = Fit(many, {"log K": log_of("clients"), **head})
     rows = [{"what": "slope of log round on log K, an epoch a round", "found": rounds.said("log K")},
             {"what": "slope of log T (steps of a client) on log K", "found": steps.said("log K")},
@@ -116,6 +119,72 @@ def clients(runs: Sequence[Run]) -> None:
             }
         )
     table("Clients", rows)
+
+
+def together(runs: Sequence[Run]) -> None:
+    """All runs of plain SGD on Spooky: the round of leaving chance with an epoch a round."""
+    names = {"log K": "clients", "log rate": "rate", "log gamma": "gamma", "log speed of the head": "speed"}
+    columns = {name: log_of(setting) for name, setting in names.items()}
+    whole = epochs(runs, columns)
+    rows: list[dict[str, Any]] = [
+        {"slope of log round on": name, "found": whole.said(name), "decades": _decades(runs, column), "deviation": whole.sigma}
+        for name, column in columns.items()
+    ]
+    clients, rate, gamma, speed = columns.values()
+    combined: dict[str, Callable[[Run], float]] = {
+        "log (K / (rate x gamma squared x speed))": lambda run: clients(run) - rate(run) - 2 * gamma(run) - speed(run),
+        "log (K / (rate x gamma x root of speed))": lambda run: clients(run) - rate(run) - gamma(run) - speed(run) / 2,
+    }
+    for name, column in combined.items():
+        fit = epochs(runs, {name: column})
+        rows.append(
+            {
+                "slope of log round on": f"{name}, alone",
+                "found": fit.said(name),
+                "decades": _decades(runs, column),
+                "deviation": fit.sigma,
+            }
+        )
+    table(f"All runs of plain SGD together: {whole.runs} ({whole.seen} left chance)", rows)
+
+
+def _decades(runs: Sequence[Run], column: Callable[[Run], float]) -> float:
+    values = [column(run) for run in runs]
+    return (max(values) - min(values)) / math.log(10)
+
+
+def last_layer(runs: Sequence[Run]) -> None:
+    """Only the last layer learns."""
+    scaled = Fit(runs, {"log gamma": log_of("gamma"), "distilbert": is_head("distilbert")})
+    own = [run | {name: run[name] and run[name] * run["rate"] * LAST[run["head"]] for name in ("left", "last")} for run in runs]
+    heads = Fit(own, {"log gamma": log_of("gamma"), "distilbert": is_head("distilbert")})
+    name = "rate x speed of the last layer x T, distilbert over none"
+    rows = [
+        {
+            "what": "slope of log T on log gamma",
+            "found": scaled.said("log gamma"),
+            "runs (left)": f"{scaled.runs} ({scaled.seen})",
+        },
+        {"what": name, "found": heads.said("distilbert", power=True), "runs (left)": f"{heads.runs} ({heads.seen})"},
+    ]
+    table("Only the last layer learns", rows)
+
+
+def fast(runs: Sequence[Run], before: Sequence[Run]) -> None:
+    """Speeds above those that the law was fitted to."""
+    rows = []
+    fit = law([run for run in before if run["seed"] == 0])
+    for head in ("none", "orthogonal", None):
+        own = [run for run in runs if head in (None, run["head"])]
+        off = by_the_law(own, fit)
+        rows.append(
+            {
+                "head": head or "both",
+                "T over the law's": off.said("constant", power=True),
+                "runs (left)": f"{off.runs} ({off.seen})",
+            }
+        )
+    table("Speeds of 0.4 to 1.9", rows)
 
 
 def remedies(runs: Sequence[Run]) -> None:
@@ -170,12 +239,25 @@ def screening(runs: Sequence[Run]) -> None:
 
 def main() -> None:
     runs = read(Path(sys.argv[1]) if len(sys.argv) > 1 else RECORDS)
-    for name, what in (("dose", dose), ("clients", clients), ("remedies", remedies), ("screening", screening)):
-        part = [run for run in runs if run["part"] == name]
-        if part:
-            what(part)
-        if part and name == "dose":
-            prediction(part)
+    parts: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        parts[run["part"]].append(run)
+    for name, what in (
+        ("dose", dose),
+        ("dose", prediction),
+        ("clients", clients),
+        ("remedies", remedies),
+        ("screening", screening),
+    ):
+        if parts[name]:
+            what(parts[name])
+    if parts["dose"] and parts["clients"]:
+        plain = [run for run in parts["remedies"] if run["optimizer"] == "sgd" and not run["probe"]]
+        together([*parts["dose"], *parts["clients"], *plain, *parts["fast"]])
+    if parts["last_layer"]:
+        last_layer(parts["last_layer"])
+    if parts["fast"] and parts["dose"]:
+        fast(parts["fast"], parts["dose"])
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ RECORDS = Path(__file__).parent / "records.jsonl"
 MARGIN, NATS = 0.05, 0.05  # of accuracy above the majority class; of loss below guessing the frequencies
 SQUARE = {"pooler": 1.57, "tanh": 7.60, "relu": 4.04, "none": 53.4, "distilbert": 3.96, "orthogonal": 52.3}
 SPEED = {"pooler": 0.0127, "tanh": 0.0260, "relu": 0.0141, "none": 0.121, "distilbert": 0.0120, "orthogonal": 0.103}
+LAST = {"none": 0.0548, "distilbert": 0.0029}  # of SPEED, the last layer's
 PAPER = 100 * 2 * (25_000 // 32) * 2e-5  # rate x steps of one client that has all of IMDB
 Run = dict[str, Any]
 
@@ -133,15 +134,18 @@ def _curvature(function: Callable[[np.ndarray], float], at: np.ndarray, step: fl
 
 
 def is_head(head: str) -> Callable[[Run], float]:
+    """A column: 1 for the runs of a head, 0 for others."""
     return lambda run: float(run["head"] == head)
 
 
 def of_factor(name: str) -> Callable[[Run], float]:
+    """A column: 1 where a factor of the screening is at its second level, else 0."""
     return lambda run: float(FACTORS[name](run))
 
 
 def log_of(name: str) -> Callable[[Run], float]:
-    return lambda run: math.log(run[name])
+    """A column: the log of a setting; that of `speed` is of the head's own, with gamma 1."""
+    return lambda run: math.log(SPEED[run["head"]] if name == "speed" else run[name])
 
 
 def _size(size: Mapping[str, float]) -> Callable[[Run], float]:
@@ -156,6 +160,20 @@ def dosed(run: Run) -> Run:
 def law(runs: Sequence[Run], size: Mapping[str, float] = SPEED) -> Fit:
     """Rate x T as a power of gamma squared times the size of a head; the columns are `constant` and `log size`."""
     return Fit([dosed(run) for run in runs], {"log size": _size(size)})
+
+
+def epochs(runs: Sequence[Run], columns: Mapping[str, Callable[[Run], float]]) -> Fit:
+    """Epochs of a client's texts until it leaves chance; with one epoch a round these are rounds."""
+    return Fit(runs, columns, unit=lambda run: 64 / run["clients"])
+
+
+def by_the_law(runs: Sequence[Run], fit: Fit) -> Fit:
+    """What T is a multiple of, where a law of other runs gives 1: the constant is the log of the mean."""
+    own = []
+    for run in map(dosed, runs):
+        given = math.exp(fit.value["constant"] + fit.value["log size"] * _size(SPEED)(run))
+        own.append(run | {"left": run["left"] and run["left"] / given, "last": run["last"] / given})
+    return Fit(own, {})
 
 
 def speed_needed(fit: Fit, doses: Sequence[float]) -> np.ndarray:

@@ -53,7 +53,7 @@ def features(module: Any, batches: Iterable[dict[str, Tensor]]) -> Features:
             compared: the product of gradients of different texts is free of the noise that is in the square of one gradient.
 
     Raises:
-        UsageError: no classifier with a linear last layer; fewer than two batches.
+        UsageError: no classifier with a linear last layer; fewer than two batches; texts of one class.
     """
     found, last = list(batches), _last_layer(module)
     if len(found) < 2:
@@ -71,6 +71,8 @@ def features(module: Any, batches: Iterable[dict[str, Tensor]]) -> Features:
     phi_nH = torch.cat(kept)
     order_n = torch.cat([batch["labels"] for start in (0, 1) for batch in found[start::2]])
     residual = 1 - float((torch.bincount(order_n) / len(order_n)).square().sum())
+    if residual == 0:
+        raise UsageError("batches", f"{len(order_n)} texts of one class", "texts of two classes or more")
     speed = dict.fromkeys((LAST, HEAD, ENCODER, EMBEDDINGS), 0.0)
     for name, one in halves[0].items():
         speed[_part(module, name, last)] += float((one * halves[1][name]).sum()) / residual
