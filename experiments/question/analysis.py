@@ -12,26 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from laws import (
-    FACTORS,
-    LAST,
-    PAPER,
-    RECORDS,
-    SPEED,
-    SQUARE,
-    Fit,
-    Run,
-    by_the_law,
-    dosed,
-    effects,
-    epochs,
-    is_head,
-    law,
-    log_of,
-    of_factor,
-    read,
-    speed_needed,
-)
+from fits import FACTORS, Fit, effects, of_factor
+from laws import PAPER, Growth, Power, against
+from records import NATS, RECORDS, Column, Run, dosed, in_epochs, is_head, log_of, read, scaled
+
+BOTH = {"distilbert": is_head("distilbert")}
 
 
 def table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -50,74 +35,102 @@ def table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
+def _row(what: str, fit: Fit, name: str, power: bool = False) -> dict[str, Any]:
+    return {"what": what, "found": fit.said(name, power), "runs (left)": f"{fit.runs} ({fit.seen})"}
+
+
 def dose(runs: Sequence[Run]) -> None:
     """Rate, head and scale."""
-    rows: list[dict[str, Any]] = []
-
-    def add(
-        what: str, chosen: Sequence[Run], name: str, columns: Mapping[str, Callable[[Run], float]], power: bool = False
-    ) -> None:
-        fit = Fit(chosen, columns)
-        rows.append({"what": what, "found": fit.said(name, power), "runs (left)": f"{fit.runs} ({fit.seen})"})
-
     main = [run for run in runs if run["gamma"] == 1]
     natural = [run for run in main if run["head"] in ("pooler", "distilbert")]
-    both = {"distilbert": is_head("distilbert")}
-    add("slope of log T on log rate", natural, "log rate", {"log rate": log_of("rate"), **both})
-    add("T of distilbert over that of pooler", natural, "distilbert", {"log rate": log_of("rate"), **both}, power=True)
-    for head in ("tanh", "relu", "none", "orthogonal"):
+    by_rate = Fit(natural, {"log rate": log_of("rate"), **BOTH})
+    rows = [
+        _row("slope of log T on log rate", by_rate, "log rate"),
+        _row("T of distilbert over that of pooler", by_rate, "distilbert", power=True),
+    ]
+    for head in ("tanh", "relu", "none", "orthogonal", "trained", "saturated"):
         chosen = [dosed(run) for run in main if run["head"] in ("pooler", head)]
-        add(f"rate x T of {head} over that of pooler", chosen, head, {head: is_head(head)}, power=True)
+        rows.append(_row(f"rate x T of {head} over that of pooler", Fit(chosen, {head: is_head(head)}), head, power=True))
     heads = [run for run in runs if run["head"] in ("pooler", "distilbert")]
+    scale = {"log gamma": log_of("gamma"), **BOTH}
     same = [run for run in heads if run["rate"] == 0.05]
-    add("slope of log T on log gamma, the rate as it is", same, "log gamma", {"log gamma": log_of("gamma"), **both})
     moved = [run for run in heads if math.isclose(run["rate"] * run["gamma"] ** 2, 0.05)]
-    add("the same, rate x gamma squared as it is", moved, "log gamma", {"log gamma": log_of("gamma"), **both})
-    table("Dose: one client", rows)
-    laws = []
-    for name, size in (("A: mean square", SQUARE), ("B: speed", SPEED)):
-        free = law(runs, size)
-        laws.append(
-            {
-                "size": name,
-                "slope of log (rate x T) on log (gamma squared x size)": free.said("log size"),
-                "predicted": "-1",
-                "deviation of log T": free.sigma,
-                "runs (left)": f"{free.runs} ({free.seen})",
-            }
-        )
-    table("Two laws over all runs", laws)
+    rows.append(_row("slope of log T on log gamma, the rate as it is", Fit(same, scale), "log gamma"))
+    rows.append(_row("the same, rate x gamma squared as it is", Fit(moved, scale), "log gamma"))
+    table("One client: rate, head, scale", rows)
 
 
-def prediction(runs: Sequence[Run]) -> None:
+def laws(parts: Mapping[str, Sequence[Run]]) -> None:
+    """What a head brings, and rate x T."""
+    known = parts["dose"]
+    power, growth = Power(known), Growth(known)
+    found: dict[str, tuple[Power | Growth, str]] = {
+        "(gamma squared x mean square)^b": (square := Power(known, "square"), f"b {square.fit.said('log size')}"),
+        "(gamma squared x speed)^b": (power, f"b {power.fit.said('log size')}"),
+        "growth": (growth, f"k {growth.k:.2f}"),
+    }
+    others = ("fast", "started", "last_layer")
+    rows = []
+    for name, (law, fitted) in found.items():
+        off = {
+            f"T over the law's, {part}": against(parts[part], law).said("constant", power=True)
+            if parts[part] and (law is growth or part != "last_layer")
+            else None
+            for part in others
+        }
+        rows.append({"law": name, "fitted": fitted, "deviation of log T": law.sigma, **off})
+    table(f"Laws, fitted to {len(known)} runs of one client", rows)
+    new = [run for part in others for run in parts[part]]
+    names = ("part", "head", "gamma", "rate", "seed")
+    rows = [
+        {name: run[name] for name in names}
+        | {
+            "T": run["left"] or f"> {run['last']}",
+            "by the power law": None if run["part"] == "last_layer" else power.dose(run) / run["rate"],
+            "by growth": growth.dose(run) / run["rate"],
+        }
+        for run in sorted(new, key=lambda run: (run["part"], run["head"], run["gamma"], -run["rate"], run["seed"]))
+    ]
+    table("Runs that no law was fitted to", rows)
+
+
+def needed(runs: Sequence[Run]) -> None:
     """The paper's cell: which speed a model needs to leave chance within 100 rounds."""
     counts = (1, 2, 4, 8, 16, 32)
     doses = [PAPER / count for count in counts]
+    power, growth = Power(runs).speed_needed(doses), Growth(runs).speed_needed(doses)
     rows = [
-        {"clients": count, "rate x steps of a client": dose, "speed needed": f"{value:.2g} ({low:.2g} to {high:.2g})"}
-        for count, dose, (value, low, high) in zip(counts, doses, speed_needed(law(runs), doses), strict=True)
+        {"clients": count, "rate x steps of a client": dose, "by growth": _said(*one), "by the power law": _said(*other)}
+        for count, dose, one, other in zip(counts, doses, growth, power, strict=True)
     ]
-    table("What the paper's protocol needs: IMDB, 100 rounds of two epochs, batches of 32, rate 2e-5", rows)
+    table("Speed needed in the paper's cell: IMDB, 100 rounds of two epochs, batches of 32, rate 2e-5", rows)
 
 
-def clients(runs: Sequence[Run]) -> None:
+def _said(value: float, low: float, high: float) -> str:
+    return f"{value:.2g} ({low:.2g} to {high:.2g})"
+
+
+def alone(runs: Sequence[Run]) -> list[Run]:
+    """One client with eight steps a round at the rate of the runs with many."""
+    return [
+        run
+        for run in runs
+        if (run["rate"], run["gamma"], run["steps"]) == (0.05, 1, 8) and run["head"] in ("pooler", "distilbert")
+    ]
+
+
+def clients(one: Sequence[Run], runs: Sequence[Run]) -> None:
     """Many clients."""
-    many = [run for run in runs if run["steps"] is None]
-    head = {"distilbert": is_head("distilbert")}
-    rounds = epochs(many, {"log K": log_of("clients"), **head})
-    steps = Fit(many, {"log K": log_of("clients"), **head})
-    rows = [{"what": "slope of log round on log K, an epoch a round", "found": rounds.said("log K")},
-            {"what": "slope of log T (steps of a client) on log K", "found": steps.said("log K")},
-            {"what": "T of distilbert over that of pooler", "found": steps.said("distilbert", power=True)}]  # fmt: skip
+    many = [*one, *(run for run in runs if run["steps"] is None)]
+    columns = {"log K": log_of("clients"), **BOTH}
+    steps = Fit(many, columns)
+    rows = [
+        _row("slope of log T (steps of a client) on log K, 1 to 32 clients", steps, "log K"),
+        _row("T of distilbert over that of pooler", steps, "distilbert", power=True),
+    ]
     two = [run for run in runs if run["client_steps"] == 2]
-    if {run["clients"] for run in two} == {1, 32}:
-        averaging = Fit(two, {"32 clients": lambda run: run["clients"] == 32, **head})
-        rows.append(
-            {
-                "what": "T with 32 clients over that of one client, two steps a round",
-                "found": averaging.said("32 clients", power=True),
-            }
-        )
+    averaging = Fit(two, {"32 clients": lambda run: run["clients"] == 32, **BOTH})
+    rows.append(_row("T with 32 clients over that of one client, two steps a round", averaging, "32 clients", power=True))
     table("Clients", rows)
 
 
@@ -125,66 +138,32 @@ def together(runs: Sequence[Run]) -> None:
     """All runs of plain SGD on Spooky: the round of leaving chance with an epoch a round."""
     names = {"log K": "clients", "log rate": "rate", "log gamma": "gamma", "log speed of the head": "speed"}
     columns = {name: log_of(setting) for name, setting in names.items()}
-    whole = epochs(runs, columns)
-    rows: list[dict[str, Any]] = [
-        {"slope of log round on": name, "found": whole.said(name), "decades": _decades(runs, column), "deviation": whole.sigma}
-        for name, column in columns.items()
-    ]
     clients, rate, gamma, speed = columns.values()
-    combined: dict[str, Callable[[Run], float]] = {
-        "log (K / (rate x gamma squared x speed))": lambda run: clients(run) - rate(run) - 2 * gamma(run) - speed(run),
-        "log (K / (rate x gamma x root of speed))": lambda run: clients(run) - rate(run) - gamma(run) - speed(run) / 2,
+    combined: dict[str, Column] = {
+        "log (K / (rate x gamma squared x speed)), alone": lambda run: clients(run) - rate(run) - 2 * gamma(run) - speed(run),
+        "log (K / (rate x gamma x root of speed)), alone": lambda run: clients(run) - rate(run) - gamma(run) - speed(run) / 2,
     }
-    for name, column in combined.items():
-        fit = epochs(runs, {name: column})
-        rows.append(
-            {
-                "slope of log round on": f"{name}, alone",
-                "found": fit.said(name),
-                "decades": _decades(runs, column),
-                "deviation": fit.sigma,
-            }
-        )
-    table(f"All runs of plain SGD together: {whole.runs} ({whole.seen} left chance)", rows)
-
-
-def _decades(runs: Sequence[Run], column: Callable[[Run], float]) -> float:
-    values = [column(run) for run in runs]
-    return (max(values) - min(values)) / math.log(10)
+    own = [in_epochs(run) for run in runs]
+    rows = []
+    for group in (columns, *({name: column} for name, column in combined.items())):
+        fit = Fit(own, group)
+        for name, column in group.items():
+            values = [column(run) for run in runs]
+            decades = (max(values) - min(values)) / math.log(10)
+            rows.append({"slope of log round on": name, "found": fit.said(name), "decades": decades, "deviation": fit.sigma})
+    seen = sum(run["left"] is not None for run in runs)
+    table(f"All runs of plain SGD in which everything learns: {len(runs)} ({seen} left chance)", rows)
 
 
 def last_layer(runs: Sequence[Run]) -> None:
     """Only the last layer learns."""
-    scaled = Fit(runs, {"log gamma": log_of("gamma"), "distilbert": is_head("distilbert")})
-    own = [run | {name: run[name] and run[name] * run["rate"] * LAST[run["head"]] for name in ("left", "last")} for run in runs]
-    heads = Fit(own, {"log gamma": log_of("gamma"), "distilbert": is_head("distilbert")})
-    name = "rate x speed of the last layer x T, distilbert over none"
+    columns = {"log gamma": log_of("gamma"), **BOTH}
+    own = [scaled(run, run["rate"] * run["last_speed"]) for run in runs]
     rows = [
-        {
-            "what": "slope of log T on log gamma",
-            "found": scaled.said("log gamma"),
-            "runs (left)": f"{scaled.runs} ({scaled.seen})",
-        },
-        {"what": name, "found": heads.said("distilbert", power=True), "runs (left)": f"{heads.runs} ({heads.seen})"},
+        _row("slope of log T on log gamma", Fit(runs, columns), "log gamma"),
+        _row("rate x speed of the last layer x T, distilbert over none", Fit(own, columns), "distilbert", power=True),
     ]
     table("Only the last layer learns", rows)
-
-
-def fast(runs: Sequence[Run], before: Sequence[Run]) -> None:
-    """Speeds above those that the law was fitted to."""
-    rows = []
-    fit = law([run for run in before if run["seed"] == 0])
-    for head in ("none", "orthogonal", None):
-        own = [run for run in runs if head in (None, run["head"])]
-        off = by_the_law(own, fit)
-        rows.append(
-            {
-                "head": head or "both",
-                "T over the law's": off.said("constant", power=True),
-                "runs (left)": f"{off.runs} ({off.seen})",
-            }
-        )
-    table("Speeds of 0.4 to 1.9", rows)
 
 
 def remedies(runs: Sequence[Run]) -> None:
@@ -197,67 +176,89 @@ def remedies(runs: Sequence[Run]) -> None:
     rows = [
         {
             "what": name,
-            "leaves chance at round": ", ".join(_round(run) for run in found),
+            "steps of a client": found[0]["last"],
+            "T": ", ".join("–" if run["left"] is None else f"{run['left']:.1f}" for run in found),
+            "T by accuracy": ", ".join(str(run["left_by_accuracy"] or "–") for run in found),
             "least loss, nats": ", ".join(f"{run['best_loss']:.3f}" for run in found),
             "accuracy there": ", ".join(f"{run['best_accuracy']:.3f}" for run in found),
         }
         for name, found in groups.items()
     ]
-    table("Remedies: DistilBERT, 32 clients, 12 epochs (a value a seed)", rows)
-
-
-def _round(run: Run) -> str:
-    return "–" if run["left"] is None else f"{run['left'] / run['client_steps']:.1f}"
+    table("Remedies: DistilBERT, 32 clients (a value a seed)", rows)
 
 
 def screening(runs: Sequence[Run]) -> None:
     """Main effects of the factorial."""
     for task in sorted({run["task"] for run in runs}):
         own = [run for run in runs if run["task"] == task]
+        fit, losses = effects(own)
         rows = [
             {
                 "factor": name,
-                "T by a factor of": times,
+                "T by a factor of": fit.said(name, power=True),
                 "least loss, nats, by": f"{value:+.3f} ({value - half:+.3f} to {value + half:+.3f})",
             }
-            for name, (times, value, half) in effects(own).items()
+            for name, (value, half) in losses.items()
         ]
         left = sum(run["left"] is not None for run in own)
         table(f"Screening: {task}, {len(own)} runs, {left} left chance", rows)
     factors = {name: of_factor(name) for name in FACTORS}
     mixed = [run for run in runs if run["shuffle"]]  # batches in the order of `authors` are of one author each
     whole = Fit(mixed, {"authors": lambda run: run["task"] == "authors", **factors})
-    rows = [{"what": "T of authors over that of spooky_author, shuffled", "found": whole.said("authors", power=True)}]
+    rows = [_row("T of authors over that of spooky_author, shuffled", whole, "authors", power=True)]
     for name, adamw in (("SGD", False), ("AdamW", True)):
         own = [run for run in runs if FACTORS["AdamW"](run) == adamw and run["task"] != "authors"]
         fit = Fit(own, {name: factors[name] for name in ("gamma 2", "dropout 0.1")})
-        rows.append(
-            {"what": f"T with gamma 2 over that with gamma 1, spooky_author, {name}", "found": fit.said("gamma 2", power=True)}
-        )
+        rows.append(_row(f"T with gamma 2 over that with gamma 1, spooky_author, {name}", fit, "gamma 2", power=True))
     table("Screening: comparisons", rows)
 
 
+def responses(path: Path) -> None:
+    """The same slopes where leaving chance is read in another way."""
+    ways: dict[str, tuple[float, Callable[[Run], Run], bool]] = {
+        f"loss {NATS} nats below guessing": (NATS, lambda run: run, False),
+        "the same, between two evaluations": (NATS, lambda run: run, True),
+        "loss 0.02 nats below guessing": (0.02, lambda run: run, False),
+        "loss 0.1 nats below guessing": (0.1, lambda run: run, False),
+        "accuracy 5 points above the majority, to the end": (NATS, lambda run: run | {"left": run["left_by_accuracy"]}, False),
+    }
+    rows = []
+    for name, (nats, way, between) in ways.items():
+        runs = [way(run) for run in read(path, nats) if run["task"] == "spooky_author"]
+        main = [run for run in runs if run["part"] == "dose" and run["head"] in ("pooler", "distilbert")]
+        many = [run for run in runs if run["part"] == "clients" and run["steps"] is None]
+        by_rate = Fit([run for run in main if run["gamma"] == 1], {"log rate": log_of("rate"), **BOTH}, between)
+        by_gamma = Fit([run for run in main if run["rate"] == 0.05], {"log gamma": log_of("gamma"), **BOTH}, between)
+        by_clients = Fit([*alone(main), *many], {"log K": log_of("clients"), **BOTH}, between)
+        rows.append(
+            {
+                "left where": name,
+                "log rate": by_rate.said("log rate"),
+                "log gamma": by_gamma.said("log gamma"),
+                "log K": by_clients.said("log K"),
+                "distilbert over pooler": by_clients.said("distilbert", power=True),
+            }
+        )
+    table("Slopes of log T by what counts as leaving chance", rows)
+
+
 def main() -> None:
-    runs = read(Path(sys.argv[1]) if len(sys.argv) > 1 else RECORDS)
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else RECORDS
     parts: dict[str, list[Run]] = defaultdict(list)
-    for run in runs:
+    for run in read(path):
         parts[run["part"]].append(run)
-    for name, what in (
-        ("dose", dose),
-        ("dose", prediction),
-        ("clients", clients),
-        ("remedies", remedies),
-        ("screening", screening),
-    ):
+    if parts["dose"]:
+        dose([*parts["dose"], *parts["started"]])
+        laws(parts)
+        needed(parts["dose"])
+    if parts["dose"] and parts["clients"]:
+        clients(alone(parts["dose"]), parts["clients"])
+        plain = [run for run in parts["remedies"] if run["optimizer"] == "sgd" and not run["probe"]]
+        together([*parts["dose"], *parts["clients"], *plain, *parts["fast"], *parts["started"]])
+        responses(path)
+    for name, what in (("last_layer", last_layer), ("remedies", remedies), ("screening", screening)):
         if parts[name]:
             what(parts[name])
-    if parts["dose"] and parts["clients"]:
-        plain = [run for run in parts["remedies"] if run["optimizer"] == "sgd" and not run["probe"]]
-        together([*parts["dose"], *parts["clients"], *plain, *parts["fast"]])
-    if parts["last_layer"]:
-        last_layer(parts["last_layer"])
-    if parts["fast"] and parts["dose"]:
-        fast(parts["fast"], parts["dose"])
 
 
 if __name__ == "__main__":

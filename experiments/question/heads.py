@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertForSequenceClassification, DistilBertForSequenceClassification, PretrainedConfig
 
-from fedtune.errors import one_of
+from fedtune.errors import UsageError, one_of
 from fedtune.models.classifier import TextClassifier
 from fedtune.randomness import seeded
 
-HEADS = ("pooler", "tanh", "relu", "none")
+HEADS = ("pooler", "tanh", "saturated", "trained", "relu", "none")
 
 
 class ScaledLinear(nn.Linear):
@@ -49,7 +49,10 @@ class Bert(TextClassifier):
     """BERT's encoder.
 
     Args:
-        head: "pooler" (pretrained, tanh), "tanh" (a fresh layer, tanh), "relu" (a fresh layer, ReLU), or "none".
+        head: "pooler" (what the checkpoint has, tanh), "tanh" (a fresh layer, tanh), "saturated" (ten times as large a fresh
+            layer, tanh: features near 1 and -1), "trained" (a layer of `pooler`, tanh), "relu" (a fresh layer, ReLU), or
+            "none".
+        pooler: for "trained": file of its `dense.weight` and `dense.bias`, as torch saves them.
         gamma: what features are multiplied with before the last layer.
         optimizer, learning_rate, dropout: as in `TextClassifier`.
     """
@@ -66,9 +69,12 @@ class Bert(TextClassifier):
         optimizer: str = "sgd",
         learning_rate: float = 0.1,
         dropout: float | None = 0.0,
+        pooler: str | None = None,
     ) -> None:
         if head not in HEADS:
             raise one_of("head", head, HEADS)
+        if (head == "trained") != (pooler is not None):
+            raise UsageError("pooler", pooler, "a file with the head trained, else nothing")
         drawn = _drawn_seed()
         super().__init__(
             name,
@@ -82,9 +88,12 @@ class Bert(TextClassifier):
         bert = self.network.bert
         if head == "none":
             bert.pooler = FirstToken()
+        elif pooler is not None:
+            bert.pooler.load_state_dict(torch.load(pooler, weights_only=True))
         elif head != "pooler":
+            std = self.network.config.initializer_range * (10 if head == "saturated" else 1)
             with seeded(drawn, "head"):
-                nn.init.normal_(bert.pooler.dense.weight, std=self.network.config.initializer_range)
+                nn.init.normal_(bert.pooler.dense.weight, std=std)
                 nn.init.zeros_(bert.pooler.dense.bias)
             bert.pooler.activation = nn.ReLU() if head == "relu" else nn.Tanh()
         self.network.classifier = ScaledLinear(self.network.classifier, gamma)
