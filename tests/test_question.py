@@ -137,18 +137,6 @@ def test_a_mean_of_each_seed_is_no_part_of_a_slope(fits: Any) -> None:
     assert fit.value["seed"] == pytest.approx(1, abs=0.06)
 
 
-def test_a_slope_is_found_where_only_evaluations_around_t_are_known(fits: Any) -> None:
-    rng = np.random.default_rng(4)
-    times = np.exp(rng.uniform(0, 2, 80) * 0.8 + 2)
-    runs = [
-        {"log": math.log(time), "left": step - 1.0, "before": max(step - 8.0, 0.0), "after": step, "last": 1e9}
-        for time, step in ((time, 8.0 * math.ceil(time / 8)) for time in times)
-    ]
-    late = fits.Fit(runs, {"log": lambda run: run["log"]}).value["log"]
-    between = fits.Fit(runs, {"log": lambda run: run["log"]}, between=True)
-    assert abs(between.value["log"] - 1) < 0.05 < abs(late - 1)
-
-
 def test_the_speed_that_a_budget_needs_is_the_power_laws(laws: Any) -> None:
     rng = np.random.default_rng(1)
     runs = [

@@ -215,21 +215,20 @@ def screening(runs: Sequence[Run]) -> None:
 
 def responses(path: Path) -> None:
     """The same slopes where leaving chance is read in another way."""
-    ways: dict[str, tuple[float, Callable[[Run], Run], bool]] = {
-        f"loss {NATS} nats below guessing": (NATS, lambda run: run, False),
-        "the same, between two evaluations": (NATS, lambda run: run, True),
-        "loss 0.02 nats below guessing": (0.02, lambda run: run, False),
-        "loss 0.1 nats below guessing": (0.1, lambda run: run, False),
-        "accuracy 5 points above the majority, to the end": (NATS, lambda run: run | {"left": run["left_by_accuracy"]}, False),
+    ways: dict[str, tuple[float, Callable[[Run], Run]]] = {
+        f"loss {NATS} nats below guessing": (NATS, lambda run: run),
+        "loss 0.02 nats below guessing": (0.02, lambda run: run),
+        "loss 0.1 nats below guessing": (0.1, lambda run: run),
+        "accuracy 5 points above the majority, to the end": (NATS, lambda run: run | {"left": run["left_by_accuracy"]}),
     }
     rows = []
-    for name, (nats, way, between) in ways.items():
+    for name, (nats, way) in ways.items():
         runs = [way(run) for run in read(path, nats) if run["task"] == "spooky_author"]
         main = [run for run in runs if run["part"] == "dose" and run["head"] in ("pooler", "distilbert")]
         many = [run for run in runs if run["part"] == "clients" and run["steps"] is None]
-        by_rate = Fit([run for run in main if run["gamma"] == 1], {"log rate": log_of("rate"), **BOTH}, between)
-        by_gamma = Fit([run for run in main if run["rate"] == 0.05], {"log gamma": log_of("gamma"), **BOTH}, between)
-        by_clients = Fit([*alone(main), *many], {"log K": log_of("clients"), **BOTH}, between)
+        by_rate = Fit([run for run in main if run["gamma"] == 1], {"log rate": log_of("rate"), **BOTH})
+        by_gamma = Fit([run for run in main if run["rate"] == 0.05], {"log gamma": log_of("gamma"), **BOTH})
+        by_clients = Fit([*alone(main), *many], {"log K": log_of("clients"), **BOTH})
         rows.append(
             {
                 "left where": name,

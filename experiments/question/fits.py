@@ -22,15 +22,14 @@ class Fit:
     Args:
         runs: each with `left` (T, or None) and `last`.
         columns: name -> the value of a run; a constant is added, and what is the same for all runs is left out.
-        between: T is only known to lie between two evaluations, `before` and `after`, and not where a line has it.
     """
 
-    def __init__(self, runs: Sequence[Run], columns: Mapping[str, Column], between: bool = False) -> None:
+    def __init__(self, runs: Sequence[Run], columns: Mapping[str, Column]) -> None:
         columns = {**columns, "seed": lambda run: run.get("seed", 0) - 0.5}
         columns = {name: column for name, column in columns.items() if len({float(column(run)) for run in runs}) > 1}
         x = np.array([[1.0, *(float(column(run)) for column in columns.values())] for run in runs])
         start = np.linalg.lstsq(x, _logs(runs), rcond=None)[0]
-        found, covariance, self.sigma = maximum(runs, lambda weights: x @ weights, start, between)
+        found, covariance, self.sigma = maximum(runs, lambda weights: x @ weights, start)
         self.runs, self.seen = len(runs), sum(run["left"] is not None for run in runs)
         spread = np.sqrt(np.where(np.diag(covariance) > 0, np.diag(covariance), np.inf))
         self.covariance = covariance  # of the values, in their order
@@ -57,7 +56,7 @@ def _logs(runs: Sequence[Run]) -> np.ndarray:
 
 
 def maximum(
-    runs: Sequence[Run], means: Callable[[np.ndarray], np.ndarray], start: np.ndarray, between: bool = False
+    runs: Sequence[Run], means: Callable[[np.ndarray], np.ndarray], start: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Most likely parameters (p,) of a law of log T, their covariance (p, p), and the deviation of log T from it.
 
@@ -67,17 +66,12 @@ def maximum(
     """
     seen = np.array([run["left"] is not None for run in runs])
     y = _logs(runs)
-    if between:
-        low = np.log([max(run["before"] or 0, 1e-9) if run["left"] else 1 for run in runs])
-        high = np.log([run["after"] if run["left"] else 2 for run in runs])
 
     def unlikely(parameters: np.ndarray) -> float:
         *own, log_sigma = parameters
         sigma, mean = math.exp(log_sigma), means(np.array(own))
-        known = norm.logpdf((y - mean) / sigma) - log_sigma
-        if between:
-            known = np.log(np.maximum(norm.cdf((high - mean) / sigma) - norm.cdf((low - mean) / sigma), 1e-300))
-        return -float(np.where(seen, known, norm.logsf((y - mean) / sigma)).sum())
+        z = (y - mean) / sigma
+        return -float(np.where(seen, norm.logpdf(z) - log_sigma, norm.logsf(z)).sum())
 
     found = minimize(unlikely, np.append(start, math.log(0.3)), method="BFGS", options={"gtol": 1e-6})
     try:

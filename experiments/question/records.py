@@ -19,8 +19,8 @@ Column = Callable[[Run], float]
 def read(path: Path = RECORDS, nats: float = NATS) -> list[Run]:
     """The runs of records.jsonl, or of a folder of records, each with its settings and what came of it.
 
-    `curve` has (step of a client, round, accuracy, loss) for each evaluation; `left` is T, or None, `last` the last step,
-    `before` and `after` the evaluations that T lies between; `speed`, `last_speed`, `square` and `residual` are what its head
+    `curve` has (step of a client, round, accuracy, loss) for each evaluation; `left` is T, or None, `last` the last step;
+    `speed`, `last_speed`, `square` and `residual` are what its head
     brought at its seed, with gamma 1 (speeds.json, of Spooky).
 
     Args:
@@ -35,7 +35,7 @@ def read(path: Path = RECORDS, nats: float = NATS) -> list[Run]:
             for one in run["rounds_evaluated"]
         ]
         run["last"] = run["curve"][-1][0]
-        run["before"], run["left"], run["after"] = _by_loss(run, nats)
+        run["left"] = _by_loss(run, nats)
         run["left_by_accuracy"] = _by_accuracy(run)
         run["best_loss"] = min(point[3] for point in run["curve"])
         run["best_accuracy"] = max(point[2] for point in run["curve"] if point[3] == run["best_loss"])
@@ -58,16 +58,15 @@ def _brought() -> dict[tuple[str, int], dict[str, float]]:
     }
 
 
-def _by_loss(run: Run, nats: float) -> tuple[float | None, float | None, float | None]:
-    """The step at which the loss first is below that of guessing by so much, by a line, between the evaluations around it."""
+def _by_loss(run: Run, nats: float) -> float | None:
+    """The step at which the loss first is below that of guessing by so much, by a line from the evaluation before."""
     step_before, loss_before = 0.0, max(run["entropy"], math.log(16 if run["task"] == "authors" else 3))
     level = run["entropy"] - nats
     for step, _, _, loss in run["curve"]:
         if loss < level:
-            at = step_before + (step - step_before) * (loss_before - level) / (loss_before - loss)
-            return step_before, at, step
+            return step_before + (step - step_before) * (loss_before - level) / (loss_before - loss)
         step_before, loss_before = step, loss
-    return None, None, None
+    return None
 
 
 def _by_accuracy(run: Run) -> float | None:
@@ -80,7 +79,7 @@ def _by_accuracy(run: Run) -> float | None:
 
 def scaled(run: Run, factor: float) -> Run:
     """The run with its steps counted in another unit."""
-    return run | {name: run.get(name) and run[name] * factor for name in ("left", "last", "before", "after")}
+    return run | {name: run[name] and run[name] * factor for name in ("left", "last")}
 
 
 def dosed(run: Run) -> Run:
