@@ -122,6 +122,20 @@ def started() -> Iterator[Cell]:
             yield Cell("started", head=head, rate=rate, steps=4, rounds=24, seed=seed)
 
 
+def small_steps() -> Iterator[Cell]:
+    """The fast heads with steps so small that the loss falls without going up and down: rate x |gamma phi|^2 below 0.5."""
+    given = (
+        ("trained", 1.0, 0.005),
+        ("saturated", 1.0, 0.002),
+        ("none", 2.0, 0.002),
+        ("none", 4.0, 0.0005),
+        ("orthogonal", 2.0, 0.002),
+        ("orthogonal", 4.0, 0.0005),
+    )
+    for seed, (head, gamma, rate) in itertools.product((0, 1), given):
+        yield Cell("small_steps", head=head, rate=rate, gamma=gamma, seed=seed)
+
+
 def fixed_budget() -> Iterator[Cell]:
     """Many steps between two averagings, and in all those of twelve epochs, as the other remedies have."""
     for seed in (0, 1):
@@ -157,5 +171,5 @@ def screening() -> Iterator[Cell]:
 
 PARTS = {
     "dose": dose, "clients": clients, "remedies": remedies, "screening": screening, "last_layer": last_layer, "fast": fast,
-    "started": started, "fixed_budget": fixed_budget,
+    "started": started, "small_steps": small_steps, "fixed_budget": fixed_budget,
 }  # fmt: skip
