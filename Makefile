@@ -43,7 +43,7 @@ sweep: $(STAMP) ## a grid of runs, and its report: SWEEP=mine.yaml or fedtune:NA
 report: $(STAMP) ## tables, curves and one page of the runs below SWEEP_RUNS
 	$(BIN)/fedtune report $(SWEEP_RUNS)
 
-question: $(STAMP) ## why DistilBERT falls when clients are many: what is left of the study's runs (hours); QUICK=1: the heads alone
+question: $(STAMP) ## why DistilBERT falls when clients are many: what is left of the study's runs (hours); QUICK=1: eight of them
 	$(BIN)/python experiments/question/study.py $(if $(QUICK),--quick)
 	$(if $(QUICK),,$(BIN)/python experiments/question/study.py --collect)
 	$(BIN)/python experiments/question/analysis.py $(if $(QUICK),runs/question)

@@ -21,9 +21,9 @@ BOTH = {"distilbert": is_head("distilbert")}
 
 def table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Print rows as Markdown."""
-    print(f"\n**{title}**\n")
     if not rows:
         return
+    print(f"\n**{title}**\n")
     print("| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
     for row in rows:
         print(
@@ -69,7 +69,7 @@ def laws(parts: Mapping[str, Sequence[Run]]) -> None:
         "(gamma squared x speed)^b": (power, f"b {power.fit.said('log size')}"),
         "growth": (growth, f"k {growth.k:.2f}"),
     }
-    others = ("fast", "started", "last_layer")
+    others = ("small_steps", "started", "fast", "last_layer")
     rows = []
     for name, (law, fitted) in found.items():
         off = {
@@ -98,16 +98,15 @@ def needed(runs: Sequence[Run]) -> None:
     """The paper's cell: which speed a model needs to leave chance within 100 rounds."""
     counts = (1, 2, 4, 8, 16, 32)
     doses = [PAPER / count for count in counts]
-    power, growth = Power(runs).speed_needed(doses), Growth(runs).speed_needed(doses)
+    power = Power(runs)
     rows = [
-        {"clients": count, "rate x steps of a client": dose, "by growth": _said(*one), "by the power law": _said(*other)}
-        for count, dose, one, other in zip(counts, doses, growth, power, strict=True)
+        {"clients": count, "rate x steps of a client": dose, "speed needed": f"{value:.2g} ({low:.2g} to {high:.2g})"}
+        for count, dose, (value, low, high) in zip(counts, doses, power.speed_needed(doses), strict=True)
     ]
-    table("Speed needed in the paper's cell: IMDB, 100 rounds of two epochs, batches of 32, rate 2e-5", rows)
-
-
-def _said(value: float, low: float, high: float) -> str:
-    return f"{value:.2g} ({low:.2g} to {high:.2g})"
+    table("The paper's cell: IMDB, 100 rounds of two epochs, batches of 32, rate 2e-5", rows)
+    known = [run["gamma"] ** 2 * run["speed"] for run in runs]
+    print(f"\nPower law of {len(runs)} runs with speeds of {min(known):.2g} to {max(known):.2g}: ", end="")
+    print(f"b {power.fit.said('log size')}, deviation of log T {power.sigma:.2f}")
 
 
 def alone(runs: Sequence[Run]) -> list[Run]:
@@ -129,8 +128,9 @@ def clients(one: Sequence[Run], runs: Sequence[Run]) -> None:
         _row("T of distilbert over that of pooler", steps, "distilbert", power=True),
     ]
     two = [run for run in runs if run["client_steps"] == 2]
-    averaging = Fit(two, {"32 clients": lambda run: run["clients"] == 32, **BOTH})
-    rows.append(_row("T with 32 clients over that of one client, two steps a round", averaging, "32 clients", power=True))
+    if two:
+        averaging = Fit(two, {"32 clients": lambda run: run["clients"] == 32, **BOTH})
+        rows.append(_row("T with 32 clients over that of one client, two steps a round", averaging, "32 clients", power=True))
     table("Clients", rows)
 
 
@@ -249,11 +249,11 @@ def main() -> None:
     if parts["dose"]:
         dose([*parts["dose"], *parts["started"]])
         laws(parts)
-        needed(parts["dose"])
+        needed([run for part in ("dose", "small_steps", "started", "fast") for run in parts[part]])
     if parts["dose"] and parts["clients"]:
         clients(alone(parts["dose"]), parts["clients"])
         plain = [run for run in parts["remedies"] if run["optimizer"] == "sgd" and not run["probe"]]
-        together([*parts["dose"], *parts["clients"], *plain, *parts["fast"], *parts["started"]])
+        together([*parts["dose"], *parts["clients"], *plain, *parts["small_steps"]])
         responses(path)
     for name, what in (("last_layer", last_layer), ("remedies", remedies), ("screening", screening)):
         if parts[name]:

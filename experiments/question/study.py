@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(PARTS), choices=list(PARTS), help="parts of the design")
     parser.add_argument("--seeds", type=int, default=2, help="replicates: 1 or 2")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
-    parser.add_argument("--quick", action="store_true", help="six runs: each head at one rate")
+    parser.add_argument("--quick", action="store_true", help="eight runs: six heads at one rate, and 4 and 16 clients")
     parser.add_argument("--collect", action="store_true", help="write records.jsonl from what is there, run nothing")
     options = parser.parse_args()
     if options.collect:
@@ -202,8 +202,10 @@ def main() -> None:
         return
     cells = [cell for part in options.only for cell in PARTS[part]() if cell.seed < options.seeds]
     if options.quick:
-        main = [cell for cell in cells if cell.part == "dose" and cell.seed == 0 and cell.gamma == 1]
-        cells = [cell for cell in main if cell.rate == (0.02 if cell.head in ("none", "orthogonal") else 0.05)]
+        one = [cell for cell in cells if cell.part == "dose" and cell.seed == 0 and cell.gamma == 1]
+        heads = [cell for cell in one if cell.rate == (0.02 if cell.head in ("none", "orthogonal") else 0.05)]
+        many = [cell for cell in cells if cell.part == "clients" and cell.seed == 0 and cell.head == "pooler"]
+        cells = heads + [cell for cell in many if cell.clients in (4, 16)]
     there = {} if options.quick else known()  # --quick is to see for oneself
     left = [cell for cell in dict.fromkeys(cells) if cell.name not in there and not (FOLDER / f"{cell.name}.json").exists()]
     left.sort(key=lambda cell: cell.seed)  # a whole replicate before the next
