@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the hub
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning_fabric.fabric
 import numpy as np
 import pytest
 import pytorch_lightning as pl
@@ -24,6 +26,9 @@ import fedtune
 from fedtune import cli
 
 torch.set_num_threads(1)  # the models here are too small to share a step between cores
+os.fsync = lambda handle: None  # no test cuts the power, and a disk makes them wait for a third of their time
+# every `Fabric` reads the metadata of all packages for callbacks; there is one of them in each run, and runs are short here
+lightning_fabric.fabric._load_external_callbacks = functools.cache(lightning_fabric.fabric._load_external_callbacks)
 
 WORDS = [f"word{i}" for i in range(40)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
