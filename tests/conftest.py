@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the hub
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning_fabric.fabric
 import numpy as np
 import pytest
 import pytorch_lightning as pl
@@ -22,8 +24,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import fedtune
 from fedtune import cli
+from fedtune.runs import conclusion
+from fedtune.runs.figures import plot_run
 
 torch.set_num_threads(1)  # the models here are too small to share a step between cores
+os.fsync = lambda handle: None  # no test cuts the power, and a disk makes them wait for a third of their time
+# every `Fabric` reads the metadata of all packages for callbacks; there is one of them in each run, and runs are short here
+lightning_fabric.fabric._load_external_callbacks = functools.cache(lightning_fabric.fabric._load_external_callbacks)
+conclusion.plot_run = lambda *of_a_run: None  # a picture takes as long as the rounds of a tiny run: see `pictures`
 
 WORDS = [f"word{i}" for i in range(40)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -33,6 +41,14 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDTUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Iterator[None]:
+    """Runs draw their curves.png, which else they do in processes of their own alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conclusion, "plot_run", plot_run)
         yield
 
 

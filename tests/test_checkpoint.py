@@ -151,6 +151,7 @@ def test_a_run_directory_that_cannot_be_written_is_refused(make_data: Make, make
         make_loop(run_dir=str(tmp_path / "file" / "run")).fit(make_module(), make_data())
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_run_directory_holds_what_the_design_names(make_data: Make, make_module: Make, tmp_path: Path) -> None:
     loop = make_loop(run_dir=str(tmp_path), baselines=["centralised", "local"])
     loop.fit(make_module(), make_data())

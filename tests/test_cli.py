@@ -14,6 +14,7 @@ import pytest
 import yaml
 from conftest import WORDS
 
+pytestmark = pytest.mark.usefixtures("pictures")
 Run = Callable[..., tuple[int, str, str]]
 
 

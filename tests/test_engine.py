@@ -77,7 +77,7 @@ def test_a_compiled_network_is_compiled_once_for_a_shape_not_for_a_client_or_a_r
 
 
 def test_the_reference_job_runs_and_prints_its_table() -> None:
-    small = ["--sentences", "96", "--held_out", "8", "--clients", "2", "--repeats", "1", "--name", "-"]
+    small = ["--sentences", "16", "--held_out", "4", "--clients", "2", "--repeats", "1", "--name", "-"]
     names = ["fedtune", "floor, pooled batches", "plain loop, fp32"]
     command = [sys.executable, str(BENCHMARKS / "reference.py"), *small, "--only", *names]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

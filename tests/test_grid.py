@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,12 @@ from fedtune.sweeps import grid
 
 EXPERIMENTS = Path(fedtune.__file__).parent / "experiments"
 Write = Callable[..., str]
+
+
+@functools.cache
+def shipped(file: Path) -> grid.Sweep:
+    """A sweep file of the package, read once: that of the paper has 432 cells."""
+    return grid.read(file)
 
 
 @pytest.fixture
@@ -139,6 +146,21 @@ def test_a_file_that_is_no_sweep_is_refused(tmp_path: Path, text: str) -> None:
         grid.read(tmp_path / "x.yaml")
 
 
+def test_runs_that_differ_in_their_seed_alone_have_the_arguments_of_each(write: Write) -> None:
+    cells = grid.read(write({"seed": {"values": [0, 7]}, "loop.local_epochs": {"values": [1, 2]}})).cells
+    for cell in cells:
+        assert cell.arguments == resolve(
+            {"seed": cell.varied["seed"], "loop": {"local_epochs": cell.varied["loop.local_epochs"]}}
+        )
+    assert len(cells) == 4
+
+
+def test_a_seed_that_no_run_takes_is_refused_also_after_one_that_each_takes(write: Write) -> None:
+    for seed in (True, "x", 1.5):
+        with pytest.raises(UsageError, match=r"--seed: got "):
+            grid.read(write({"seed": {"values": [0, seed]}}))
+
+
 def test_a_parameter_that_no_run_has_is_named(write: Write) -> None:
     with pytest.raises(UsageError, match=r"sweep\.yaml: --data\.num_client: no such flag; nearest: --data\.num_clients"):
         grid.read(write({"data.num_client": {"value": 1}}))
@@ -148,11 +170,11 @@ def test_a_parameter_that_no_run_has_is_named(write: Write) -> None:
 def test_shipped_sweeps_are_complete(file: Path) -> None:
     if "parameters" not in yaml.safe_load(file.read_text()):
         pytest.skip("a configuration, not a sweep: test_hilmkil has it")
-    assert grid.read(file).cells
+    assert shipped(file).cells
 
 
 def test_the_papers_grid_has_every_cell_and_its_protocol() -> None:
-    cells = grid.read(EXPERIMENTS / "paper.yaml").cells
+    cells = shipped(EXPERIMENTS / "paper.yaml").cells
     assert {cell.arguments["data"]["num_clients"] for cell in cells} == {1, 2, 4, 8, 16, 32}
     assert {cell.arguments["model"]["name"] for cell in cells} == {"bert", "albert", "distilbert"}
     assert len(cells) == 3 * 4 * 6 * 2 * 3
@@ -330,4 +352,4 @@ def test_a_dry_run_checks_what_a_run_would(write: Write) -> None:
         sweep = grid.read(write({name: {"values": [value]}, "seed": {"values": [0, 1]}}))
         with pytest.raises(UsageError, match=f"sweep.yaml: {said}.*2 of 2 runs could not start"):
             grid.check_cells(sweep, "sweep.yaml")
-    grid.check_cells(grid.read(EXPERIMENTS / "paper.yaml"), "paper.yaml")
+    grid.check_cells(shipped(EXPERIMENTS / "paper.yaml"), "paper.yaml")

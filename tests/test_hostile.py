@@ -35,6 +35,7 @@ from fedtune.sweeps.board import Board
 from fedtune.sweeps.grid import Cell, Sweep
 from fedtune.sweeps.worker import recorded, status
 
+pytestmark = pytest.mark.usefixtures("pictures")
 SAID = "echo mine\n"
 WRITTEN = (
     "config.yaml",

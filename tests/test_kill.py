@@ -21,7 +21,7 @@ PROCESSES.set_forkserver_preload(
 
 def flags(run_dir: Path, csv: Path, model: str) -> list[str]:
     values = {"data.task": "csv", "data.task_options": json.dumps({"path": str(csv)}), "data.max_length": 16}
-    values |= {"data.num_clients": 4, "data.batch_size": 4, "loop.max_rounds": 3, "loop.local_epochs": 6}
+    values |= {"data.num_clients": 4, "data.batch_size": 4, "loop.max_rounds": 3, "loop.local_epochs": 2}
     values |= {"loop.precision": "32-true", "model.name": model, "run_dir": run_dir}
     return ["run", *(f"--{name}={value}" for name, value in values.items())]
 

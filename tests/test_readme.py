@@ -27,6 +27,7 @@ def test_every_name_in_the_readme_exists_and_everything_offered_can_be_had() -> 
     assert set(fedtune.__all__) == set(fedtune._HOME)
 
 
+@pytest.mark.usefixtures("pictures")
 def test_the_ten_lines_run_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Word for word but for the size of the job: so few texts, one round and no baselines, so that it takes seconds."""
     (code,) = [block for block in blocks("python") if "history[-1]" in block]

@@ -37,7 +37,7 @@ def seeded(seed: int, purpose: str, round: int = 0, client: int = 0) -> Iterator
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     start, others = stream(seed, purpose, round, client), (random.getstate(), np.random.get_state())  # noqa: NPY002 - users' data sets draw from it
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(int(start.integers(2**63)))
+        _seed_torch(int(start.integers(2**63)))
         random.seed(int(start.integers(2**63)))
         np.random.seed(int(start.integers(2**32)))  # noqa: NPY002 - as above
         try:
@@ -45,3 +45,8 @@ def seeded(seed: int, purpose: str, round: int = 0, client: int = 0) -> Iterator
         finally:
             random.setstate(others[0])
             np.random.set_state(others[1])  # noqa: NPY002 - as above
+
+
+def _seed_torch(seed: int) -> None:
+    """As `torch.manual_seed`, which without a GPU writes the callers' stack down each time: a tiny client trains faster."""
+    (torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed)(seed)

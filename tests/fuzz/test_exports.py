@@ -217,7 +217,6 @@ def test_an_export_has_the_weights_of_the_run_or_leaves_nothing(
     good: dict[str, Any], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: collections.Counter[str] = collections.Counter()
-    monkeypatch.setattr("os.fsync", lambda _: None)  # no power is cut here
     for number in range(FIRST, FIRST + share(0.04)):
         what, kind = case(number, good, place, monkeypatch)
         found[kind] += 1
@@ -286,7 +285,6 @@ def test_a_report_with_odd_flags_is_written_where_it_was_asked_for_or_refused(
     good: dict[str, Any], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: collections.Counter[str] = collections.Counter()
-    monkeypatch.setattr("os.fsync", lambda _: None)
     monkeypatch.setattr("fedtune.reports.report.plot_grid", lambda rounds, path, also: [path] * path.write_text("x"))
     for number in range(FIRST, FIRST + share(0.02)):
         what, kind = report_case(random.Random(f"report/{number}"), place, monkeypatch)

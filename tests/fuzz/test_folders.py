@@ -24,6 +24,7 @@ from test_lightning import Data, Net, Three
 from fedtune.errors import RunError, UsageError
 from fedtune.reports.report import FILES, report
 
+pytestmark = pytest.mark.usefixtures("pictures")
 OTHERS = [
     "",
     "[]",

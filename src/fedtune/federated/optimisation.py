@@ -94,6 +94,8 @@ class Optimisation:
                 with _silently():
                     self._module.lr_scheduler_step(cast(Any, schedule.scheduler), None)
             return
+        if not self._schedules:
+            return
         with _silently():
             done = 0
             for epoch in range(1, max(position.epochs, 1 if position.steps else 0) + 1):

@@ -85,10 +85,10 @@ def read(file: str | Path | Mapping[str, Any], only: Sequence[str] = (), imports
         fixed = check(content) | ({"import": list(imports)} if imports else {})
         parameters = specs.parameters_of(content["parameters"])
         varied = [name for name, spec in parameters.items() if specs.kind_of(name, spec) != "constant"]
+        arguments_of = _resolver(str(where))
 
         def make(values: Mapping[str, Any]) -> Cell:
-            arguments = flags.resolve(nested(copy.deepcopy({**fixed, **values})), where)
-            return Cell(arguments, {name: values[name] for name in varied})
+            return Cell(arguments_of({**fixed, **values}), {name: values[name] for name in varied})
 
         metric, target = metric_of(content.get("metric"))
         search: Search | None = None
@@ -105,6 +105,21 @@ def read(file: str | Path | Mapping[str, Any], only: Sequence[str] = (), imports
         name = str(content.get("name", stem(file)))
         early = rule_of(content["early_terminate"], metric) if "early_terminate" in content else None
         return Sweep(name, list(cells.values()), metric, target, environment, search, early, content.get(EACH, 1))
+
+
+def _resolver(where: str) -> Callable[[Mapping[str, Any]], dict[str, dict[str, Any]]]:
+    """Makes the arguments of runs from dotted values; once of runs that differ in their seed alone, as flags take a while."""
+    known: dict[str, dict[str, dict[str, Any]]] = {}
+
+    def arguments(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        seed, others = values.get("seed"), repr({name: value for name, value in values.items() if name != "seed"})
+        if type(seed) is not int or not 0 <= seed < 2**31:  # it is refused, or none is given
+            return flags.resolve(nested(copy.deepcopy(dict(values))), where)
+        if others not in known:
+            known[others] = flags.resolve(nested(copy.deepcopy(dict(values))), where)
+        return {part: copy.deepcopy(of) | {"seed": seed} for part, of in known[others].items()}
+
+    return arguments
 
 
 def check(content: Mapping[str, Any], with_wandb: bool = False) -> dict[str, Any]:
