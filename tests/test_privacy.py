@@ -335,6 +335,40 @@ def test_a_round_without_replies_has_noise_and_a_record(make_data: Make, make_mo
     assert [record.cohort for record in again.history] == [[2], [], [2], [4]]
 
 
+@pytest.mark.parametrize(("seed", "empty"), [(3, [2]), (0, [1, 2]), (9, [1, 2, 3])])  # as these seeds draw
+def test_baselines_pass_over_rounds_without_replies(
+    seed: int, empty: list[int], make_data: Make, make_module: Make, tmp_path: Path
+) -> None:
+    options = {"clients_per_round": 1, "privacy": CASES["Gaussian"], "seed": seed, "baselines": ("centralised", "local")}
+    loop, _ = run(make_data, make_module, rounds=3, **options)
+    pooled = loop.baseline_runs["centralised"]
+    examples = [record.num_examples for record in loop.history]
+    assert [record.num_examples for record in pooled] == examples
+    for before, record in itertools.pairwise(pooled):
+        assert (record.metrics == before.metrics) == (not record.num_examples)
+    passed = [record for record in pooled if not record.num_examples]
+    assert [record.round for record in passed] == empty
+    assert all((one.clients, one.num_steps, one.mean_update_norm) == ([], 0, 0.0) for one in passed)
+    assert all(math.isnan(one.train_loss_nats) for one in passed)
+    assert len(loop.baseline_runs["local"]) == 8
+    folder = options | {"run_dir": str(tmp_path / "run")}
+    for rounds in (1, 2, 3):  # a start for each round, so that the baseline goes on from an empty one, too
+        again, _ = run(make_data, make_module, rounds=rounds, **folder)
+    assert without_times(again.baseline_runs["centralised"]) == without_times(pooled)
+
+
+def test_learning_rates_of_a_round_without_replies_are_none(make_data: Make, make_module: Make, tmp_path: Path) -> None:
+    found = []
+    for rounds in (2, 3):
+        monitor = fedtune.LearningRateMonitor()
+        options = {"clients_per_round": 1, "privacy": CASES["Gaussian"], "seed": 3, "run_dir": str(tmp_path / "run")}
+        run(make_data, make_module, rounds=rounds, callbacks=[monitor], **options)
+        found.append(monitor.rates)
+    rate = {"lr-AdamW/pg1": 5e-3, "lr-AdamW/pg2": 5e-3}
+    assert found[1] == [{"round": 1} | rate, {"round": 2}, {"round": 3} | rate]
+    assert found[0] == found[1][:2]
+
+
 def test_a_run_in_which_everybody_fails_goes_on(make_data: Make, make_module: Make) -> None:
     faults = [{"name": "NotFinite", "rate": 1.0}]
     loop, _ = run(make_data, make_module, rounds=2, privacy=CASES["Gaussian"], faults=faults, clients_per_round=None)
