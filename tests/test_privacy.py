@@ -222,6 +222,27 @@ def test_noise_on_the_sum_makes_up_for_the_count() -> None:
 # ---------------------------------------------------------------- banded matrices
 
 
+@pytest.mark.parametrize("epsilon", [2.0, 4.0])
+def test_an_epsilon_that_needs_more_noise_than_the_count_has_is_refused_with_both_numbers(epsilon: float) -> None:
+    privacy = {"name": "AdaptiveGaussian", "epsilon": epsilon, "rounds": 20}
+    needed = fedtune.plan_privacy(privacy | {"name": "Gaussian"}, 64, 8).noise
+    says = rf"privacy\.epsilon: got {epsilon}; .* below twice count_noise, 0\.8 \(this one needs {needed:.4g}\)"
+    with pytest.raises(UsageError, match=says) as caught:
+        fedtune.plan_privacy(privacy, 64, 8)
+    assert "\n" not in str(caught.value)
+    assert fedtune.plan_privacy(privacy | {"count_noise": 2.0}, 64, 8).noise == needed
+
+
+def test_a_run_for_an_epsilon_that_the_count_does_not_allow_ends_before_its_first_round(
+    make_data: Make, make_module: Make, tmp_path: Path
+) -> None:
+    privacy = {"name": "AdaptiveGaussian", "epsilon": 1.0, "rounds": 2, "delta": 1e-3}
+    with pytest.raises(UsageError, match="or a larger count_noise"):
+        run(make_data, make_module, privacy=privacy, run_dir=str(tmp_path / "run"))
+    loop, _ = run(make_data, make_module, rounds=1, privacy=privacy | {"count_noise": 3.0})
+    assert math.isfinite(loop.history[0].mean_update_norm)
+
+
 def test_banded_noise_is_the_inverse_of_the_band_matrix() -> None:
     count, rounds = 3, 7
     mechanism = Banded(noise=1.0, clip=2.0, bands=count)

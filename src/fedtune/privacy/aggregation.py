@@ -118,20 +118,15 @@ class PrivateMean(Aggregator):
             raise RunError(f"round {rounds}: the privacy budget is used up after round {self.limit_rounds}")
         return {name: torch.tensor(float(value), dtype=torch.float64) for name, value in (now | {"rounds": rounds}).items()}
 
-    @property
-    def count_noise(self) -> float:
-        """sigma_b."""
-        return getattr(self.mechanism, "count_noise", 0.0) or self.denominator / 20
-
     def _of_sum(self) -> float:
         """Noise on the sum, in units of the clip."""
         if not isinstance(self.mechanism, AdaptiveGaussian):
             return self.noise
-        return noise_of_sum(self.noise, self.count_noise)
+        return noise_of_sum(self.noise, self.mechanism.noise_of_count(self.denominator))
 
     def _next_clip(self, mechanism: AdaptiveGaussian, clip: float, halves: float, context: Context) -> Tensor:
         drawn = float(context.rng("privacy count").standard_normal())
-        share = (halves + self.count_noise * drawn) / self.denominator + 0.5
+        share = (halves + mechanism.noise_of_count(self.denominator) * drawn) / self.denominator + 0.5
         moved = clip * math.exp(-mechanism.clip_rate * (share - mechanism.quantile))
         return torch.tensor(moved, dtype=torch.float64)
 

@@ -152,6 +152,10 @@ class AdaptiveGaussian(Mechanism):
             yield UsageError("quantile", self.quantile, "a number between 0 and 1")
         yield from self._too_small(0, "clip_rate", "count_noise")
 
+    def noise_of_count(self, clients: float) -> float:
+        """sigma_b, where so many clients are in a round; the noise z of both together must be below twice that."""
+        return self.count_noise or clients / 20
+
 
 @final
 @dataclass(frozen=True)

@@ -169,11 +169,12 @@ def plan_of(mechanism: Mechanism, num_clients: int, clients_per_round: int | Non
     """A mechanism in a run of so many clients; what is not given is found.
 
     Raises:
-        UsageError: an epsilon that no noise, or no round, stays within.
+        UsageError: an epsilon that no noise, or no round, stays within; one that needs more than a noisy count allows.
     """
     plan = PrivacyPlan(mechanism, num_clients, clients_per_round or num_clients, mechanism.noise, mechanism.rounds or None)
     if not mechanism.noise:
         noise = _noise_for(mechanism, num_clients, plan.cohort_size, plan.count(mechanism.rounds))
+        _check_count(mechanism, noise, plan.cohort_size)
         return replace(plan, noise=noise)
     if not mechanism.epsilon:
         return plan
@@ -185,6 +186,13 @@ def plan_of(mechanism: Mechanism, num_clients: int, clients_per_round: int | Non
         )
     within = count * plan.bands
     return replace(plan, limit=min(within, plan.limit or within))
+
+
+def _check_count(mechanism: Mechanism, noise: float, cohort_size: int) -> None:
+    """Raise `UsageError` where the noise that was found is no less than what the count has alone: for the sum none would do."""
+    if isinstance(mechanism, AdaptiveGaussian) and noise >= (most := 2 * mechanism.noise_of_count(cohort_size)):
+        allowed = f"one that needs noise below twice count_noise, {most:g} (this one needs {noise:.4g}); or a larger count_noise"
+        raise UsageError("privacy.epsilon", mechanism.epsilon, allowed)
 
 
 @functools.lru_cache(maxsize=16)
