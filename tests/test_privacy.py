@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -586,12 +587,93 @@ def test_next_to_no_noise_has_an_epsilon_without_filling_the_memory() -> None:
     assert 0.9 * bound < found < bound
 
 
-@pytest.mark.parametrize("values", [{"rounds": math.nan}, {"rounds": "3"}, {"clip_rate": "much"}, {"bands": math.nan}])
-def test_what_is_no_number_is_refused_in_one_line(values: dict[str, Any]) -> None:
+WRONG: list[tuple[type[Mechanism], dict[str, Any], str]] = [
+    (Gaussian, {"rounds": math.nan}, "a number (int)"),
+    (Gaussian, {"rounds": math.inf}, "a number (int)"),
+    (Gaussian, {"rounds": 2.5}, "a whole number"),
+    (Gaussian, {"rounds": True}, "a whole number"),
+    (Gaussian, {"rounds": -1}, "0 or more"),
+    (Gaussian, {"noise": None}, "a number (float)"),
+    (Gaussian, {"noise": True}, "a number"),
+    (Gaussian, {"noise": 1e-9}, "0.0001 or more, or 0 where it is not given"),
+    (Gaussian, {"noise": -1.0}, "0.0001 or more, or 0 where it is not given"),
+    (Gaussian, {"noise": math.inf}, "0.0001 or more, or 0 where it is not given"),
+    (Gaussian, {"epsilon": math.nan}, "a number above 0, or 0 where it is not given"),
+    (Gaussian, {"epsilon": 10**400}, "a number (float)"),
+    (Gaussian, {"delta": "x"}, "a number (float)"),
+    (Gaussian, {"clip": [1.0]}, "a number (float)"),
+    (Gaussian, {"sampling": 3}, "text"),
+    (AdaptiveGaussian, {"clip_rate": "much"}, "a number (float)"),
+    (AdaptiveGaussian, {"clip_rate": math.inf}, "a number from 0 to 10"),
+    (AdaptiveGaussian, {"clip_rate": 5000.0}, "a number from 0 to 10"),
+    (AdaptiveGaussian, {"clip_rate": -0.1}, "a number from 0 to 10"),
+    (AdaptiveGaussian, {"count_noise": math.inf}, "a number above 0, or 0 where it is not given"),
+    (AdaptiveGaussian, {"count_noise": math.nan}, "a number above 0, or 0 where it is not given"),
+    (Banded, {"bands": math.nan}, "a number (int)"),
+    (Banded, {"bands": 2.5}, "a whole number"),
+]
+
+
+@pytest.mark.parametrize(("kind", "values", "allowed"), WRONG, ids=[f"{kind.__name__} {one}" for kind, one, _ in WRONG])
+def test_values_of_another_type_or_size_are_refused_in_one_line(
+    kind: type[Mechanism], values: dict[str, Any], allowed: str
+) -> None:
     (name,) = values
-    kind = {"clip_rate": AdaptiveGaussian, "bands": Banded}.get(name, Gaussian)
-    with pytest.raises(UsageError, match=rf"^{name}: got .* or more$"):
-        kind(noise=1.0, **values)
+    with pytest.raises(UsageError, match=rf"^{name}: got .*; allowed: {re.escape(allowed)}$"):
+        kind(**({"noise": 1.0} | values))
+    with pytest.raises(UsageError, match=rf"^privacy\.{name}: got .*; allowed: {re.escape(allowed)}$"):
+        privacy_of({"name": kind.__name__, "noise": 1.0} | values)
+
+
+def test_several_values_of_another_type_are_said_at_once() -> None:
+    with pytest.raises(UsageError, match=r"^noise: got None; .*; also rounds: got 2\.5; allowed: a whole number$"):
+        Gaussian(noise=None, rounds=2.5)  # type: ignore[arg-type]
+
+
+def test_numbers_as_files_and_numpy_have_them_are_taken() -> None:
+    given = Gaussian(noise="1", rounds=np.int64(3), clip=1, delta=np.float64(1e-4))  # type: ignore[arg-type]
+    assert given == Gaussian(noise=1.0, rounds=3, clip=1.0, delta=1e-4)
+    assert {type(given.noise), type(given.rounds), type(given.clip), type(given.delta)} == {float, int}
+
+
+@pytest.mark.parametrize(
+    ("clients", "size", "says"),
+    [
+        (10.5, None, "num_clients: got 10.5; allowed: a whole number, 1 or more"),
+        ("10", None, "num_clients: got '10'; allowed: a whole number, 1 or more"),
+        (True, None, "num_clients: got True; allowed: a whole number, 1 or more"),
+        (0, None, "num_clients: got 0; allowed: 1 or more"),
+        (10, "5", "clients_per_round: got '5'; allowed: a whole number, 1 or more"),
+        (10, 2.5, "clients_per_round: got 2.5; allowed: a whole number, 1 or more"),
+        (10, 0, "clients_per_round: got 0; allowed: 1 or more"),
+        (10, 11, "clients_per_round: got 11; allowed: 1 to 10, the number of clients"),
+    ],
+)
+def test_a_plan_counts_in_whole_numbers(clients: Any, size: Any, says: str) -> None:
+    with pytest.raises(UsageError, match=f"^{re.escape(says)}$"):
+        fedtune.plan_privacy({"name": "Gaussian", "noise": 1.0, "delta": 1e-3}, clients, size)
+
+
+@pytest.mark.parametrize("rounds", [-3, 2.5, "3"])
+def test_figures_are_those_of_a_whole_number_of_rounds(rounds: Any) -> None:
+    plan = fedtune.plan_privacy({"name": "Gaussian", "noise": 1.0, "delta": 1e-3}, 10, 5)
+    for said in (plan.figures, plan.sentence):
+        with pytest.raises(UsageError, match="rounds: got "):
+            said(rounds)
+
+
+def test_the_least_noise_has_an_epsilon_for_any_number_of_rounds() -> None:
+    for rate, count in ((1.0, 10_000), (0.01, 10_000)):
+        bound, found = (epsilon_by(by, Release(rate, 1e-4), count, 1e-5) for by in ("rdp", "pld"))
+        assert found == bound > 1e10
+
+
+def test_a_clip_that_runs_away_ends_the_run_in_one_line() -> None:
+    mechanism = AdaptiveGaussian(noise=1.0, clip=1.0, clip_rate=10.0, count_noise=1e6)
+    with pytest.raises(
+        RunError, match=r"round 1: the clip moves to 1e[-\d]+; allowed: 1e-30 to 1e30; a smaller clip_rate \(10\)"
+    ):
+        rounds_of(mean(mechanism, 1.0, 10, 5, {"w": torch.zeros(2)}), [[]])
 
 
 def test_a_plan_without_a_run_refuses_privacy_of_examples_by_its_name() -> None:

@@ -31,6 +31,8 @@ from fedtune.privacy.factorisation import bands, sensitivity
 from fedtune.privacy.mechanisms import AdaptiveGaussian, Banded, Mechanism
 from fedtune.tensors import Groups, Tensors
 
+_MOST_LOG_CLIP = 30 * math.log(10)  # beyond, products in fp32 would be infinite, or nothing
+
 
 @final
 @dataclass(frozen=True)
@@ -127,8 +129,11 @@ class PrivateMean(Aggregator):
     def _next_clip(self, mechanism: AdaptiveGaussian, clip: float, halves: float, context: Context) -> Tensor:
         drawn = float(context.rng("privacy count").standard_normal())
         share = (halves + mechanism.noise_of_count(self.denominator) * drawn) / self.denominator + 0.5
-        moved = clip * math.exp(-mechanism.clip_rate * (share - mechanism.quantile))
-        return torch.tensor(moved, dtype=torch.float64)
+        moved = math.log(clip) - mechanism.clip_rate * (share - mechanism.quantile)
+        if abs(moved) > _MOST_LOG_CLIP:
+            allowed = f"1e-30 to 1e30; a smaller clip_rate ({mechanism.clip_rate:g}) or count_noise moves it less"
+            raise RunError(f"round {context.round}: the clip moves to 1e{moved / math.log(10):.0f}; allowed: {allowed}")
+        return torch.tensor(clip * math.exp(-mechanism.clip_rate * (share - mechanism.quantile)), dtype=torch.float64)
 
 
 def correlated(mechanism: Banded, fresh: Tensors, past: Tensors) -> tuple[Tensors, Tensors]:
