@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -478,6 +479,24 @@ def private_run(folder: Path, model: str) -> tuple[str, list[Any], float]:
 def test_two_processes_have_the_bits_of_one(tmp_path: Path, tiny_bert: str) -> None:
     alone = private_run(tmp_path / "one", tiny_bert)
     assert ranks(2, private_run, tmp_path / "two", tiny_bert) == [alone, alone]
+
+
+def uneven(privacy: dict[str, Any], counts: dict[str, int]) -> None:
+    """A run for which each rank has another number of examples."""
+    data, _ = loaders([20, counts[os.environ["RANK"]]], 5)
+    make_loop(max_rounds=1, privacy=privacy).fit(Scores(), data)
+
+
+@pytest.mark.parametrize("given", [{"noise": 1.0}, {"epsilon": 8.0}], ids=["noise", "epsilon"])
+def test_ranks_that_come_to_different_plans_are_refused_by_name(given: dict[str, float]) -> None:
+    privacy = {"name": "ExampleGaussian", "delta": 1e-3} | given
+    assert ranks(2, uneven, privacy, {"0": 30, "1": 30}) == [None, None]
+    _, (kind, says) = ranks(2, uneven, privacy, {"0": 30, "1": 40})
+    assert kind == "UsageError"
+    assert says.startswith("privacy.samplings on rank 1: got ")
+    assert '"examples": 40' in says.partition("allowed: ")[0]
+    assert '"examples": 30' in says.partition("allowed: ")[2]
+    assert says.endswith("which rank 0 has: all ranks do one run")
 
 
 # ---------------------------------------------------------------- refusals

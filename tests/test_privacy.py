@@ -419,6 +419,45 @@ def test_a_run_ends_before_its_budget_is_passed(
     assert other.summary["epsilon_pld"] <= budget
 
 
+def test_a_module_and_the_forecast_know_when_the_budget_ends_the_run(
+    make_data: Make, tiny_bert: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Asks(fedtune.BertClassifier):
+        def configure_optimizers(self) -> Any:
+            told.append((self.trainer.max_epochs, self.trainer.estimated_stepping_batches))
+            return super().configure_optimizers()
+
+    def fit(rounds: int, folder: str, **options: Any) -> list[tuple[int, float]]:
+        told.clear()
+        more = {"algorithm": UNIFORM, "local_epochs": 2, "baselines": ("centralised",), "progress": True}
+        loop = make_loop(max_rounds=rounds, run_dir=str(tmp_path / folder), **more, **options)
+        loop.fit(Asks(tiny_bert, num_labels=3), make_data())
+        assert [record.round for record in loop.history] == [1, 2]
+        return list(told)
+
+    told: list[tuple[int, float]] = []
+    epsilon = epsilon_by("pld", Release(1.0, 1.0), 2, 1e-3) + 0.01
+    ended = fit(100, "ended", privacy={"name": "Gaussian", "noise": 1.0, "delta": 1e-3, "epsilon": epsilon})
+    said = capsys.readouterr().out
+    assert "the run ends there, not after 100" in said
+    assert "federated: 2 rounds of 3 clients; then the baselines: centralised (2 rounds of" in said
+    assert json.loads((tmp_path / "ended" / "horizon.json").read_text()) == {"max_rounds": 2}
+    assert {epochs for epochs, _ in ended} == {4}
+    assert ended == fit(2, "two", privacy={"name": "Gaussian", "noise": 1.0, "delta": 1e-3})
+
+
+def test_a_module_that_asks_too_early_for_the_end_is_told_what_it_was_told(
+    make_data: Make, tiny_bert: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Asks(fedtune.BertClassifier):
+        def setup(self, stage: str) -> None:
+            self.length = self.trainer.max_epochs
+
+    privacy = {"name": "Gaussian", "noise": 1.0, "delta": 1e-3, "rounds": 1}
+    make_loop(max_rounds=9, algorithm=UNIFORM, privacy=privacy, progress=True).fit(Asks(tiny_bert, num_labels=3), make_data())
+    assert "asked how long the run is before that was known, and was told: 9 rounds" in capsys.readouterr().out
+
+
 def test_no_round_is_released_beyond_the_ledger() -> None:
     made = replace(mean(Gaussian(noise=1.0), 1.0, 10, 5, {"w": torch.zeros(2)}), limit_rounds=2)
     with pytest.raises(RunError, match="round 3: the privacy budget is used up after round 2"):
