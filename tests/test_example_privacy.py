@@ -582,7 +582,7 @@ def padded(texts: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.T
 def of_lengths(*clients: list[int]) -> GivenLoaders:
     """Clients whose texts have so many words."""
     texts = [[(torch.arange(length) % 8 + 1, length % 2) for length in lengths] for lengths in clients]
-    return GivenLoaders([DataLoader(one, batch_size=5, collate_fn=padded) for one in texts], None)
+    return GivenLoaders([DataLoader(one, batch_size=5, collate_fn=padded) for one in texts], [padded(texts[0][:4])])
 
 
 @pytest.mark.parametrize("other", [3, 9], ids=["shorter", "longer"])
@@ -617,7 +617,7 @@ def test_the_trial_leaves_counters_as_they_were() -> None:
 
 
 def test_padding_to_one_length_needs_no_mask(make_data: Make, make_module: Make) -> None:
-    loop, _ = run(make_data, make_module, rounds=1, data={"mask": False, "padding": "max_length"})
+    loop, _ = run(lambda **more: make_data(mask=False, padding="max_length", **more), make_module, rounds=1)
     assert loop.history[0].mean_update_norm > 0
 
 

@@ -11,13 +11,12 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from fedtune.errors import UsageError
 from fedtune.federated.batches import call_step, loss_of
@@ -100,8 +99,15 @@ def _spread(total: int, most: int) -> list[int]:
 
 
 def _size(batch: Any) -> int:
-    """Numbers in the tensors of a batch."""
-    return sum(one.numel() for one in tree_leaves(batch) if isinstance(one, Tensor))
+    """Numbers in the tensors of a batch, of any nesting.
+
+    >>> _size({"input_ids": torch.zeros(1, 5), "more": [torch.zeros(2), "text"]})
+    7
+    """
+    if isinstance(batch, Tensor):
+        return batch.numel()
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
+    return sum(map(_size, parts))
 
 
 def _refused(module: nn.Module, why: str) -> UsageError:
