@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from fedtune.privacy.gradients import apart, hooked
 from fedtune.privacy.mechanisms import ExampleGaussian, privacy_of
 from fedtune.privacy.sampling import Sampling
 from fedtune.privacy.steps import NoisySum
+from fedtune.privacy.trial import _places
 from fedtune.runs.flags import resolve
 from fedtune.storage.records import read_rounds
 from fedtune.tensors import Groups, sha256
@@ -272,7 +274,7 @@ def test_examples_are_drawn_by_chance_at_their_rate_and_steps_without_any_are_ma
     module = Scores()
     loop = make_loop(max_rounds=20, privacy=SCORES, local_epochs=1)
     loop.fit(module, data)
-    tried = 4 + 4  # of the trial: together, and each alone
+    tried = 32 + 4 + 4  # of the trial: some looked at for their sizes, and four together, and each alone
     sizes, drawn = np.array(module.sizes[1 + 4 :]), np.bincount(sets[0].drawn[tried:], minlength=100)
     assert [record.num_steps for record in loop.history] == [20] * 20
     empty = 400 - len(sizes)  # a step without examples has no batch
@@ -480,6 +482,24 @@ def test_two_processes_have_the_bits_of_one(tmp_path: Path, tiny_bert: str) -> N
     assert ranks(2, private_run, tmp_path / "two", tiny_bert) == [alone, alone]
 
 
+def uneven(privacy: dict[str, Any], counts: dict[str, int]) -> None:
+    """A run for which each rank has another number of examples."""
+    data, _ = loaders([20, counts[os.environ["RANK"]]], 5)
+    make_loop(max_rounds=1, privacy=privacy).fit(Scores(), data)
+
+
+@pytest.mark.parametrize("given", [{"noise": 1.0}, {"epsilon": 8.0}], ids=["noise", "epsilon"])
+def test_ranks_that_come_to_different_plans_are_refused_by_name(given: dict[str, float]) -> None:
+    privacy = {"name": "ExampleGaussian", "delta": 1e-3} | given
+    assert ranks(2, uneven, privacy, {"0": 30, "1": 30}) == [None, None]
+    _, (kind, says) = ranks(2, uneven, privacy, {"0": 30, "1": 40})
+    assert kind == "UsageError"
+    assert says.startswith("privacy.samplings on rank 1: got ")
+    assert '"examples": 40' in says.partition("allowed: ")[0]
+    assert '"examples": 30' in says.partition("allowed: ")[2]
+    assert says.endswith("which rank 0 has: all ranks do one run")
+
+
 # ---------------------------------------------------------------- refusals
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -497,7 +517,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "sampling": ({"privacy": {"sampling": "fixed"}}, r"privacy\.sampling"),
     "clip": ({"privacy": {"clip": 0.0}}, r"privacy\.clip: got 0\.0"),
     "by length": ({"data": {"group_by_length": True}}, "a DataLoader with LengthGroupedBatches"),
-    "without a mask": ({"data": {"mask": False}}, "none of which depends on another"),
+    "without a mask": (
+        {"data": {"mask": False}},
+        r"data\.mask: got False; allowed: true, or padding max_length, with privacy of examples",
+    ),
     "checkpoints": ({"model": {"gradient_checkpointing": True}}, "gradient_checkpointing computes them twice"),
 }
 
@@ -532,6 +555,80 @@ def test_examples_that_depend_on_each_other_are_found_by_trying(module: Any, say
         make_loop(max_rounds=1, privacy=SCORES).fit(module, loaders([20], 5)[0])
     assert "one whose training loss is a mean over examples" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+class Unmasked(pl.LightningModule):
+    """A classifier of the mean over a text's words, padding among them; counts its batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.layer = torch.nn.Embedding(9, 4), torch.nn.Linear(4, 2)
+        self.register_buffer("batches", torch.tensor(0), persistent=False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.batches += 1
+        return torch.nn.functional.cross_entropy(self.layer(self.words(batch[0]).mean(1)), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def padded(texts: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    words = torch.nn.utils.rnn.pad_sequence([text for text, _ in texts], batch_first=True)
+    return words, torch.tensor([label for _, label in texts])
+
+
+def of_lengths(*clients: list[int]) -> GivenLoaders:
+    """Clients whose texts have so many words."""
+    texts = [[(torch.arange(length) % 8 + 1, length % 2) for length in lengths] for lengths in clients]
+    return GivenLoaders([DataLoader(one, batch_size=5, collate_fn=padded) for one in texts], [padded(texts[0][:4])])
+
+
+@pytest.mark.parametrize("other", [3, 9], ids=["shorter", "longer"])
+@pytest.mark.parametrize("place", [0, 5, 19])
+def test_padding_that_is_read_as_text_is_found_whichever_client_and_text_shows_it(other: int, place: int) -> None:
+    privacy = SCORES | {"delta": 1e-3}
+    alike = of_lengths([6] * 20, [4] * 20)
+    loop = make_loop(max_rounds=1, privacy=privacy)
+    loop.fit(Unmasked(), alike)  # each client's texts have one length: none is padded
+    assert len(loop.history) == 1
+    odd = of_lengths([6] * 20, [6] * place + [other] + [6] * (19 - place))
+    with pytest.raises(UsageError, match=r"none of which depends on another .*a gradient differs"):
+        make_loop(max_rounds=1, privacy=privacy).fit(Unmasked(), odd)
+
+
+def test_a_second_run_of_a_module_is_tried_with_its_own_data() -> None:
+    privacy, module = SCORES | {"delta": 1e-3}, Unmasked()
+    make_loop(max_rounds=1, privacy=privacy).fit(module, of_lengths([6] * 20))
+    with pytest.raises(UsageError, match="none of which depends on another"):
+        make_loop(max_rounds=1, privacy=privacy).fit(module, of_lengths([6, 3] * 10))
+
+
+def test_the_trial_leaves_counters_as_they_were() -> None:
+    counted = []
+
+    class Counts(Unmasked):
+        def on_train_start(self) -> None:
+            counted.append(int(self.batches))
+
+    make_loop(max_rounds=2, privacy=SCORES | {"delta": 1e-3}).fit(Counts(), of_lengths([6] * 20, [6] * 20))
+    assert counted == [0, 0, 0, 0]
+
+
+def test_padding_to_one_length_needs_no_mask(make_data: Make, make_module: Make) -> None:
+    loop, _ = run(lambda **more: make_data(mask=False, padding="max_length", **more), make_module, rounds=1)
+    assert loop.history[0].mean_update_norm > 0
+
+
+def test_the_shortest_and_the_longest_text_are_tried(make_data: Make) -> None:
+    data = make_data(**EIGHT)
+    for client in range(4):
+        loader = data.client_dataloader(client)
+        lengths = loader.dataset.lengths
+        for most in (2, 4):
+            tried = lengths[_places(loader, most)]
+            assert (len(tried), tried.min(), tried.max()) == (most, lengths.min(), lengths.max())
 
 
 def test_batch_norms_and_buffers_are_refused() -> None:

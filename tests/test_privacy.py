@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -222,6 +223,27 @@ def test_noise_on_the_sum_makes_up_for_the_count() -> None:
 # ---------------------------------------------------------------- banded matrices
 
 
+@pytest.mark.parametrize("epsilon", [2.0, 4.0])
+def test_an_epsilon_that_needs_more_noise_than_the_count_has_is_refused_with_both_numbers(epsilon: float) -> None:
+    privacy = {"name": "AdaptiveGaussian", "epsilon": epsilon, "rounds": 20}
+    needed = fedtune.plan_privacy(privacy | {"name": "Gaussian"}, 64, 8).noise
+    says = rf"privacy\.epsilon: got {epsilon}; .* below twice count_noise, 0\.8 \(this one needs {needed:.4g}\)"
+    with pytest.raises(UsageError, match=says) as caught:
+        fedtune.plan_privacy(privacy, 64, 8)
+    assert "\n" not in str(caught.value)
+    assert fedtune.plan_privacy(privacy | {"count_noise": 2.0}, 64, 8).noise == needed
+
+
+def test_a_run_for_an_epsilon_that_the_count_does_not_allow_ends_before_its_first_round(
+    make_data: Make, make_module: Make, tmp_path: Path
+) -> None:
+    privacy = {"name": "AdaptiveGaussian", "epsilon": 1.0, "rounds": 2, "delta": 1e-3}
+    with pytest.raises(UsageError, match="or a larger count_noise"):
+        run(make_data, make_module, privacy=privacy, run_dir=str(tmp_path / "run"))
+    loop, _ = run(make_data, make_module, rounds=1, privacy=privacy | {"count_noise": 3.0})
+    assert math.isfinite(loop.history[0].mean_update_norm)
+
+
 def test_banded_noise_is_the_inverse_of_the_band_matrix() -> None:
     count, rounds = 3, 7
     mechanism = Banded(noise=1.0, clip=2.0, bands=count)
@@ -335,6 +357,40 @@ def test_a_round_without_replies_has_noise_and_a_record(make_data: Make, make_mo
     assert [record.cohort for record in again.history] == [[2], [], [2], [4]]
 
 
+@pytest.mark.parametrize(("seed", "empty"), [(3, [2]), (0, [1, 2]), (9, [1, 2, 3])])  # as these seeds draw
+def test_baselines_pass_over_rounds_without_replies(
+    seed: int, empty: list[int], make_data: Make, make_module: Make, tmp_path: Path
+) -> None:
+    options = {"clients_per_round": 1, "privacy": CASES["Gaussian"], "seed": seed, "baselines": ("centralised", "local")}
+    loop, _ = run(make_data, make_module, rounds=3, **options)
+    pooled = loop.baseline_runs["centralised"]
+    examples = [record.num_examples for record in loop.history]
+    assert [record.num_examples for record in pooled] == examples
+    for before, record in itertools.pairwise(pooled):
+        assert (record.metrics == before.metrics) == (not record.num_examples)
+    passed = [record for record in pooled if not record.num_examples]
+    assert [record.round for record in passed] == empty
+    assert all((one.clients, one.num_steps, one.mean_update_norm) == ([], 0, 0.0) for one in passed)
+    assert all(math.isnan(one.train_loss_nats) for one in passed)
+    assert len(loop.baseline_runs["local"]) == 8
+    folder = options | {"run_dir": str(tmp_path / "run")}
+    for rounds in (1, 2, 3):  # a start for each round, so that the baseline goes on from an empty one, too
+        again, _ = run(make_data, make_module, rounds=rounds, **folder)
+    assert without_times(again.baseline_runs["centralised"]) == without_times(pooled)
+
+
+def test_learning_rates_of_a_round_without_replies_are_none(make_data: Make, make_module: Make, tmp_path: Path) -> None:
+    found = []
+    for rounds in (2, 3):
+        monitor = fedtune.LearningRateMonitor()
+        options = {"clients_per_round": 1, "privacy": CASES["Gaussian"], "seed": 3, "run_dir": str(tmp_path / "run")}
+        run(make_data, make_module, rounds=rounds, callbacks=[monitor], **options)
+        found.append(monitor.rates)
+    rate = {"lr-AdamW/pg1": 5e-3, "lr-AdamW/pg2": 5e-3}
+    assert found[1] == [{"round": 1} | rate, {"round": 2}, {"round": 3} | rate]
+    assert found[0] == found[1][:2]
+
+
 def test_a_run_in_which_everybody_fails_goes_on(make_data: Make, make_module: Make) -> None:
     faults = [{"name": "NotFinite", "rate": 1.0}]
     loop, _ = run(make_data, make_module, rounds=2, privacy=CASES["Gaussian"], faults=faults, clients_per_round=None)
@@ -361,6 +417,45 @@ def test_a_run_ends_before_its_budget_is_passed(
     assert len(other.history) == 2
     assert other.summary["epsilon_pld"] == pytest.approx(budget, rel=1e-3)
     assert other.summary["epsilon_pld"] <= budget
+
+
+def test_a_module_and_the_forecast_know_when_the_budget_ends_the_run(
+    make_data: Make, tiny_bert: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Asks(fedtune.BertClassifier):
+        def configure_optimizers(self) -> Any:
+            told.append((self.trainer.max_epochs, self.trainer.estimated_stepping_batches))
+            return super().configure_optimizers()
+
+    def fit(rounds: int, folder: str, **options: Any) -> list[tuple[int, float]]:
+        told.clear()
+        more = {"algorithm": UNIFORM, "local_epochs": 2, "baselines": ("centralised",), "progress": True}
+        loop = make_loop(max_rounds=rounds, run_dir=str(tmp_path / folder), **more, **options)
+        loop.fit(Asks(tiny_bert, num_labels=3), make_data())
+        assert [record.round for record in loop.history] == [1, 2]
+        return list(told)
+
+    told: list[tuple[int, float]] = []
+    epsilon = epsilon_by("pld", Release(1.0, 1.0), 2, 1e-3) + 0.01
+    ended = fit(100, "ended", privacy={"name": "Gaussian", "noise": 1.0, "delta": 1e-3, "epsilon": epsilon})
+    said = capsys.readouterr().out
+    assert "the run ends there, not after 100" in said
+    assert "federated: 2 rounds of 3 clients; then the baselines: centralised (2 rounds of" in said
+    assert json.loads((tmp_path / "ended" / "horizon.json").read_text()) == {"max_rounds": 2}
+    assert {epochs for epochs, _ in ended} == {4}
+    assert ended == fit(2, "two", privacy={"name": "Gaussian", "noise": 1.0, "delta": 1e-3})
+
+
+def test_a_module_that_asks_too_early_for_the_end_is_told_what_it_was_told(
+    make_data: Make, tiny_bert: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Asks(fedtune.BertClassifier):
+        def setup(self, stage: str) -> None:
+            self.length = self.trainer.max_epochs
+
+    privacy = {"name": "Gaussian", "noise": 1.0, "delta": 1e-3, "rounds": 1}
+    make_loop(max_rounds=9, algorithm=UNIFORM, privacy=privacy, progress=True).fit(Asks(tiny_bert, num_labels=3), make_data())
+    assert "asked how long the run is before that was known, and was told: 9 rounds" in capsys.readouterr().out
 
 
 def test_no_round_is_released_beyond_the_ledger() -> None:
@@ -531,12 +626,93 @@ def test_next_to_no_noise_has_an_epsilon_without_filling_the_memory() -> None:
     assert 0.9 * bound < found < bound
 
 
-@pytest.mark.parametrize("values", [{"rounds": math.nan}, {"rounds": "3"}, {"clip_rate": "much"}, {"bands": math.nan}])
-def test_what_is_no_number_is_refused_in_one_line(values: dict[str, Any]) -> None:
+WRONG: list[tuple[type[Mechanism], dict[str, Any], str]] = [
+    (Gaussian, {"rounds": math.nan}, "a number (int)"),
+    (Gaussian, {"rounds": math.inf}, "a number (int)"),
+    (Gaussian, {"rounds": 2.5}, "a whole number"),
+    (Gaussian, {"rounds": True}, "a whole number"),
+    (Gaussian, {"rounds": -1}, "0 or more"),
+    (Gaussian, {"noise": None}, "a number (float)"),
+    (Gaussian, {"noise": True}, "a number"),
+    (Gaussian, {"noise": 1e-9}, "0.0001 or more, or 0 where it is not given"),
+    (Gaussian, {"noise": -1.0}, "0.0001 or more, or 0 where it is not given"),
+    (Gaussian, {"noise": math.inf}, "0.0001 or more, or 0 where it is not given"),
+    (Gaussian, {"epsilon": math.nan}, "a number above 0, or 0 where it is not given"),
+    (Gaussian, {"epsilon": 10**400}, "a number (float)"),
+    (Gaussian, {"delta": "x"}, "a number (float)"),
+    (Gaussian, {"clip": [1.0]}, "a number (float)"),
+    (Gaussian, {"sampling": 3}, "text"),
+    (AdaptiveGaussian, {"clip_rate": "much"}, "a number (float)"),
+    (AdaptiveGaussian, {"clip_rate": math.inf}, "a number from 0 to 10"),
+    (AdaptiveGaussian, {"clip_rate": 5000.0}, "a number from 0 to 10"),
+    (AdaptiveGaussian, {"clip_rate": -0.1}, "a number from 0 to 10"),
+    (AdaptiveGaussian, {"count_noise": math.inf}, "a number above 0, or 0 where it is not given"),
+    (AdaptiveGaussian, {"count_noise": math.nan}, "a number above 0, or 0 where it is not given"),
+    (Banded, {"bands": math.nan}, "a number (int)"),
+    (Banded, {"bands": 2.5}, "a whole number"),
+]
+
+
+@pytest.mark.parametrize(("kind", "values", "allowed"), WRONG, ids=[f"{kind.__name__} {one}" for kind, one, _ in WRONG])
+def test_values_of_another_type_or_size_are_refused_in_one_line(
+    kind: type[Mechanism], values: dict[str, Any], allowed: str
+) -> None:
     (name,) = values
-    kind = {"clip_rate": AdaptiveGaussian, "bands": Banded}.get(name, Gaussian)
-    with pytest.raises(UsageError, match=rf"^{name}: got .* or more$"):
-        kind(noise=1.0, **values)
+    with pytest.raises(UsageError, match=rf"^{name}: got .*; allowed: {re.escape(allowed)}$"):
+        kind(**({"noise": 1.0} | values))
+    with pytest.raises(UsageError, match=rf"^privacy\.{name}: got .*; allowed: {re.escape(allowed)}$"):
+        privacy_of({"name": kind.__name__, "noise": 1.0} | values)
+
+
+def test_several_values_of_another_type_are_said_at_once() -> None:
+    with pytest.raises(UsageError, match=r"^noise: got None; .*; also rounds: got 2\.5; allowed: a whole number$"):
+        Gaussian(noise=None, rounds=2.5)  # type: ignore[arg-type]
+
+
+def test_numbers_as_files_and_numpy_have_them_are_taken() -> None:
+    given = Gaussian(noise="1", rounds=np.int64(3), clip=1, delta=np.float64(1e-4))  # type: ignore[arg-type]
+    assert given == Gaussian(noise=1.0, rounds=3, clip=1.0, delta=1e-4)
+    assert {type(given.noise), type(given.rounds), type(given.clip), type(given.delta)} == {float, int}
+
+
+@pytest.mark.parametrize(
+    ("clients", "size", "says"),
+    [
+        (10.5, None, "num_clients: got 10.5; allowed: a whole number, 1 or more"),
+        ("10", None, "num_clients: got '10'; allowed: a whole number, 1 or more"),
+        (True, None, "num_clients: got True; allowed: a whole number, 1 or more"),
+        (0, None, "num_clients: got 0; allowed: 1 or more"),
+        (10, "5", "clients_per_round: got '5'; allowed: a whole number, 1 or more"),
+        (10, 2.5, "clients_per_round: got 2.5; allowed: a whole number, 1 or more"),
+        (10, 0, "clients_per_round: got 0; allowed: 1 or more"),
+        (10, 11, "clients_per_round: got 11; allowed: 1 to 10, the number of clients"),
+    ],
+)
+def test_a_plan_counts_in_whole_numbers(clients: Any, size: Any, says: str) -> None:
+    with pytest.raises(UsageError, match=f"^{re.escape(says)}$"):
+        fedtune.plan_privacy({"name": "Gaussian", "noise": 1.0, "delta": 1e-3}, clients, size)
+
+
+@pytest.mark.parametrize("rounds", [-3, 2.5, "3"])
+def test_figures_are_those_of_a_whole_number_of_rounds(rounds: Any) -> None:
+    plan = fedtune.plan_privacy({"name": "Gaussian", "noise": 1.0, "delta": 1e-3}, 10, 5)
+    for said in (plan.figures, plan.sentence):
+        with pytest.raises(UsageError, match="rounds: got "):
+            said(rounds)
+
+
+def test_the_least_noise_has_an_epsilon_for_any_number_of_rounds() -> None:
+    for rate, count in ((1.0, 10_000), (0.01, 10_000)):
+        bound, found = (epsilon_by(by, Release(rate, 1e-4), count, 1e-5) for by in ("rdp", "pld"))
+        assert found == bound > 1e10
+
+
+def test_a_clip_that_runs_away_ends_the_run_in_one_line() -> None:
+    mechanism = AdaptiveGaussian(noise=1.0, clip=1.0, clip_rate=10.0, count_noise=1e6)
+    with pytest.raises(
+        RunError, match=r"round 1: the clip moves to 1e[-\d]+; allowed: 1e-30 to 1e30; a smaller clip_rate \(10\)"
+    ):
+        rounds_of(mean(mechanism, 1.0, 10, 5, {"w": torch.zeros(2)}), [[]])
 
 
 def test_a_plan_without_a_run_refuses_privacy_of_examples_by_its_name() -> None:

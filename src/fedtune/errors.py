@@ -158,6 +158,13 @@ def at_least(argument: str, came: int | float, least: int | float) -> None:
         raise UsageError(argument, came, f"{least} or more")
 
 
+def whole(argument: str, came: object, least: int) -> None:
+    """Raise `UsageError` when `came` is no whole number, or below `least`."""
+    if isinstance(came, bool) or not isinstance(came, int):
+        raise UsageError(argument, came, f"a whole number, {least} or more")
+    at_least(argument, came, least)
+
+
 class ClientError(RunError):
     """A client's training had to stop.
 

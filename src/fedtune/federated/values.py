@@ -101,7 +101,7 @@ def typed(value: Any, hint: Any, where: str) -> Any:
     if hint in (float, int) and not isinstance(value, bool):
         try:
             number = hint(value)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise UsageError(where, value, f"a number ({hint.__name__})") from error
         if number == value or isinstance(value, str):
             return number

@@ -26,6 +26,7 @@ FINE, QUICK = (
 )  # to which PLD rounds losses up: the quick one gives less than 1e-4 of epsilon more, in an eighth of the time
 _MOST_COUNT = 2**40
 _MOST_LOSSES = 1e6  # intervals that an epsilon is divided into
+_MOST_EPSILON = 1e8  # beyond, PLD's exponentials overflow, and its epsilon says as little as RDP's
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ def _library() -> Any:
 def epsilon_by(accountant: str, release: Release, count: int, delta: float, interval: float = FINE) -> float:
     """Epsilon of `count` releases at `delta`, by "rdp" or "pld" (with losses rounded to an interval); 0 of none.
 
+    Above 10^8 that by PLD is RDP's, which is a bound, too.
+
     Raises:
         UsageError: by "pld", of cohorts of a fixed size, for which there is no such accountant.
     """
@@ -82,8 +85,10 @@ def epsilon_by(accountant: str, release: Release, count: int, delta: float, inte
     if release.fixed is not None:
         raise UsageError("privacy.accountant", accountant, "rdp, for cohorts of a fixed size")
     # with next to no noise losses are so large that those of the usual interval would fill the memory
-    wide = epsilon_by("rdp", release, count, delta) / _MOST_LOSSES
-    losses = _library().pld.PLDAccountant(value_discretization_interval=max(interval, wide))
+    bound = epsilon_by("rdp", release, count, delta)
+    if bound > _MOST_EPSILON:
+        return bound
+    losses = _library().pld.PLDAccountant(value_discretization_interval=max(interval, bound / _MOST_LOSSES))
     return float(losses.compose(release.event(), count).get_epsilon(delta))
 
 

@@ -31,6 +31,8 @@ from fedtune.privacy.factorisation import bands, sensitivity
 from fedtune.privacy.mechanisms import AdaptiveGaussian, Banded, Mechanism
 from fedtune.tensors import Groups, Tensors
 
+_MOST_LOG_CLIP = 30 * math.log(10)  # beyond, products in fp32 would be infinite, or nothing
+
 
 @final
 @dataclass(frozen=True)
@@ -118,22 +120,20 @@ class PrivateMean(Aggregator):
             raise RunError(f"round {rounds}: the privacy budget is used up after round {self.limit_rounds}")
         return {name: torch.tensor(float(value), dtype=torch.float64) for name, value in (now | {"rounds": rounds}).items()}
 
-    @property
-    def count_noise(self) -> float:
-        """sigma_b."""
-        return getattr(self.mechanism, "count_noise", 0.0) or self.denominator / 20
-
     def _of_sum(self) -> float:
         """Noise on the sum, in units of the clip."""
         if not isinstance(self.mechanism, AdaptiveGaussian):
             return self.noise
-        return noise_of_sum(self.noise, self.count_noise)
+        return noise_of_sum(self.noise, self.mechanism.noise_of_count(self.denominator))
 
     def _next_clip(self, mechanism: AdaptiveGaussian, clip: float, halves: float, context: Context) -> Tensor:
         drawn = float(context.rng("privacy count").standard_normal())
-        share = (halves + self.count_noise * drawn) / self.denominator + 0.5
-        moved = clip * math.exp(-mechanism.clip_rate * (share - mechanism.quantile))
-        return torch.tensor(moved, dtype=torch.float64)
+        share = (halves + mechanism.noise_of_count(self.denominator) * drawn) / self.denominator + 0.5
+        moved = math.log(clip) - mechanism.clip_rate * (share - mechanism.quantile)
+        if abs(moved) > _MOST_LOG_CLIP:
+            allowed = f"1e-30 to 1e30; a smaller clip_rate ({mechanism.clip_rate:g}) or count_noise moves it less"
+            raise RunError(f"round {context.round}: the clip moves to 1e{moved / math.log(10):.0f}; allowed: {allowed}")
+        return torch.tensor(clip * math.exp(-mechanism.clip_rate * (share - mechanism.quantile)), dtype=torch.float64)
 
 
 def correlated(mechanism: Banded, fresh: Tensors, past: Tensors) -> tuple[Tensors, Tensors]:

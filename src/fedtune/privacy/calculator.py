@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 from fedtune.algorithms.fedavg import fedavg
-from fedtune.errors import UsageError, at_least, one_of
+from fedtune.errors import UsageError, one_of, whole
 from fedtune.privacy.checks import check_privacy
 from fedtune.privacy.mechanisms import PRIVACY, Mechanism, kind_of, privacy_of
 from fedtune.privacy.plan import PrivacyPlan, plan_of
@@ -32,8 +32,10 @@ def plan_privacy(privacy: Any, num_clients: int, clients_per_round: int | None =
     if not issubclass(kind_of(privacy), Mechanism):  # that of examples depends on how many texts each client has
         raise one_of("privacy", privacy, [name for name, kind in PRIVACY.items() if issubclass(kind, Mechanism)])
     mechanism = cast(Mechanism, privacy_of(privacy))
-    at_least("num_clients", num_clients, 1)
-    if clients_per_round is not None and not 1 <= clients_per_round <= num_clients:
-        raise UsageError("clients_per_round", clients_per_round, f"1 to {num_clients}, the number of clients")
+    whole("num_clients", num_clients, 1)
+    if clients_per_round is not None:
+        whole("clients_per_round", clients_per_round, 1)
+        if clients_per_round > num_clients:
+            raise UsageError("clients_per_round", clients_per_round, f"1 to {num_clients}, the number of clients")
     check_privacy(mechanism, fedavg(weighting="uniform"), num_clients, clients_per_round, None)
     return plan_of(mechanism, num_clients, clients_per_round)

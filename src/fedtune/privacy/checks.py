@@ -81,7 +81,7 @@ def _of_run(mechanism: Mechanism, num_clients: int, size: int, min_clients: int 
     if mechanism.accountant == "pld" and mechanism.sampling == "fixed" and plan.rate < 1:
         yield UsageError("privacy.accountant", "pld", "rdp, for cohorts of a fixed size")
     if isinstance(mechanism, AdaptiveGaussian) and mechanism.noise:
-        most = 2 * (mechanism.count_noise or size / 20)
+        most = 2 * mechanism.noise_of_count(size)
         if not mechanism.noise < most:
             yield UsageError("privacy.noise", mechanism.noise, f"below twice count_noise, {most:g}, with AdaptiveGaussian")
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedtune.errors import RunError, UsageError
+from fedtune.errors import RunError, UsageError, whole
 from fedtune.federated.cohorts import cohort
 from fedtune.federated.messages import Context
 from fedtune.federated.parts import Algorithm
@@ -111,6 +111,7 @@ class ExamplePlan:
 
     def figures(self, rounds: int) -> dict[str, Any]:
         """Epsilon after so many rounds by both accountants: the largest over clients, and the least."""
+        whole("rounds", rounds, 0)
         counts = rounds_of_clients(self.seed, len(self.samplings), self.clients_per_round, rounds)
         found: dict[str, Any] = {}
         for accountant in ("rdp", "pld"):

@@ -14,17 +14,20 @@ ExampleGaussian     Abadi et al. 2016, "Deep Learning with Differential Privacy"
 from __future__ import annotations
 
 import math
+import typing
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, final
 
 from fedtune.errors import NotGiven, UsageError, at_least, one_of, raise_all
-from fedtune.federated.values import kind_and_values, named, plain
+from fedtune.federated.values import kind_and_values, named, plain, typed
 from fedtune.privacy.accountant import ACCOUNTANTS
 
 SAMPLINGS = ("poisson", "fixed")
 NEIGHBOURS = ("add_or_remove_one", "replace_one")
 OF_SAMPLING = dict(zip(SAMPLINGS, NEIGHBOURS, strict=True))
+LEAST_GIVEN = 1e-4  # noise: with less epsilon has eight digits or more, which says nothing
+MOST_CLIP_RATE = 10.0  # fifty times that of the paper
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,16 @@ class Budget:
     """What all have in common: a sum of clipped vectors, noise on it, and how often.
 
     Args:
-        noise: z, standard deviation of the noise on the sum of what is clipped, in units of the clip; 0: found for `epsilon`
-            and `rounds`.
+        noise: z, standard deviation of the noise on the sum of what is clipped, in units of the clip, 0.0001 or more; 0: found
+            for `epsilon` and `rounds`.
         epsilon: the budget; 0: none. With `noise` it says how many rounds there may be.
         delta: of (epsilon, delta).
         rounds: for which noise is found, or after which the budget is used up; 0: not said.
         clip: C, the largest Euclidean length of what is added up.
         accountant: which of "pld" and "rdp" finds noise and rounds; "": pld where there is one for the sampling.
+
+    Raises:
+        UsageError: values of another type, or outside of what is allowed, all of them at once.
     """
 
     noise: float = 0.0
@@ -52,14 +58,24 @@ class Budget:
     units: ClassVar[str] = ""  # of which there are fewer than 1 / delta
 
     def __post_init__(self) -> None:
+        raise_all(self._typed())  # of what is no number nothing more can be said
         raise_all(self._wrong())
+
+    def _typed(self) -> Iterator[UsageError]:
+        """Give each field its type, as from a configuration; values of another one are wrong."""
+        hints = typing.get_type_hints(type(self))
+        for name in (one.name for one in fields(self)):
+            try:
+                object.__setattr__(self, name, typed(getattr(self, name), hints[name], name))
+            except UsageError as error:
+                yield error
 
     def _wrong(self) -> Iterator[UsageError]:
         """Values that cannot be used, or are missing."""
-        for name in ("noise", "epsilon"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                yield UsageError(name, value, "a number above 0, or 0 where it is not given")
+        if self.noise and not LEAST_GIVEN <= self.noise < math.inf:
+            yield UsageError("noise", self.noise, f"{LEAST_GIVEN:g} or more, or 0 where it is not given")
+        if not 0 <= self.epsilon < math.inf:
+            yield UsageError("epsilon", self.epsilon, "a number above 0, or 0 where it is not given")
         if not 0 < self.delta < 1:
             yield UsageError("delta", self.delta, f"a number above 0 and below 1 / {self.units}")
         if not 0 < self.clip < math.inf:
@@ -137,7 +153,7 @@ class AdaptiveGaussian(Mechanism):
 
     Args:
         quantile: gamma, the share of clients whose updates should stay as they are.
-        clip_rate: eta_C, by which the logarithm of the clip moves, times the difference from the quantile.
+        clip_rate: eta_C, by which the logarithm of the clip moves, times the difference from the quantile; at most 10.
         count_noise: sigma_b, standard deviation of the noise on the count; 0: a twentieth of the clients of a round.
     """
 
@@ -150,7 +166,14 @@ class AdaptiveGaussian(Mechanism):
         yield from super()._wrong()
         if not 0 < self.quantile < 1:
             yield UsageError("quantile", self.quantile, "a number between 0 and 1")
-        yield from self._too_small(0, "clip_rate", "count_noise")
+        if not 0 <= self.clip_rate <= MOST_CLIP_RATE:
+            yield UsageError("clip_rate", self.clip_rate, f"a number from 0 to {MOST_CLIP_RATE:g}")
+        if not 0 <= self.count_noise < math.inf:
+            yield UsageError("count_noise", self.count_noise, "a number above 0, or 0 where it is not given")
+
+    def noise_of_count(self, clients: float) -> float:
+        """sigma_b, where so many clients are in a round; the noise z of both together must be below twice that."""
+        return self.count_noise or clients / 20
 
 
 @final

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, final
 
 import numpy as np
 
-from fedtune.errors import UsageError
+from fedtune.errors import UsageError, whole
 from fedtune.federated.cohorts import cohort
 from fedtune.federated.messages import Context
 from fedtune.federated.parts import Algorithm
@@ -106,6 +106,7 @@ class PrivacyPlan:
 
     def figures(self, rounds: int) -> dict[str, Any]:
         """Epsilon after so many rounds by both accountants, and what it is of; None by PLD for cohorts of a fixed size."""
+        whole("rounds", rounds, 0)
         release, count, delta = self.release(self.noise), self.count(rounds), self.mechanism.delta
         pld = epsilon_by("pld", release, count, delta) if release.fixed is None else None
         return {
@@ -169,11 +170,12 @@ def plan_of(mechanism: Mechanism, num_clients: int, clients_per_round: int | Non
     """A mechanism in a run of so many clients; what is not given is found.
 
     Raises:
-        UsageError: an epsilon that no noise, or no round, stays within.
+        UsageError: an epsilon that no noise, or no round, stays within; one that needs more than a noisy count allows.
     """
     plan = PrivacyPlan(mechanism, num_clients, clients_per_round or num_clients, mechanism.noise, mechanism.rounds or None)
     if not mechanism.noise:
         noise = _noise_for(mechanism, num_clients, plan.cohort_size, plan.count(mechanism.rounds))
+        _check_count(mechanism, noise, plan.cohort_size)
         return replace(plan, noise=noise)
     if not mechanism.epsilon:
         return plan
@@ -185,6 +187,13 @@ def plan_of(mechanism: Mechanism, num_clients: int, clients_per_round: int | Non
         )
     within = count * plan.bands
     return replace(plan, limit=min(within, plan.limit or within))
+
+
+def _check_count(mechanism: Mechanism, noise: float, cohort_size: int) -> None:
+    """Raise `UsageError` where the noise that was found is not below that of the count: no noise on the sum would do."""
+    if isinstance(mechanism, AdaptiveGaussian) and noise >= (most := 2 * mechanism.noise_of_count(cohort_size)):
+        allowed = f"one that needs noise below twice count_noise, {most:g} (this one needs {noise:.4g})"
+        raise UsageError("privacy.epsilon", mechanism.epsilon, f"{allowed}; or a larger count_noise")
 
 
 @functools.lru_cache(maxsize=16)

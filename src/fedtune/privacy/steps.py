@@ -132,7 +132,7 @@ class PrivateEpochs:
         draws = self.context.rng("privacy/examples")
         passes = (self._parts(loader, sums, room, draws) for _ in range(epochs))
         training.trainer.train_dataloader = loader
-        check_apart(training, loader)
+        check_apart(training, loader, client)
         with apart(module), hooked(module):
             report = train(training, optimisation, passes, where, client, correct, by_example=sums)
         return replace(report, num_examples=min(sampling.examples, sampling.steps * sampling.expected) * epochs)

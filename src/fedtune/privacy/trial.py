@@ -1,7 +1,9 @@
-"""Whether gradients of single examples are what they are called: found out by trying, once a module and process.
+"""Whether gradients of single examples are what they are called: found out by trying, once a client in each process of a run.
 
-A loss that divides by something of the whole batch, statistics that a batch shares, a layer that opacus reads wrongly: with any
-of these the figures of privacy would not be true, and nothing else would show it.
+A loss that divides by something of the whole batch, statistics that a batch shares, a layer that opacus reads wrongly, padding
+that a network reads as text: with any of these the figures of privacy would not be true, and nothing else would show it. The
+last one shows only between examples of different sizes, so the shortest and the longest of a client are among those tried, and
+each client has its turn, as its texts may be of other sizes than those of the one before.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,37 +21,40 @@ from torch import Tensor, nn
 from fedtune.errors import UsageError
 from fedtune.federated.batches import call_step, loss_of
 from fedtune.federated.logs import TrainingLog, logging_to
+from fedtune.federated.trainer import ModuleTrainer
 from fedtune.federated.training import Training
 from fedtune.privacy.gradients import apart, hooked, take
 from fedtune.privacy.sampling import fetched
 from fedtune.randomness import seeded
-from fedtune.tensors import assign_, snapshot, trainable
+from fedtune.tensors import assign_, counters, restore_counters, snapshot, trainable
 
 _EXAMPLES, _FEW, _LARGE = 4, 2, 2**24  # that are tried, and of a module with more numbers
+_LOOKED = 32  # examples that are looked at for their sizes, where the data set does not know them
 _MOVED = 0.02  # by which weights are moved for it: where some are 0, as in fresh adapters, so are gradients of others
 _EXACT, _ROUGH = 1e-3, 5e-2  # differences of gradients, as shares of the longest; where weights have half precision
-_TRIED: weakref.WeakKeyDictionary[nn.Module, list[frozenset[str]]] = weakref.WeakKeyDictionary()
+# of a run, whose trainer is its own: the clients that were tried, and with which trained parameters
+_TRIED: weakref.WeakKeyDictionary[ModuleTrainer, set[tuple[int, frozenset[str]]]] = weakref.WeakKeyDictionary()
 Gradients = dict[str, Tensor]  # by name, (B, ...)
 
 
-def check_apart(training: Training, loader: Any) -> None:
-    """Compare the gradients of some examples in a batch with those of each alone, without dropout, in the weights' precision.
+def check_apart(training: Training, loader: Any, client: int) -> None:
+    """Compare the gradients of some examples of a client in a batch with those of each alone, without dropout, in the weights'
+    precision.
 
     Raises:
         UsageError: they differ, or the module cannot be computed so.
     """
-    module, names = training.module, frozenset(trainable(training.module))
-    tried, total = _TRIED.setdefault(module, []), len(loader.dataset)
-    if names in tried or total < 2:
+    module, weights = training.module, trainable(training.module)
+    tried, now = _TRIED.setdefault(training.trainer, set()), (client, frozenset(weights))
+    if now in tried or len(loader.dataset) < 2:
         return
-    weights = trainable(module)
     most = _EXAMPLES if sum(one.numel() for one in weights.values()) < _LARGE else _FEW
-    places = sorted({int(place) for place in np.linspace(0, total - 1, most)})
-    before = snapshot(weights)
+    before, counted = snapshot(weights), snapshot(counters(module))
     with seeded(training.seed, "privacy/trial"), _without_dropout(module):
         for tensor in weights.values():
             tensor.add_(torch.randn_like(tensor), alpha=_MOVED)
         try:
+            places = _places(loader, most)
             with apart(module):
                 alone = [_alone(training, fetched(loader, [place])) for place in places]
             together = _together(training, fetched(loader, places))
@@ -59,11 +64,50 @@ def check_apart(training: Training, loader: Any) -> None:
             raise _refused(module, f"{type(error).__name__} {error}") from error
         finally:
             assign_(weights, before)
+            restore_counters(module, counted)
     half = any(one.dtype in (torch.bfloat16, torch.float16) for one in module.parameters())
     wrong = _difference(alone, together, len(places), _ROUGH if half else _EXACT)
     if wrong:
         raise _refused(module, wrong)
-    tried.append(names)
+    tried.add(now)
+
+
+def _places(loader: Any, most: int) -> list[int]:
+    """The numbers of at most so many examples: the shortest, the longest, and some of the sizes between.
+
+    A data set may have `lengths` (M,), those of all its examples; else some are looked at, as the loader's batches of one.
+    """
+    total = len(loader.dataset)
+    known = getattr(loader.dataset, "lengths", None)
+    if isinstance(known, Tensor) and known.shape == (total,):
+        looked: Sequence[int] = range(total)
+        sizes = known.tolist()
+    else:
+        looked = _spread(total, _LOOKED)
+        sizes = [_size(fetched(loader, [place])) for place in looked]
+    by_size = sorted(looked, key=dict(zip(looked, sizes, strict=True)).__getitem__)
+    return sorted(by_size[rank] for rank in _spread(len(by_size), most))
+
+
+def _spread(total: int, most: int) -> list[int]:
+    """At most so many of the numbers below a total, evenly spread, the first and the last among them.
+
+    >>> _spread(10, 4), _spread(2, 4)
+    ([0, 3, 6, 9], [0, 1])
+    """
+    return sorted({int(one) for one in np.linspace(0, total - 1, most)})
+
+
+def _size(batch: Any) -> int:
+    """Numbers in the tensors of a batch, of any nesting.
+
+    >>> _size({"input_ids": torch.zeros(1, 5), "more": [torch.zeros(2), "text"]})
+    7
+    """
+    if isinstance(batch, Tensor):
+        return batch.numel()
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
+    return sum(map(_size, parts))
 
 
 def _refused(module: nn.Module, why: str) -> UsageError:

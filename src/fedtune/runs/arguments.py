@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from fedtune.errors import UsageError, at_least, one_of, shown
+from fedtune.errors import UsageError, at_least, one_of, shown, whole
 from fedtune.federated.parts import Aggregator
 from fedtune.federated.remote import Remote
 from fedtune.privacy.checks import check_examples, check_privacy
@@ -37,22 +37,22 @@ def check_arguments(loop: Any) -> None:
     if not isinstance(loop.baselines, (str, list, tuple, set, frozenset)):
         raise UsageError("baselines", loop.baselines, f"a list of {', '.join(BASELINES)}; an empty one for none")
     for name in ("max_rounds", "local_epochs", "accumulate_grad_batches", "check_val_every_n_rounds"):
-        _whole(name, getattr(loop, name), 1)
-    _whole("seed", loop.seed, 0)
+        whole(name, getattr(loop, name), 1)
+    whole("seed", loop.seed, 0)
     place_of(loop.runtime)
     if loop.clients_per_round is not None:
-        _whole("clients_per_round", loop.clients_per_round, 1)
+        whole("clients_per_round", loop.clients_per_round, 1)
     if loop.gradient_clip_val is not None:
         at_least("gradient_clip_val", loop.gradient_clip_val, 0)
     for part in ("train", "val", "test"):
         limit = getattr(loop, f"limit_{part}_batches")
-        whole = isinstance(limit, int) and not isinstance(limit, bool)
-        if not (whole and limit >= 1) and not (isinstance(limit, float) and 0 < limit <= 1):
+        counted = isinstance(limit, int) and not isinstance(limit, bool)
+        if not (counted and limit >= 1) and not (isinstance(limit, float) and 0 < limit <= 1):
             raise UsageError(
                 f"limit_{part}_batches", limit, "a number of batches, 1 or more, or a share: above 0.0, at most 1.0"
             )
     if not isinstance(loop.fast_dev_run, bool):
-        _whole("fast_dev_run", loop.fast_dev_run, 0)
+        whole("fast_dev_run", loop.fast_dev_run, 0)
     if loop.deterministic not in (True, False, "warn", None):
         raise UsageError("deterministic", loop.deterministic, "true, false, warn")
     for name, values, allowed in (
@@ -127,9 +127,3 @@ def _check_cohort(loop: Any, aggregator: Aggregator, num_clients: int) -> None:
         raise UsageError("options.min_clients", fewest, allowed)
     if fewest is not None and fewest > size:
         raise UsageError("options.min_clients", fewest, f"at most the number of clients in a round, {size}")
-
-
-def _whole(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise UsageError(name, value, f"a whole number, {least} or more")
-    at_least(name, value, least)

@@ -169,16 +169,19 @@ def centralised(training: Training, state: ServerState, loader: Any, examples: i
     That is the paper's fixed compute budget. The optimizer keeps its state from round to round, as in ordinary training.
 
     Args:
-        examples: examples of the federated round.
+        examples: examples of the federated round; with none the weights stay as they are.
         epochs: its local epochs, by which schedules over epochs advance here, too.
     """
     number = state.round + 1
     here = travelling(training.module)
     assign_(here, state.weights)
-    optimisation = Optimisation(training.trainer, state.position)
-    restore(optimisation.optimizer, state.memory.get("optimizer", {}).get("state", {}))
     if "module" in state.memory:
         restore_counters(training.module, state.memory["module"]["counters"])
+    if not examples:  # a federated round that nobody answered: there is nothing to train on, and time goes on
+        position = Position(state.position.steps, state.position.epochs + epochs)
+        return RoundResult(dataclasses.replace(state, round=number, position=position), [], Agreement(0.0))
+    optimisation = Optimisation(training.trainer, state.position)
+    restore(optimisation.optimizer, state.memory.get("optimizer", {}).get("state", {}))
     with seeded(training.seed, "centralised", number):
         report = train(training, optimisation, exactly(loader, examples), f"centralised, round {number}")
     after = ServerState(

@@ -38,7 +38,7 @@ from fedtune.runs.forecast import Plan
 from fedtune.runs.hardware import resolve_precision
 from fedtune.runs.loggers import mirror_of
 from fedtune.runs.options import RunOptions
-from fedtune.runs.prepared import evaluated, given, look_over, prepared, round_of, watch_the_end, worker_of
+from fedtune.runs.prepared import evaluated, given, look_over, plan_trainer, prepared, round_of, watch_the_end, worker_of
 from fedtune.runs.privately import planned, played
 from fedtune.runs.progress import Progress
 from fedtune.runs.renamed import taken
@@ -196,8 +196,8 @@ class FederatedLoop:
     def _fit(self, run: Run, evaluator: Evaluator, adapters: Adapters, progress: Progress) -> None:
         """Set up, rounds, test, baselines, conclude."""
         training, module, ranks = evaluator.training, evaluator.training.module, evaluator.ranks
-        self.plan = planned(self, training, run)
-        check_same(run.config, ranks)  # the plan is part of it by now
+        self.plan = planned(self, training, run, ranks)
+        plan_trainer(self, training, run.data, run.max_rounds)  # by now it is known when a privacy budget is used up
         path = Path(self.run_dir) if self.run_dir else None
         memory = run.data.memory if isinstance(run.data, Remote) else None
         directory = RunDirectory(path, run.config, self.options.keep, run.data.num_clients, ranks, memory)
@@ -215,7 +215,7 @@ class FederatedLoop:
         share(module, ranks)
         personal = bool(self._algorithm.personal or self._algorithm.client.personal)
         rounds = Rounds(evaluator, progress, directory, self.check_val_every_n_rounds, personal, base)
-        progress.plan(self._plan(run.data.num_clients, ranks.size))
+        progress.plan(self._plan(run, ranks.size))
         final = self._federated(rounds, run, adapters)
         training.trainer.at(final.position)
         self._position = final.position
@@ -295,11 +295,12 @@ class FederatedLoop:
         with rounds.progress.phase("federated", run.max_rounds, self.clients_per_round or data.num_clients):
             return rounds.play(run, rounds.directory.start, next_round, self._hooked)
 
-    def _plan(self, num_clients: int, processes: int) -> Plan:
+    def _plan(self, run: Run, processes: int) -> Plan:
         """What is to be done, for the time left."""
+        num_clients = run.data.num_clients
         baselines = tuple(name for name in BASELINES if name in self.baselines)
         alone = min(num_clients, self.options.local_clients)
-        return Plan(self.max_rounds, self.clients_per_round or num_clients, num_clients, baselines, alone, processes)
+        return Plan(run.max_rounds, self.clients_per_round or num_clients, num_clients, baselines, alone, processes)
 
     def _baselines(self, evaluator: Evaluator, progress: Progress, run: Run) -> Baselines:
         folder = (self.options.baseline_dir and os.path.expanduser(self.options.baseline_dir)) or (

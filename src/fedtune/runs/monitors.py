@@ -223,7 +223,8 @@ class LearningRateMonitor(FederatedCallback):
     client with most.
 
     They are in the records, too: `record.clients[k].learning_rates`. After a round: `rates`, a dictionary a round, with "round"
-    and a name for each group, as Lightning's callback has them ("lr-AdamW", "lr-AdamW/pg1" and so on).
+    and a name for each group, as Lightning's callback has them ("lr-AdamW", "lr-AdamW/pg1" and so on); of a round that nobody
+    answered, as there may be with privacy of clients, "round" alone.
     """
 
     only_one = True
@@ -242,5 +243,5 @@ class LearningRateMonitor(FederatedCallback):
 
     @staticmethod
     def _of(record: RoundRecord) -> dict[str, Any]:
-        longest = max(record.clients, key=lambda report: report.num_steps)
-        return {"round": record.round, **longest.learning_rates}
+        longest = max(record.clients, key=lambda report: report.num_steps, default=None)
+        return {"round": record.round} | (longest.learning_rates if longest else {})

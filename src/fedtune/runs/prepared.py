@@ -64,12 +64,7 @@ def prepared(
     trainer.fast_dev_run, trainer.callbacks = loop.fast_dev_run, list(loop.callbacks)
     trainer.loggers = [one for one in loggers_of(loop.logger) if not isinstance(one, str)]
     trainer.at(loop._position if stage != "fit" else Position())
-
-    def steps() -> float:
-        loaders = map(data.client_dataloader, range(data.num_clients))
-        return loop.max_rounds * max(steps_in(training, loader, loop.local_epochs) for loader in loaders)
-
-    trainer.plan(loop.max_rounds * loop.local_epochs, steps)
+    plan_trainer(loop, training, data, loop.max_rounds)
     stages = Stages(data, module)
     with attached(training), deterministic_algorithms(loop.deterministic), freed_memory_kept(), stages.reported():
         for part in (data, module):
@@ -82,6 +77,16 @@ def prepared(
             data.keep_on(fabric.device)
         remote = data if isinstance(data, Remote) else None
         yield Evaluator(training, loop.evaluate_on, loop.options.evaluation, RESERVED, stages, ranks, remote)
+
+
+def plan_trainer(loop: Any, training: Training, data: Any, rounds: int) -> None:
+    """Tell the module's trainer how long a run of so many rounds is."""
+
+    def steps() -> float:
+        loaders = map(data.client_dataloader, range(data.num_clients))
+        return rounds * max(steps_in(training, loader, loop.local_epochs) for loader in loaders)
+
+    training.trainer.plan(rounds * loop.local_epochs, steps)
 
 
 def worker_of(
