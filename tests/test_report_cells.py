@@ -7,6 +7,7 @@ import runpy
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from made_runs import TESTED, Made, grid, write_all, write_made
@@ -138,6 +139,20 @@ def test_what_only_some_runs_have_is_a_setting_where_nothing_else_tells_them_apa
     own += [(("loop.algorithm.aggregator.name", "Krum"), ("loop.algorithm.aggregator.chosen", 2))]
     write_all(tmp_path / "b", [Made(settings=some) for some in own])
     assert settings(fedtune.read_runs(tmp_path / "b")) == ["loop.algorithm.aggregator.name"]  # it tells them apart
+
+
+@pytest.mark.parametrize(("one", "other"), [(1, 1.0), (True, 1), ("1", 1), (True, "True"), (0.1, 0.1 + 1e-12)])
+@pytest.mark.parametrize("seeds", [(0, 0), (0, 1)])
+def test_what_differs_in_its_type_alone_is_two_settings(tmp_path: Path, one: object, other: object, seeds: Any) -> None:
+    name = "loop.limit_val_batches"
+    for value, seed in zip((one, other), seeds, strict=True):
+        write_made(tmp_path / repr(value), Made(seed=seed, settings=((name, value),)))
+    write_made(tmp_path / "third", Made(seed=1, settings=((name, 7),)))
+    cells = fedtune.compare(fedtune.read_runs(tmp_path))
+    assert sorted(map(str, cells[name])) == sorted([json.dumps(one), json.dumps(other), "7"])
+    assert cells.seeds.tolist() == [1, 1, 1]
+    for value in (one, other):
+        assert f"| 4 | {json.dumps(value)} |" in text_of(tmp_path)
 
 
 def test_a_copy_of_a_run_is_no_seed_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
