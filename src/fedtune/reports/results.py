@@ -22,7 +22,20 @@ if TYPE_CHECKING:
 
 TEST = "test."  # with that begins the column of what is known of the test part, once for a run
 _CLIENTS = ("client_min", "client_mean", "client_max")
-_OF_RUN = ("run", "kind", "seed", "other_seeds", "complete", "part", "examples", "chance", "monitor", "mode", "score")
+_OF_RUN = (
+    "run",
+    "kind",
+    "seed",
+    "other_seeds",
+    "complete",
+    "part",
+    "examples",
+    "chance",
+    "monitor",
+    "mode",
+    "score",
+    "evaluated",
+)
 _COLUMNS = {*_OF_RUN, *_CLIENTS, *CELL, *RESERVED}
 _METRIC = "metric."  # with that begins the column of a metric whose name another column has, or may have
 _LEVELS = {"by_author": ["skew"], "by_length": ["skew"], "dirichlet": ["alpha"], "by_author_and_label": ["skew", "alpha"]}
@@ -44,7 +57,8 @@ def read_runs(folder: str | Path, damaged: dict[str, str] | None = None) -> Data
         and "1" of one name are texts, as they are four settings; of
         "content.version" each number stands for other texts, or other files of the model), then the `part` that
         the rounds were evaluated on and its `examples`, `monitor` and `mode`, the `chance` (what the metric that is monitored
-        comes to without learning: the most frequent class, a uniform guess), the `score` (that metric), and what
+        comes to without learning: the most frequent class, a uniform guess), the `score` (that metric; NaN also where it was no
+        finite number), whether the round was `evaluated`, and what
         `rounds.jsonl` has: `round`, the metrics, `train_loss_nats`, `num_examples`, `seconds` and so on, and of the accuracy
         for each client the `client_min`, `client_mean` and `client_max`. Sorted by run and round. A metric has a column of its
         name; but one that is named as another column is ("seed"), or that begins with "model.", "data.", "loop.", "content.",
@@ -135,7 +149,7 @@ def _runs(folder: Path, damaged: dict[str, str] | None) -> Iterator[tuple[str, _
                 summary = read_object(path / "summary.json") if present(path / "summary.json") else {}
                 summary = summary if summary.get("rounds") == rounds[-1].round else {}  # of other rounds it says nothing
                 monitor = str(config.get("loop.monitor", "accuracy"))
-                numbers = [{"score": one.metrics.get(monitor)} | _numbers(one) for one in rounds]
+                numbers = [_scored(one, monitor) | _numbers(one) for one in rounds]
                 yield name, (config, numbers, _complete(config, rounds, summary), summary)
 
 
@@ -196,6 +210,10 @@ def _other_seeds(config: Mapping[str, Any], seed: Any) -> str | None:
 def _shown(value: Any) -> str:
     """The value of a setting that names a run: another's class may have given it any type."""
     return "–" if value is None else str(plain(value))
+
+
+def _scored(record: RoundRecord, monitor: str) -> dict[str, Any]:
+    return {"score": record.metrics.get(monitor), "evaluated": bool(record.metrics)}
 
 
 def _numbers(record: RoundRecord) -> dict[str, Any]:
