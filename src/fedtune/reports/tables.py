@@ -80,7 +80,7 @@ def tables_of(cells: DataFrame, best: DataFrame) -> Iterator[Table]:
         tested = [one for one in of_task if _known(one[f"{TEST}score"])]
         if tested:
             yield _table(task, "test part", *_tested(named, monitors, tested), tested)
-        note = f"Of the last round that was evaluated. {_range(of_task)}"
+        note = _range(of_task)
         note += _ROUNDS if any(_known(one["baseline"]) for one in of_task) else ""
         yield _table(task, f"{parts} part, after the last round", note, [*named, *_rounds(monitors)], of_task)
         tuned = best[best.task == task].to_dict("records")
