@@ -115,9 +115,12 @@ def _numbers(cells: DataFrame) -> dict[str, Any]:
 
 def _setting(column: Series[str]) -> Series[Any]:
     """A column of a setting, numbers as such; what is 1 and what is 1.0 stay two."""
-    known = column.map(lambda text: json.loads(text) if _NUMBER.fullmatch(text) else text, na_action="ignore").astype(object)
+    from pandas import Series
+
+    known = [json.loads(text) if isinstance(text, str) and _NUMBER.fullmatch(text) else text for text in column]
     values = told_apart(value for value in known if value == value)
-    return known.map(lambda value: values[written(value)], na_action="ignore").infer_objects()
+    found = [values[written(value)] if value == value else value for value in known]
+    return Series(found, index=column.index, dtype=object).infer_objects()  # as numbers 1 and 1.0 would be one
 
 
 def _monitored(cells: DataFrame, before: str, end: str) -> list[float]:
