@@ -112,6 +112,19 @@ def test_bayes_gets_closer_than_random_with_as_many_runs(tmp_path: Path) -> None
     assert sum(map(math.sqrt, found)) < 0.6 * sum(map(math.sqrt, drawn))
 
 
+@pytest.mark.parametrize("number", [math.nan, math.inf, None])
+def test_a_run_without_a_finite_result_is_not_the_best_and_stops_no_search(write: Any, tmp_path: Path, number: Any) -> None:
+    pytest.importorskip("optuna")
+    board = Board(grid.read(write({"model.learning_rate": RATE}, run_cap=3)), tmp_path, 1)
+    for value in (number, 0.5, 0.7):
+        (cell,) = board.grow()
+        (tmp_path / cell.name).mkdir()
+        ended = {"state": "finished", "seconds": 1.0, "metrics": {"loss_nats": value}}
+        (tmp_path / cell.name / "status.json").write_text(json.dumps(ended))
+    assert "3 of 3 done" in board.summary()
+    assert "best loss_nats 0.500" in board.summary()
+
+
 def test_interrupted_it_goes_on_with_the_same_proposals(write: Any, faked: Any, tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     file, calm, broken = write({"model.learning_rate": RATE}, run_cap=14), tmp_path / "calm", tmp_path / "broken"

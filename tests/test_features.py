@@ -76,6 +76,16 @@ def test_texts_of_one_class_have_no_speed(module: Any, batch: dict[str, torch.Te
         features(module, [alike, alike])
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_half_of_one_class_has_no_speed(module: Any, batch: dict[str, torch.Tensor], place: int) -> None:
+    given = [batch, batch]
+    given[place] = batch | {"labels": torch.full_like(batch["labels"], 2)}
+    said = r"batches: got '12 texts of one class in every second batch'; allowed: texts of two classes or more in each half"
+    with pytest.raises(UsageError, match=said):
+        features(module, given)
+    assert len(features(module, [*given, *given[::-1]]).speed) == 4
+
+
 def test_moments_are_those_of_what_the_last_layer_reads(module: Any, batch: dict[str, torch.Tensor]) -> None:
     found = features(module, [batch, {name: value[:8] for name, value in batch.items()}])
     module.eval()

@@ -96,6 +96,28 @@ def test_only_takes_a_part_by_whole_or_shortened_key(write: Write) -> None:
     assert len(grid.read(rates, ["learning_rate=1e-3", "freeze_embeddings=true"]).cells) == 1
 
 
+def test_every_condition_of_only_is_one_of_some_cell(write: Write) -> None:
+    file = write(
+        {"data.num_clients": {"values": [1, 2, 4]}, "seed": {"values": [0, 1]}, "model.freeze_embeddings": {"value": True}}
+    )
+    for only, missed in (
+        (["num_clients=2", "num_clients=3"], "num_clients=3"),
+        (["num_clients=8", "seed=0", "num_clients=3"], "num_clients=8 num_clients=3"),
+        (["seed=0", "seed=true"], "seed=true"),
+        (["seed=1", "freeze_embeddings=1"], "freeze_embeddings=1"),
+    ):
+        with pytest.raises(UsageError, match=rf"--only: got '{missed}'; allowed: \w"):
+            grid.read(file, only)
+    assert {cell.varied["seed"] for cell in grid.read(file, ["seed=1"]).cells} == {1}
+
+
+def test_only_takes_the_number_that_is_written_so(write: Write) -> None:
+    file = write({"loop.limit_train_batches": {"values": [1, 1.0]}})
+    for text in ("1", "1.0"):
+        (cell,) = grid.read(file, [f"limit_train_batches={text}"]).cells
+        assert str(cell.varied["loop.limit_train_batches"]) == text
+
+
 def test_random_draws_within_bounds_and_the_same_each_time(write: Write) -> None:
     drawn = {"distribution": "log_uniform_values", "min": 1e-5, "max": 1e-2}
     file = write({"model.learning_rate": drawn, "data.batch_size": {"min": 8, "max": 16}}, method="random", run_cap=20)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -345,6 +346,48 @@ def test_fewer_rounds_than_a_directory_has_are_refused(make_data: Make, make_mod
     make_loop(max_rounds=2, run_dir=str(tmp_path)).fit(make_module(), make_data())
     with pytest.raises(fedtune.UsageError, match="max_rounds: got 1; allowed: 2 or more"):
         make_loop(max_rounds=1, run_dir=str(tmp_path)).fit(make_module(), make_data())
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """What a folder has, but for who has its lock."""
+    files = (file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(".lock"))
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+class Refuses(fedtune.FederatedCallback):
+    """A callback that does not want to go on."""
+
+    def on_fit_start(self, run: Any, module: Any) -> None:
+        raise fedtune.UsageError("a callback", 1, "nothing")
+
+
+def test_a_refused_command_rewrites_nothing_in_the_directory_of_a_run(
+    make_data: Make, make_module: Make, tmp_path: Path
+) -> None:
+    private = {
+        "privacy": {"name": "Gaussian", "noise": 1.0, "delta": 1e-3},
+        "algorithm": {"name": "fedavg", "aggregator": {"weighting": "uniform"}},
+        "run_dir": str(tmp_path),
+    }
+    make_loop(max_rounds=3, **private, keep=2).fit(make_module(), make_data())
+    before = files_of(tmp_path)
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"max_rounds": 1}, "max_rounds: got 1; allowed: 3 or more"),
+        ({"max_rounds": 9, "callbacks": [Refuses()], "keep": 1}, "a callback: got 1"),
+        ({"max_rounds": 9, "seed": 1}, "run_dir: got"),
+    ]
+    for options, said in refused:
+        with pytest.raises(fedtune.UsageError, match=said):
+            make_loop(**(private | options)).fit(make_module(), make_data())
+        after = files_of(tmp_path)
+        assert [name for name in {**before, **after} if before.get(name) != after.get(name)] == []
+
+
+def test_a_command_refused_in_a_new_directory_leaves_it_to_the_next(tmp_path: Path) -> None:
+    loader, options = DataLoader(RandomDataset(32, 8), batch_size=4), {"max_rounds": 1, "run_dir": str(tmp_path)}
+    with pytest.raises(fedtune.UsageError, match="evaluate_on: got 'test'"):
+        make_loop(evaluate_on="test", **options).fit(BoringModel(), GivenLoaders([loader], loader))
+    assert len(make_loop(**options).fit(BoringModel(), GivenLoaders([loader], loader))) == 1
 
 
 class Steps(BoringModel):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import math
 import runpy
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from made_runs import TESTED, Made, grid, write_all, write_made
@@ -18,7 +21,7 @@ from fedtune.reports import curves
 from fedtune.reports.cells import standard_error, tuned
 from fedtune.reports.report import report
 from fedtune.reports.settings import settings
-from fedtune.reports.spreadsheet import read_cells
+from fedtune.reports.spreadsheet import read_cells, spreadsheet
 from fedtune.reports.tables import markdown, tables_of
 from fedtune.runs.figures import _held
 
@@ -120,6 +123,55 @@ def test_a_rate_is_not_the_best_because_it_has_the_easier_seeds(tmp_path: Path) 
     assert tuned(rounds)["model.learning_rate"].tolist() == [1e-3]
 
 
+def scored(runs: Path, scores: dict[tuple[float, int], float | None]) -> None:
+    """Runs by rate and seed, each with a score in all its rounds."""
+    for (rate, seed), score in scores.items():
+        run = runs / f"{rate}-{seed}"
+        write_made(run, Made(rate=rate, seed=seed))
+        lines = [json.loads(line) | {"accuracy": score} for line in (run / "rounds.jsonl").read_text().splitlines()]
+        (run / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize("diverged", [False, True])
+def test_a_rate_that_failed_for_a_seed_is_not_the_best_for_the_seeds_that_it_survived(tmp_path: Path, diverged: bool) -> None:
+    scores: dict[tuple[float, int], float | None] = {(1e-3, 0): 0.8, (1e-3, 1): 0.6, (1e-3, 2): 0.7, (3e-3, 0): 0.81}
+    scores |= {(3e-3, 1): None, (3e-3, 2): None} if diverged else {}
+    scored(tmp_path, scores)
+    rounds = fedtune.read_runs(tmp_path)
+    (best,) = tuned(rounds).to_dict("records")
+    assert (best["model.learning_rate"], best["seeds"], best["score"]) == (1e-3, 3, pytest.approx(0.7))
+    assert fedtune.compare(rounds).set_index("model.learning_rate").best_rate.to_dict() == {1e-3: 1.0, 3e-3: 0.0}
+
+
+def test_rates_with_as_many_seeds_are_compared_on_those_they_have_in_common(tmp_path: Path) -> None:
+    scored(tmp_path, {(1e-3, 0): 0.1, (1e-3, 1): 0.6, (3e-3, 1): 0.5, (3e-3, 2): 0.9, (3e-4, 1): 0.9})
+    cells = fedtune.compare(fedtune.read_runs(tmp_path))
+    assert cells.set_index("model.learning_rate").best_rate.to_dict() == {3e-4: 0.0, 1e-3: 1.0, 3e-3: 0.0}
+    (tmp_path / "x.csv").write_text(spreadsheet(cells))
+    assert read_cells(tmp_path / "x.csv").best_rate.tolist() == cells.best_rate.tolist()
+    (tmp_path / "old.csv").write_text(spreadsheet(cells.drop(columns="best_rate")))  # which says how many seeds, and not which
+    assert read_cells(tmp_path / "old.csv").best_rate.tolist() == [0.0, 0.0, 1.0]
+
+
+def test_a_score_is_that_of_the_last_evaluated_round_also_where_it_is_no_number(tmp_path: Path) -> None:
+    write_all(tmp_path, grid(seed=(0, 1, 2), causal=(True,)))
+    skipped, diverged, _ = (tmp_path / f"000{number}" / "rounds.jsonl" for number in range(3))
+    lines = [json.loads(line) for line in skipped.read_text().splitlines()]
+    last = lines[-2]["loss_nats"]
+    for name in ("loss_nats", "perplexity", "token_accuracy"):
+        del lines[-1][name]  # as check_val_every_n_rounds does
+    skipped.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rounds = fedtune.read_runs(tmp_path)
+    (cell,) = fedtune.compare(rounds).to_dict("records")
+    finals = [last, *rounds[(rounds["round"] == 5) & (rounds.run != "0000")].loss_nats]
+    assert (cell["score"], cell["loss_nats_max"]) == (pytest.approx(sum(finals) / 3), max(finals))
+    lines = [json.loads(line) for line in diverged.read_text().splitlines()]
+    diverged.write_text("".join(json.dumps(line | {"loss_nats": None}) + "\n" for line in lines))
+    (cell,) = fedtune.compare(fedtune.read_runs(tmp_path)).to_dict("records")
+    assert all(math.isnan(cell[name]) for name in ("score", "loss_nats", "loss_nats_min", "score_max"))
+    assert cell["token_accuracy"] > 0
+
+
 def test_nothing_is_chosen_on_the_test_part(tmp_path: Path) -> None:
     settings_ = ((("loop.evaluate_on", "test"),),)
     write_all(tmp_path, grid(rate=RATES, seed=(0,), settings=settings_))
@@ -138,6 +190,20 @@ def test_what_only_some_runs_have_is_a_setting_where_nothing_else_tells_them_apa
     own += [(("loop.algorithm.aggregator.name", "Krum"), ("loop.algorithm.aggregator.chosen", 2))]
     write_all(tmp_path / "b", [Made(settings=some) for some in own])
     assert settings(fedtune.read_runs(tmp_path / "b")) == ["loop.algorithm.aggregator.name"]  # it tells them apart
+
+
+@pytest.mark.parametrize(("one", "other"), [(1, 1.0), (True, 1), ("1", 1), (True, "True"), (0.1, 0.1 + 1e-12)])
+@pytest.mark.parametrize("seeds", [(0, 0), (0, 1)])
+def test_what_differs_in_its_type_alone_is_two_settings(tmp_path: Path, one: object, other: object, seeds: Any) -> None:
+    name = "loop.limit_val_batches"
+    for value, seed in zip((one, other), seeds, strict=True):
+        write_made(tmp_path / repr(value), Made(seed=seed, settings=((name, value),)))
+    write_made(tmp_path / "third", Made(seed=1, settings=((name, 7),)))
+    cells = fedtune.compare(fedtune.read_runs(tmp_path))
+    assert sorted(map(str, cells[name])) == sorted([json.dumps(one), json.dumps(other), "7"])
+    assert cells.seeds.tolist() == [1, 1, 1]
+    for value in (one, other):
+        assert f"| 4 | {json.dumps(value)} |" in text_of(tmp_path)
 
 
 def test_a_copy_of_a_run_is_no_seed_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -231,6 +297,66 @@ def test_what_is_no_spreadsheet_of_a_report_is_refused_in_one_line(tmp_path: Pat
     with pytest.raises(UsageError, match=r"a tables\.csv that a report wrote") as caught:
         report(tmp_path / "x.csv")
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("task", "model"),
+    [
+        ("NA", "null"),
+        ("1e5", "007"),
+        ("nan", "1.0"),
+        ("-x", "=1+1"),
+        ("'=x", "''"),
+        ("'a", "-5"),
+        ("a|b\nc", '"q",x'),
+        ("True", ""),
+    ],
+)
+def test_names_come_back_from_a_spreadsheet_as_they_were(tmp_path: Path, task: str, model: str) -> None:
+    model = model or "\ttab"
+    write_made(tmp_path / "runs" / "a", Made(task=task, model=model, settings=(("loop.x", 1), ("loop.y", "@home"))))
+    write_made(tmp_path / "runs" / "b", Made(task=task, model=model, settings=(("loop.x", 1.0), ("loop.y", "+7up"))))
+    cells = fedtune.compare(fedtune.read_runs(tmp_path / "runs"))
+    (tmp_path / "x.csv").write_bytes(spreadsheet(cells).encode())
+    back = read_cells(tmp_path / "x.csv")
+    named = ["task", "model", "split", "clients", "loop.x", "loop.y"]
+    assert back[named].to_numpy().tolist() == cells[named].to_numpy().tolist()
+    assert markdown(list(tables_of(back, back[:0])), {}) == markdown(list(tables_of(cells, cells[:0])), {})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("seeds", "x", "its seeds is 'x', where a whole number belongs"),
+        ("seeds", "1.5", "its seeds is '1.5', where a whole number belongs"),
+        ("seeds", "inf", "its seeds is 'inf', where a whole number belongs"),
+        ("seeds", "0", "its seeds is '0', where a whole number belongs"),
+        ("rounds", "many", "its rounds is 'many', where a whole number belongs"),
+        ("clients", "many", "its clients is 'many', where a whole number belongs"),
+        ("clients", "", "its clients is nan, where a whole number belongs"),
+        ("mode", "maximum", "its mode is 'maximum', where max or min belongs"),
+        ("accuracy", "nan", "its accuracy is 'nan', where a number belongs"),
+        ("monitor", "7", None),
+        ("rounds", "", None),
+        ("seeds", "9000000000", None),
+        ("part", "3", None),
+    ],
+)
+def test_every_column_of_a_spreadsheet_is_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, value: str, said: str | None
+) -> None:
+    write_all(tmp_path / "runs", grid(rate=RATES, seed=(0, 1)))
+    rows = list(csv.DictReader(spreadsheet(fedtune.compare(fedtune.read_runs(tmp_path / "runs"))).splitlines()))
+    with open(tmp_path / "x.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, [column for column in rows[0] if column != "best_rate"], extrasaction="ignore")
+        table.writeheader()
+        table.writerows(row | {name: value} for row in rows)
+    if said is None:
+        report(tmp_path / "x.csv")
+        assert "### Validation part" in capsys.readouterr().out or name == "part"
+        return
+    with pytest.raises(UsageError, match=rf"a tables\.csv that a report wrote \({said}\)$"):
+        report(tmp_path / "x.csv")
 
 
 SHIPPED = sorted(EXPERIMENTS.glob("*/*.csv"))

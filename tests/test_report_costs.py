@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 import fedtune
 from fedtune.reports import costs
-from fedtune.reports.cells import compare
+from fedtune.reports.cells import compare, tuned
 from fedtune.reports.report import report
 from fedtune.reports.results import read_runs
 
@@ -73,6 +73,17 @@ def test_a_point_is_the_best_rate_of_a_channel_with_the_range_over_seeds(tmp_pat
     assert names == {"up none", "up Sign(feedback True)", "up TopK(share 0.01)"}
     for suffix in (".png", ".svg"):
         assert (tmp_path / "out" / f"bytes{suffix}").stat().st_size > 1000
+
+
+def test_a_point_is_that_of_the_table_of_best_rates(tmp_path: Path, drawn: list[Figure]) -> None:
+    few = [one for one in runs() if one.rate != 1e-3 or one.seed == 2]  # the best rate has one seed left
+    write_all(tmp_path, few)
+    rounds = read_runs(tmp_path)
+    costs.plot_costs(compare(rounds), tmp_path / "bytes.png")
+    best = tuned(rounds)
+    assert set(best.seeds) == {3}
+    found = {tuple(line.get_xydata()[0]) for line in drawn[0].axes[0].get_lines()}  # type: ignore[index]
+    assert found == set(zip(best.bytes_up, best["test.score"], strict=True))
 
 
 def test_a_spreadsheet_is_drawn_as_the_runs_are(tmp_path: Path, drawn: list[Figure]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -158,6 +160,49 @@ def test_two_sweeps_on_one_folder_share_the_work(write: Write, tmp_path: Path) -
     )
     for name in names:
         assert [json.loads(line)["round"] for line in (folder / name / "rounds.jsonl").read_text().splitlines()] == [1, 2]
+
+
+@pytest.fixture
+def cell_of(write: Write) -> Callable[..., dict[str, Any]]:
+    """The arguments of a small run."""
+
+    def cell_of(**changes: Any) -> dict[str, Any]:
+        values = {"data.num_clients": 2, "loop.options.progress": False} | changes
+        return grid.read(write(**{name: {"value": value} for name, value in values.items()})).cells[0].arguments
+
+    return cell_of
+
+
+def test_a_run_ends_with_the_metrics_of_its_last_evaluated_round(cell_of: Any, tmp_path: Path) -> None:
+    loop = worker.recorded(cell_of(**{"loop.max_rounds": 3, "loop.check_val_every_n_rounds": 2}), tmp_path / "run")
+    assert [bool(record.metrics) for record in loop.history] == [False, True, False]
+    assert worker.status(tmp_path / "run")["metrics"] == loop.history[1].metrics
+    assert loop.summary["client_accuracy_mean"] is not None
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "null"])
+def test_a_metric_that_is_no_finite_number_is_unknown_when_read(tmp_path: Path, number: str) -> None:
+    metrics = f'{{"loss_nats": {number}, "accuracy": 0.5}}'
+    (tmp_path / "status.json").write_text(f'{{"state": "finished", "seconds": 1.0, "metrics": {metrics}}}')
+    assert worker.status(tmp_path)["metrics"] == {"accuracy": 0.5}
+
+
+def test_a_status_is_json_where_a_metric_is_no_number(cell_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = SimpleNamespace(history=[SimpleNamespace(metrics={"loss_nats": math.nan, "accuracy": 0.5})], callbacks=[])
+    monkeypatch.setattr(worker, "fit", lambda *_, **__: loop)
+    (tmp_path / "run").mkdir()
+    worker.recorded(cell_of(), tmp_path / "run")
+    text = (tmp_path / "run" / "status.json").read_text()
+    assert json.loads(text, parse_constant=lambda name: name)["metrics"] == {"loss_nats": None, "accuracy": 0.5}
+
+
+def test_a_finished_run_is_still_finished_after_a_refused_command(cell_of: Any, tmp_path: Path) -> None:
+    worker.recorded(cell_of(), tmp_path / "run")
+    before = worker.status(tmp_path / "run")
+    with pytest.raises(UsageError, match=r"max_rounds: got 1; allowed: 2 or more"):
+        worker.recorded(cell_of(**{"loop.max_rounds": 1}), tmp_path / "run")
+    assert worker.status(tmp_path / "run") == before
+    assert fedtune.read_runs(tmp_path / "run").complete.all()
 
 
 @pytest.mark.parametrize(("baselines", "said"), [([], "last evaluation"), (["local"], "last evaluation, baselines")])

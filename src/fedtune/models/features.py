@@ -53,11 +53,12 @@ def features(module: Any, batches: Iterable[dict[str, Tensor]]) -> Features:
             compared: the product of gradients of different texts is free of the noise that is in the square of one gradient.
 
     Raises:
-        UsageError: no classifier with a linear last layer; fewer than two batches; texts of one class.
+        UsageError: no classifier with a linear last layer; fewer than two batches; texts of one class, in all or in a half.
     """
     found, last = list(batches), _last_layer(module)
     if len(found) < 2:
         raise UsageError("batches", len(found), "two or more")
+    order_n = torch.cat(_labels_of_halves(found))
     kept: list[Tensor] = []
     hook = last.register_forward_pre_hook(lambda layer, given: kept.append(given[0].detach().float()))
     was = module.training
@@ -69,14 +70,23 @@ def features(module: Any, batches: Iterable[dict[str, Tensor]]) -> Features:
         module.train(was)
         module.zero_grad()
     phi_nH = torch.cat(kept)
-    order_n = torch.cat([batch["labels"] for start in (0, 1) for batch in found[start::2]])
     residual = 1 - float((torch.bincount(order_n) / len(order_n)).square().sum())
-    if residual == 0:
-        raise UsageError("batches", f"{len(order_n)} texts of one class", "texts of two classes or more")
     speed = dict.fromkeys((LAST, HEAD, ENCODER, EMBEDDINGS), 0.0)
     for name, one in halves[0].items():
         speed[_part(module, name, last)] += float((one * halves[1][name]).sum()) / residual
     return Features(len(order_n), *_moments(phi_nH, order_n), speed)
+
+
+def _labels_of_halves(batches: Sequence[dict[str, Tensor]]) -> list[Tensor]:
+    """The labels of each half. Raises `UsageError` where all, or those of one half, are alike: no gradient would tell them."""
+    halves = [torch.cat([batch["labels"] for batch in batches[start::2]]) for start in (0, 1)]
+    if len(torch.cat(halves).unique()) < 2:
+        raise UsageError("batches", f"{sum(map(len, halves))} texts of one class", "texts of two classes or more")
+    for labels_n in halves:
+        if len(labels_n.unique()) < 2:
+            came = f"{len(labels_n)} texts of one class in every second batch"
+            raise UsageError("batches", came, "texts of two classes or more in each half of the batches (are they shuffled?)")
+    return halves
 
 
 def _last_layer(module: Any) -> nn.Linear:

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fedtune.reports.baselines import Baselines
+from fedtune.reports.best import BEST, alike, best_of_rates, marked
 from fedtune.reports.repeats import each_once
 from fedtune.reports.results import TEST, column_of
 from fedtune.reports.settings import CELL, order, rates, settings, shown_setting
 from fedtune.storage.summary import SHARES
 
 if TYPE_CHECKING:
-    from pandas import DataFrame, Series
+    from pandas import DataFrame
 
 METRICS = ("accuracy", "macro_f1", "loss_nats", "perplexity", "exact_match", "token_accuracy")  # with columns of their own
 PROPORTIONS = ("accuracy", "exact_match")  # of examples, so that their number tells the standard error
@@ -42,6 +43,7 @@ def compare(rounds: DataFrame) -> DataFrame:
 
     Returns:
         columns `task`, `model`, `split`, `clients`, other settings, `monitor`, `mode`, `part`; `seeds` (how many), `rounds`;
+        `best_rate` (1 for the learning rate that `tuned` chooses, 0 for others, missing where nothing is chosen);
         `score` with `_min` and `_max` (mean and range over seeds of the metric that is monitored); `accuracy`, `loss_nats` and
         what else of `METRICS` is known, each with its range; the scores of the `baseline` and of the `centralised` one;
         `chance`; `rounds_to_90pct` and so on (mean over seeds; missing unless all seeds get there); `client_min`, `client_max`
@@ -50,13 +52,15 @@ def compare(rounds: DataFrame) -> DataFrame:
         `test.score` and the metrics, each with its range, `test.standard_error` (of the score, where that is a share of the
         examples), `test.majority`, `test.local` and `test.centralised` (scores of the baselines).
     """
-    return _cells(_runs(each_once(rounds)), settings(rounds))
+    other = settings(rounds)
+    return _cells(marked(_runs(each_once(rounds)), other), other)
 
 
 def tuned(rounds: DataFrame) -> DataFrame:
     """As `compare`, but of runs that differ in learning rates alone those with the best one, as Reddi et al. 2021 compare.
 
-    The rate of a cell is the one whose mean score is best on the validation part, over the seeds that all rates have. Its
+    The rate of a cell is the one whose mean score is best on the validation part: of the rates with the most seeds, over the
+    seeds that these have in common. Its
     baselines (with one client, centralised) are tuned alike: each has the rate that is best by its own score on the
     validation part. Clients alone are evaluated on the test part only; theirs is the cell's rate.
 
@@ -67,37 +71,19 @@ def tuned(rounds: DataFrame) -> DataFrame:
     from pandas import DataFrame, concat
 
     other = settings(rounds)
-    chosen = rates(other)
-    runs = _runs(each_once(rounds))
-    runs = runs[runs.part != "test"] if len(runs) else runs
-    keys = [*CELL, *(name for name in other if name not in chosen), "monitor", "mode"]
+    chosen, runs = rates(other), marked(_runs(each_once(rounds)), other)
     picked = []
-    for _, group in runs.groupby(keys, sort=False, dropna=False) if chosen and len(runs) else ():
-        best = _best(group, chosen, "score")
-        if best is not None:
+    for group in alike(runs, other):
+        best = group[group[BEST] == 1]
+        if len(best):
             for baseline, columns in _TUNED.items():
-                best = _beside(best, _best(group, chosen, baseline), chosen, f"{baseline}_rate", columns)
+                best = _beside(best, best_of_rates(group, chosen, baseline), chosen, f"{baseline}_rate", columns)
             picked.append(best)
     if not picked:
         return DataFrame(columns=[*_cells(runs, other).columns, *_RATES])
     found = concat(picked, ignore_index=True)
     targets = [reached(run, run["baseline"]) for run in found.to_dict("records")]
     return _cells(found.assign(**DataFrame(targets)), other, *_RATES)
-
-
-def _best(runs: DataFrame, chosen: Sequence[str], name: str) -> DataFrame | None:
-    """Those runs of a cell with the learning rates whose mean over seeds is best; None where nothing is known.
-
-    The seeds that all rates have are compared, as one seed may be easier than another; where there are none, all.
-    """
-    number = runs.groupby(list(chosen), sort=False, dropna=False).ngroup()
-    known = runs[runs[name].notna()]
-    if not len(known):
-        return None
-    of_seed = number[known.index].groupby(known.seed).nunique()
-    common = known.seed.isin(of_seed.index[of_seed == number[known.index].nunique()])
-    means = (known[common] if common.any() else known).groupby(number)[name].mean()
-    return runs[number == (means.idxmax() if runs["mode"].iloc[0] == "max" else means.idxmin())]
 
 
 def _beside(best: DataFrame, others: DataFrame | None, chosen: Sequence[str], rate: str, columns: Sequence[str]) -> DataFrame:
@@ -125,7 +111,7 @@ def _runs(rounds: DataFrame) -> DataFrame:
     lines = {line["run"]: line for line in rounds.drop_duplicates("run").to_dict("records")}
     found, baselines = dict(iter(rounds.groupby("run", sort=False))), Baselines(lines.values(), settings(rounds))
     federated = [line for line in lines.values() if line["kind"] == "federated"]
-    shown = [*CELL, *settings(rounds), "seed", "monitor", "mode", "part", "examples", "chance"]
+    shown = [*CELL, *settings(rounds), "seed", "other_seeds", "monitor", "mode", "part", "examples", "chance"]
     rows = []
     for line in federated:
         base, pooled = (found.get(name) for name in (baselines.of(line), baselines.pooled(line)))
@@ -139,10 +125,10 @@ def _run(
     """What is known of one run: what it is, and what its rounds and those of its baselines say."""
     column = column_of(line["monitor"])
     row = {name: line[name] for name in shown} | {"rounds": int(run["round"].iloc[-1])}
-    row |= {name: _last(run[name]) for name in ("score", *METRICS, "client_min", "client_mean", "client_max") if name in run}
+    row |= {name: _last(run, name) for name in ("score", *METRICS, "client_min", "client_mean", "client_max") if name in run}
     row |= dict(_tested(line))
     for name, one in (("baseline", base), ("centralised", pooled)):
-        row[name] = _last(one[column]) if one is not None and column in one else math.nan
+        row[name] = _last(one, column) if one is not None and column in one else math.nan
     row["curve"] = Curve(run["round"].to_numpy(), run.score.to_numpy())
     row |= reached(row, row["baseline"])
     answers = run.num_clients.sum() or math.nan
@@ -195,9 +181,9 @@ def standard_error(share: float, examples: float) -> float:
     return math.sqrt(share * (1 - share) / examples) if examples and examples > 0 and 0 <= share <= 1 else math.nan
 
 
-def _last(values: Series[float]) -> float:
-    """The last value that is known: not every round need be evaluated."""
-    known = values.dropna()
+def _last(run: DataFrame, name: str) -> float:
+    """A metric after the last evaluated round, as not every round need be evaluated; NaN where it was no finite number."""
+    known = run.loc[run.evaluated, name]
     return float(known.iloc[-1]) if len(known) else math.nan
 
 
@@ -207,7 +193,7 @@ def _cells(runs: DataFrame, other: Sequence[str], *also: str) -> DataFrame:
 
     keys = [*CELL, *other, "monitor", "mode", "part", *also]
     ranged = ["score", *(name for name in METRICS if name in runs or name in ("accuracy", "loss_nats"))]
-    columns = [*keys, "seeds", "rounds", *_with_range(ranged), *_MEANS[:3], *REACHED, *_MEANS[3:]]
+    columns = [*keys, "seeds", "rounds", BEST, *_with_range(ranged), *_MEANS[:3], *REACHED, *_MEANS[3:]]
     columns += [TEST + "examples", *_with_range([TEST + name for name in ranged]), TEST + "standard_error"]
     columns += [TEST + name for name in _TESTED]
     if not len(runs):
@@ -215,8 +201,11 @@ def _cells(runs: DataFrame, other: Sequence[str], *also: str) -> DataFrame:
     rows = []
     for key, group in runs.groupby(keys, sort=False, dropna=False):
         row: dict[str, Any] = dict(zip(keys, key, strict=True)) | {"seeds": len(group), "rounds": int(group["rounds"].max())}
+        row[BEST] = group[BEST].max()  # the same for all seeds
         for name in (*ranged, *(TEST + one for one in ranged)):
-            row |= {name: group[name].mean(), f"{name}_min": group[name].min(), f"{name}_max": group[name].max()}
+            known, skip = group[name], name.startswith(TEST)  # a seed that diverged is not left out of the mean
+            low, high = known.min(skipna=skip), known.max(skipna=skip)
+            row |= {name: known.mean(skipna=skip), f"{name}_min": low, f"{name}_max": high}
         row |= {name: group[name].mean() for name in _MEANS}
         row |= {name: group[name].mean(skipna=False) for name in REACHED}
         row |= {TEST + name: group[TEST + name].mean() for name in (*_TESTED, "examples")}

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedtune.reports.best import BEST
 from fedtune.reports.curves import by_task
 from fedtune.reports.layout import Layout, values_of
 from fedtune.reports.results import TEST, column_of
-from fedtune.reports.settings import CELL, label_of, rates, settings, short_names
+from fedtune.reports.settings import label_of, rates, settings, short_names
 from fedtune.reports.tables import size
 from fedtune.runs.figures import legend_below, new_figure, style_of
 
@@ -26,7 +27,7 @@ def plot_costs(cells: DataFrame, path: str | Path, also: Sequence[str] = ()) -> 
     """Draw the score against the bytes that a client sends up in a round: a panel a model, split and number of clients.
 
     A point is a cell, its bar goes from the least to the greatest over seeds. Of cells that differ in learning rates alone
-    the best on the validation part, of those with the most seeds, is drawn. The score is that of the test part where all
+    the one with the best is drawn, which is that of `tuned`. The score is that of the test part where all
     cells of a task have it. A task has a picture where cells of a panel send different numbers of bytes.
 
     Args:
@@ -43,8 +44,8 @@ def plot_costs(cells: DataFrame, path: str | Path, also: Sequence[str] = ()) -> 
 
 def _drawn(cells: DataFrame, task: str) -> Figure | None:
     """The picture of a task, where there is one."""
-    chosen = rates(settings(cells)) if (cells.part != "test").all() else []  # nothing is chosen on the test part
-    cells = _best(cells, chosen) if chosen else cells
+    chosen = rates(settings(cells)) if (cells.part != "test").all() and cells[BEST].notna().any() else []
+    cells = cells[(cells[BEST] == 1) & cells.score.notna()] if chosen else cells
     by_panel = cells.groupby(_PANEL, dropna=False).bytes_up
     if not (by_panel.max() > _SAME * by_panel.min()).any():
         return None
@@ -70,15 +71,6 @@ def _drawn(cells: DataFrame, task: str) -> Figure | None:
     figure.suptitle(f"{task}: {parts} part{left_out}", fontsize=10)
     legend_below(figure, axes)
     return figure
-
-
-def _best(cells: DataFrame, chosen: Sequence[str]) -> DataFrame:
-    """Of cells that differ in the chosen settings alone those with the best score, among those with the most seeds."""
-    keys = [*CELL, *(name for name in settings(cells) if name not in chosen), "monitor", "mode", "part"]
-    groups = [group for _, group in cells[cells.score.notna()].groupby(keys, sort=False, dropna=False)]
-    groups = [group[group.seeds == group.seeds.max()] for group in groups]
-    best = [group.score.idxmax() if group["mode"].iloc[0] == "max" else group.score.idxmin() for group in groups]
-    return cells.loc[best]
 
 
 def _point(panel: Axes, cell: Mapping[str, Any], score: str, name: str, number: int) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fedtune.reports.best import best_of_rates
 from fedtune.reports.settings import order, settings, short_names, shown_setting
 
 if TYPE_CHECKING:
@@ -99,10 +100,11 @@ def with_values(runs: DataFrame, keys: Sequence[str], values: Sequence[Any]) -> 
 
 
 def best_of(runs: DataFrame, keys: Sequence[str], score: str, mode: str) -> tuple[Key, DataFrame]:
-    """Of the runs of a baseline those with the values of some columns whose last score is best, mean over seeds."""
+    """Of the runs of a baseline those with the values of some columns whose last score is best, by the rule for rates."""
+    from pandas import concat
+
     found = [(key, with_values(runs, keys, key)) for key in values_of(runs, keys)]
-    last = [one.dropna(subset=[score]).groupby("run")[score].last().mean() for _, one in found]
-    known = [place for place, value in enumerate(last) if value == value]
-    if not known:
-        return found[0]
-    return found[(max if mode == "max" else min)(known, key=lambda place: last[place])]
+    evaluated = [one[one.evaluated] if one.evaluated.any() else one for _, one in found]
+    last = concat([one.groupby("run").tail(1).assign(place=place, mode=mode) for place, one in enumerate(evaluated)])
+    best = best_of_rates(last.reset_index(drop=True), ["place"], score)
+    return found[0 if best is None else int(best["place"].iloc[0])]

@@ -74,13 +74,20 @@ function grouped(runs, dims) {
   return found;
 }
 
-// of runs that differ in some settings those that come to the best score
+// of runs that differ in some settings those that come to the best score: of those with the most seeds, over the seeds in common
 function best(runs, dims) {
-  const groups = [...grouped(runs, dims).values()];
   const { metric, mode } = task();
   const sign = mode === "min" ? -1 : 1;
-  const worth = (group) => { const mean = lastMean(group, metric); return Number.isNaN(mean) ? -Infinity : sign * mean; };
-  return groups.reduce((one, other) => (worth(other) > worth(one) ? other : one), groups[0] || []);
+  const groups = [...grouped(runs, dims).values()];
+  const known = groups.map((group) => group.filter((run) => !Number.isNaN(lastMean([run], metric))));
+  const seeds = known.map((group) => new Set(group.map((run) => run.d[SEED])));
+  const most = Math.max(0, ...seeds.map((one) => one.size));
+  if (!most) return groups[0] || [];
+  const places = groups.map((_, place) => place).filter((place) => seeds[place].size === most);
+  const common = [...seeds[places[0]]].filter((seed) => places.every((place) => seeds[place].has(seed)));
+  const compared = (run) => !common.length || common.includes(run.d[SEED]);
+  const worth = (place) => sign * lastMean(known[place].filter(compared), metric);
+  return groups[places.reduce((one, other) => (worth(other) > worth(one) ? other : one))];
 }
 
 function tuned(runs) {

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fedtune.errors import UsageError
 from fedtune.files import present, read_object
 from fedtune.reports.folders import check, directories, left_out
-from fedtune.reports.settings import CELL, CONTENT, SECTIONS, changed_contents, differing, plain, settings
+from fedtune.reports.settings import CELL, CONTENT, SECTIONS, changed_contents, differing, plain, settings, told_apart, written
 from fedtune.storage.config import NEUTRAL, dotted, read_config
 from fedtune.storage.records import RESERVED, RoundRecord, read_rounds
 from fedtune.storage.summary import spread
@@ -22,7 +22,20 @@ if TYPE_CHECKING:
 
 TEST = "test."  # with that begins the column of what is known of the test part, once for a run
 _CLIENTS = ("client_min", "client_mean", "client_max")
-_OF_RUN = ("run", "kind", "seed", "other_seeds", "complete", "part", "examples", "chance", "monitor", "mode", "score")
+_OF_RUN = (
+    "run",
+    "kind",
+    "seed",
+    "other_seeds",
+    "complete",
+    "part",
+    "examples",
+    "chance",
+    "monitor",
+    "mode",
+    "score",
+    "evaluated",
+)
 _COLUMNS = {*_OF_RUN, *_CLIENTS, *CELL, *RESERVED}
 _METRIC = "metric."  # with that begins the column of a metric whose name another column has, or may have
 _LEVELS = {"by_author": ["skew"], "by_length": ["skew"], "dirichlet": ["alpha"], "by_author_and_label": ["skew", "alpha"]}
@@ -40,10 +53,12 @@ def read_runs(folder: str | Path, damaged: dict[str, str] | None = None) -> Data
     Returns:
         columns `run` (directory), `kind` ("federated", or "centralised" for a baseline), `task`, `model`, `split`, `clients`,
         `seed` (of the loop), `other_seeds` (those of data and model, as text, where they are not the loop's), `complete`
-        (whether the run has all its rounds), then the values in which the runs differ otherwise (dotted names; of
+        (whether the run has all its rounds), then the values in which the runs differ otherwise (dotted names; 1, 1.0, true
+        and "1" of one name are texts, as they are four settings; of
         "content.version" each number stands for other texts, or other files of the model), then the `part` that
         the rounds were evaluated on and its `examples`, `monitor` and `mode`, the `chance` (what the metric that is monitored
-        comes to without learning: the most frequent class, a uniform guess), the `score` (that metric), and what
+        comes to without learning: the most frequent class, a uniform guess), the `score` (that metric; NaN also where it was no
+        finite number), whether the round was `evaluated`, and what
         `rounds.jsonl` has: `round`, the metrics, `train_loss_nats`, `num_examples`, `seconds` and so on, and of the accuracy
         for each client the `client_min`, `client_mean` and `client_max`. Sorted by run and round. A metric has a column of its
         name; but one that is named as another column is ("seed"), or that begins with "model.", "data.", "loop.", "content.",
@@ -65,10 +80,11 @@ def read_runs(folder: str | Path, damaged: dict[str, str] | None = None) -> Data
         raise UsageError("runs_dir", str(folder), "a directory with runs in it (rounds.jsonl and config.yaml)")
     configs = {name: NEUTRAL | config for name, (config, *_) in found.items()}
     other, contents = differing(configs), changed_contents(configs)
+    values = {key: told_apart(config.get(key) for config in configs.values()) for key in other}
     rows = []
     for name, (config, rounds, complete, summary) in found.items():
         of_run = {"clients": rounds[0]["num_clients"]} | _named(name, config) | {"complete": complete}
-        of_run |= {key: plain(configs[name].get(key)) for key in other}
+        of_run |= {key: values[key][written(configs[name].get(key))] for key in other}
         of_run |= {CONTENT: contents[name]} if contents else {}
         of_run |= _measured(config, summary) | _tested(summary)
         rows += [of_run | one for one in rounds]
@@ -133,7 +149,7 @@ def _runs(folder: Path, damaged: dict[str, str] | None) -> Iterator[tuple[str, _
                 summary = read_object(path / "summary.json") if present(path / "summary.json") else {}
                 summary = summary if summary.get("rounds") == rounds[-1].round else {}  # of other rounds it says nothing
                 monitor = str(config.get("loop.monitor", "accuracy"))
-                numbers = [{"score": one.metrics.get(monitor)} | _numbers(one) for one in rounds]
+                numbers = [_scored(one, monitor) | _numbers(one) for one in rounds]
                 yield name, (config, numbers, _complete(config, rounds, summary), summary)
 
 
@@ -179,9 +195,9 @@ def _named(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
         "task": _shown(config.get("data.task", config.get("data.class"))),
         "model": _shown(config.get("model.name", config.get("model.class"))),
         "split": "pooled" if pooled else " ".join([_shown(split), *levels]),
-        "seed": seed if isinstance(seed := config.get("loop.seed"), int) else _shown(seed),
+        "seed": seed if type(seed := config.get("loop.seed")) is int else _shown(seed),
         "other_seeds": _other_seeds(config, seed),
-    } | ({"clients": 1} if pooled else {"clients": clients} if isinstance(clients, int) else {})
+    } | ({"clients": 1} if pooled else {"clients": clients} if type(clients) is int else {})
 
 
 def _other_seeds(config: Mapping[str, Any], seed: Any) -> str | None:
@@ -194,6 +210,10 @@ def _other_seeds(config: Mapping[str, Any], seed: Any) -> str | None:
 def _shown(value: Any) -> str:
     """The value of a setting that names a run: another's class may have given it any type."""
     return "–" if value is None else str(plain(value))
+
+
+def _scored(record: RoundRecord, monitor: str) -> dict[str, Any]:
+    return {"score": record.metrics.get(monitor), "evaluated": bool(record.metrics)}
 
 
 def _numbers(record: RoundRecord) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import numbers
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedtune.storage.config import KEPT, fingerprint
@@ -35,7 +36,7 @@ def settings(rounds: DataFrame) -> list[str]:
 
 def that_differ(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Those settings that are not the same in all rows of a table."""
-    return [column for column in columns if len({shown_setting(row[column]) for row in rows}) > 1]
+    return [column for column in columns if len({None if _missing(row[column]) else row[column] for row in rows}) > 1]
 
 
 def rates(columns: Sequence[str]) -> list[str]:
@@ -51,7 +52,7 @@ def differing(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """
     values: dict[str, set[str]] = {}
     of_runs = [
-        {key: json.dumps(value, default=str) for key, value in config.items() if _counts(key) or key in _WHERE}
+        {key: written(value) for key, value in config.items() if _counts(key) or key in _WHERE}
         for config in configs.values()
         if "baseline.name" not in config
     ]
@@ -85,7 +86,29 @@ def changed_contents(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, int]
 
 def plain(value: Any) -> Any:
     """A value of a configuration as a cell of a table can have it."""
-    return value if isinstance(value, _PLAIN) else json.dumps(value, default=str)
+    return value if isinstance(value, _PLAIN) else written(value)
+
+
+def written(value: Any) -> str:
+    """A value with its type, by which settings are told apart: 1, 1.0, true and "1" are four."""
+    return json.dumps(value, default=str)
+
+
+def told_apart(values: Iterable[Any]) -> dict[str, Any]:
+    """The values of a setting as cells of a table can have them, by how each is `written`: those that Python, or a reader,
+    would take for the same are texts with their types.
+
+    >>> told_apart([1, 1.0, 2])
+    {'1': '1', '1.0': '1.0', '2': 2}
+    >>> told_apart([True, 1, "1", None])
+    {'true': 'true', '1': '1', '"1"': '"1"', 'null': None}
+    """
+    found = {written(value): plain(value) for value in values}
+    for _ in range(2):  # what is now a text may look like another one
+        equal, alike = Counter(found.values()), Counter(map(shown_setting, found.values()))
+        twice = {text for text, value in found.items() if equal[value] > 1 or alike[shown_setting(value)] > 1}
+        found = {text: text if text in twice and value is not None else value for text, value in found.items()}
+    return found
 
 
 def short_names(columns: Sequence[str]) -> dict[str, str]:
@@ -114,11 +137,15 @@ def shown_setting(value: Any) -> str:
     >>> shown_setting('[{"name": "Drop", "rate": 0.3, "clients": []}]'), shown_setting("[]")
     ('Drop(rate 0.3)', 'none')
     """
-    if value is None or value != value:
+    if _missing(value):
         return "–"
     if isinstance(value, str) and value[:1] in "[{" and value:
         return _unpacked(value)
     return f"{value:.10g}" if isinstance(value, float) else str(value)
+
+
+def _missing(value: Any) -> bool:
+    return value is None or bool(value != value)
 
 
 def _unpacked(text: str) -> str:
@@ -155,7 +182,7 @@ def order(value: Any) -> tuple[int, float, str]:
     >>> sorted(["by_author", 16, "iid", 4, "hilmkil_iid"], key=order)
     [4, 16, 'hilmkil_iid', 'iid', 'by_author']
     """
-    if value is None or value != value:
+    if _missing(value):
         return 3, 0.0, ""
     if isinstance(value, numbers.Real):
         return 0, float(value), ""

@@ -80,7 +80,8 @@ def tables_of(cells: DataFrame, best: DataFrame) -> Iterator[Table]:
         tested = [one for one in of_task if _known(one[f"{TEST}score"])]
         if tested:
             yield _table(task, "test part", *_tested(named, monitors, tested), tested)
-        note = _range(of_task) + (_ROUNDS if any(_known(one["baseline"]) for one in of_task) else "")
+        note = _range(of_task)
+        note += _ROUNDS if any(_known(one["baseline"]) for one in of_task) else ""
         yield _table(task, f"{parts} part, after the last round", note, [*named, *_rounds(monitors)], of_task)
         tuned = best[best.task == task].to_dict("records")
         if tuned and that_differ(rates(other), of_task):
@@ -92,8 +93,11 @@ def tables_of(cells: DataFrame, best: DataFrame) -> Iterator[Table]:
 
 _ROUNDS = f" Rounds to a share of the baseline's: mean over seeds, {_NONE} where one did not get there, or the baseline is no "
 _ROUNDS += "better than chance. The baseline has one client, else it is centralised."
-_BEST = "Of each cell the learning rate that is best on the part named above, over the seeds that all rates have; baselines "
-_BEST += "alike, each with a rate of its own (Reddi et al. 2021). The other tables have every rate. "
+_BEST = "Of each cell the learning rate that is best on the part named above: of the rates with the most seeds, over the seeds "
+_BEST += (
+    "that these have in common. Baselines alike, each with a rate of its own (Reddi et al. 2021). The other tables have every "
+)
+_BEST += "rate. "
 
 
 def _range(cells: Sequence[Row]) -> str:

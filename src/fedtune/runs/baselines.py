@@ -154,7 +154,9 @@ class Baselines:
         leads = self.evaluator.ranks.leads
         path = None if self.folder is None or not leads else self.folder / f"{name}-{fingerprint(config)}"
         with locked(path, wait=True):
-            yield RunDirectory(path, config, self.keep), Run(config, self.run.data, len(self.run.history))
+            directory = RunDirectory(path, config, self.keep)
+            directory.take()  # nothing refuses a baseline
+            yield directory, Run(config, self.run.data, len(self.run.history))
 
     def _pooled(self) -> dict[str, Any]:
         """The configuration without the parameters of our splits that leave no text out: pooled, their texts are the same."""

@@ -200,7 +200,7 @@ class FederatedLoop:
         plan_trainer(self, training, run.data, run.max_rounds)  # by now it is known when a privacy budget is used up
         path = Path(self.run_dir) if self.run_dir else None
         memory = run.data.memory if isinstance(run.data, Remote) else None
-        directory = RunDirectory(path, run.config, self.options.keep, run.data.num_clients, ranks, memory)
+        directory = RunDirectory(path, run.config, self.options.keep, run.data.num_clients, ranks, memory, run.max_rounds)
         if isinstance(run.data, Remote):
             run.data.begin(directory)
         elif evaluator.loader(self.evaluate_on) is None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedtune.errors import RunError, UsageError
+from fedtune.errors import RunError
 from fedtune.federated.evaluation import Evaluator
 from fedtune.federated.logs import unusable
 from fedtune.federated.personal import over_clients, own_accuracy
@@ -57,7 +57,6 @@ class Rounds:
             next_round: one round.
 
         Raises:
-            UsageError: the directory has more rounds than the run wants.
             RunError: a round had to stop; every complete one is kept.
         """
         module, ranks = self.evaluator.training.module, self.evaluator.ranks
@@ -66,10 +65,8 @@ class Rounds:
         if not ranks.leads:
             self.directory.memory.expect(newest)
         state = self._loaded(ranks.from_first(start) if found is None else found)
-        if state.round > run.max_rounds:
-            allowed = f"{state.round} or more, the rounds that {run.run_dir} has"
-            raise UsageError("max_rounds", run.max_rounds, allowed)
         self._restore(run, callbacks)
+        self.directory.take(run.history)
         self.progress.resumed(run.history)
         while state.round < run.max_rounds and not run.should_stop:
             for callback in callbacks:

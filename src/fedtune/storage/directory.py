@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,12 @@ class RunDirectory:
         num_clients: clients that may have something to remember, in `memory`.
         ranks: the processes of the run. Rank 0 alone writes; with the others each keeps what its own clients remember.
         memory: what they remember, where it is not kept here.
+        most: rounds that the run is to have; None where the directory cannot have more.
+
+    Nothing that is in the directory is rewritten before `take`, so that a command that is refused leaves it as it was.
 
     Raises:
-        UsageError: the directory cannot be written, or belongs to a run of another configuration.
+        UsageError: the directory cannot be written, belongs to a run of another configuration, or has more rounds.
     """
 
     def __init__(
@@ -61,8 +64,9 @@ class RunDirectory:
         num_clients: int = 0,
         ranks: Ranks = ALONE,
         memory: ClientMemory | None = None,
+        most: int | None = None,
     ) -> None:
-        self._leads, self.keep = ranks.leads, keep
+        self._leads, self.keep, self._config = ranks.leads, keep, config
         here = MemoryInRam(ranks) if path is None else MemoryOnDisk(path / "clients", num_clients, ranks)
         self.memory: ClientMemory = memory or here
         path = self.path = path if ranks.leads else None
@@ -74,9 +78,25 @@ class RunDirectory:
             path.mkdir(parents=True, exist_ok=True)
             for folder in (path, path / "start"):
                 clear(folder)
-            self._claim(path / "config.yaml", config)
+            self._check(path / "config.yaml", most)
         except OSError as error:
             raise UsageError("run_dir", str(path), f"a directory that can be written ({error.strerror})") from error
+
+    def take(self, done: Sequence[RoundRecord] = ()) -> None:
+        """Make the directory that of a command that nothing refuses any more: its configuration, its number of checkpoints.
+
+        Args:
+            done: the rounds that are complete.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        if self.path is None:
+            return
+        if done:  # the last round's end, which a kill may have cut short
+            self._tidy(self.path / "checkpoints", done[-1].round, done[-1].cohort)
+        with writing(self.path / "config.yaml"):
+            write_text(self.path / "config.yaml", dump({**self._config, "versions": versions()}))
 
     def begin(self, state: ServerState, again: int, resting: Tensors, from_files: Collection[str] = ()) -> None:
         """Keep what the run begins with, on the disk where there is a directory; an earlier start's stays, and is taken up.
@@ -94,6 +114,8 @@ class RunDirectory:
                 f"{kept} is missing, with the weights that the run began with, and its frozen ones; put it back, or start "
                 "again in a new run directory"
             )
+        if not checkpoint.rounds(kept):  # nothing is done here yet; what a run begins with is never without its configuration
+            self.take()
         try:
             start.begin(kept, state, resting, from_files)
         except RunError as error:
@@ -146,8 +168,6 @@ class RunDirectory:
             said_now = f"{file}: rounds {number + 1} to {found} have no checkpoint and are done again"
             warn(f"{said_now}; what it said of them is kept in {place.name}")
         self.memory.rewind(number)
-        if state is not None:  # the last round's end, which a kill may have cut short
-            self._tidy(folder, number, done[-1].cohort if done else [])
         self.rewrite(file.name, [record.to_dict() for record in done])
         return state, done
 
@@ -263,15 +283,16 @@ class RunDirectory:
             )
         return None
 
-    def _claim(self, file: Path, config: Mapping[str, Any]) -> None:
+    def _check(self, file: Path, most: int | None) -> None:
+        """Refuse a run of another configuration, or of fewer rounds."""
         before = self._before(file)
-        if before is not None:
-            different = differences(before, config)
-            if different:
-                allowed = f"a new directory, or the configuration of the run in it, which differs in {'; '.join(different)}"
-                raise UsageError("run_dir", str(self.path), allowed)
-        text = dump({**config, "versions": versions()})
-        write_text(file, text)
+        different = [] if before is None else differences(before, self._config)
+        if different:
+            allowed = f"a new directory, or the configuration of the run in it, which differs in {'; '.join(different)}"
+            raise UsageError("run_dir", str(self.path), allowed)
+        done = max(checkpoint.rounds(file.parent / "checkpoints"), default=0)
+        if most is not None and done > most:
+            raise UsageError("max_rounds", most, f"{done} or more, the rounds that {self.path} has")
 
 
 def _copied(file: Path) -> Path:

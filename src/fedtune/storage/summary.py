@@ -28,6 +28,11 @@ def best_round(history: Sequence[RoundRecord], monitor: str, mode: str) -> Round
     return best
 
 
+def last_evaluated(history: Sequence[RoundRecord]) -> RoundRecord | None:
+    """The last round with metrics, as not every round need be evaluated; None where none has any."""
+    return next((record for record in reversed(history) if record.metrics), None)
+
+
 def mean_of(locals_: Sequence[Mapping[str, Any]], part: str, metric: str) -> float | None:
     """Mean of a metric of the local baseline over the clients for which it is known, or None where it is for none.
 
@@ -72,7 +77,7 @@ def summarise(
         `test_NAME`) and, where no other entry has that name, as NAME; accuracies as fractions, `loss_nats`, `seconds` of all
         rounds, `bytes_up` and `bytes_down` in all; null where not known.
     """
-    best = best_round(history, monitor, mode)
+    best, last = best_round(history, monitor, mode), last_evaluated(history)
     reached = None if best is None else best.metrics[monitor]
     compared = _compared(monitor)
     pooled = [record.accuracy for record in baselines.get("centralised", ()) if "accuracy" in record.metrics]
@@ -81,7 +86,7 @@ def summarise(
         **{f"centralised_{name}": baselines.get("centralised_test", {}).get(name) for name in compared},
         **{f"local_{name}": mean_of(baselines.get("local", ()), "test", name) for name in compared},
         "local_clients": len(baselines["local"]) if baselines.get("local") else None,
-        **{f"client_accuracy_{name}": value for name, value in spread(history[-1].client_accuracy if history else ()).items()},
+        **{f"client_accuracy_{name}": value for name, value in spread(last.client_accuracy if last else ()).items()},
         "rounds": history[-1].round if history else 0,
         "evaluated_on": evaluated_on,
         "monitor": monitor,

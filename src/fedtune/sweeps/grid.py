@@ -96,10 +96,7 @@ def read(file: str | Path | Mapping[str, Any], only: Sequence[str] = (), imports
         if content["method"] == "bayes":
             search = _search(content, parameters, fixed, make, only)
         else:
-            chosen = [values for values in _draws(content, parameters) if _taken(values, only)]
-            if not chosen:
-                raise _none_taken(parameters, only)
-            for cell in map(make, chosen):
+            for cell in map(make, _taken(list(_draws(content, parameters)), parameters, only)):
                 cells.setdefault(cell.name, cell)
         environment = {f"WANDB_{key.upper()}": content[key] for key in ("project", "entity") if key in content}
         name = str(content.get("name", stem(file)))
@@ -261,16 +258,36 @@ def _draws(content: Mapping[str, Any], parameters: Mapping[str, Mapping[str, Any
         yield dict(zip(parameters, reversed(values), strict=True))
 
 
-def _taken(values: Mapping[str, Any], only: Sequence[str]) -> bool:
-    taken: dict[str, bool] = {}  # by key, of which there may be several values
+def _taken(
+    draws: Sequence[dict[str, Any]], parameters: Mapping[str, Mapping[str, Any]], only: Sequence[str]
+) -> Sequence[dict[str, Any]]:
+    """Those cells that have one of the wanted values of each wanted key; every condition is one of some cell."""
+    wanted: dict[str, set[int]] = {}  # by key, of which there may be several values
+    missed = []
     for condition in only:
-        key, separator, wanted = condition.partition("=")
-        keys = [name for name in values if name == key or name.endswith(f".{key}")]
-        if not separator or not keys:
-            raise UsageError("--only", condition, f"key=value, with a key of the file: {', '.join(values)}")
-        has_it = any(wanted == str(values[name]) or parse_or_text(wanted) == values[name] for name in keys)
-        taken[key] = taken.get(key, False) or has_it
-    return all(taken.values())
+        key, separator, text = condition.partition("=")
+        names = [name for name in parameters if name == key or name.endswith(f".{key}")]
+        if not separator or not names:
+            raise UsageError("--only", condition, f"key=value, with a key of the file: {', '.join(parameters)}")
+        found = _having(draws, names, text)
+        missed += [] if found else [condition]
+        wanted[key] = wanted.get(key, set()) | found
+    taken = [values for number, values in enumerate(draws) if all(number in found for found in wanted.values())]
+    if missed or not taken:
+        raise _none_taken(parameters, missed or only)
+    return taken
+
+
+def _having(draws: Sequence[Mapping[str, Any]], names: Sequence[str], text: str) -> set[int]:
+    """The numbers of the cells in which one of some parameters has a value: written so, else one that is the same."""
+    value = parse_or_text(text)
+    written = {number for number, values in enumerate(draws) if any(text == str(values[name]) for name in names)}
+    return written or {number for number, values in enumerate(draws) if any(_same(value, values[name]) for name in names)}
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values are the same: 1 and 1.0 are, 1 and true are not."""
+    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
 
 
 def _none_taken(parameters: Mapping[str, Mapping[str, Any]], only: Sequence[str]) -> UsageError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import threading
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.errors import Elsewhere, RunError, UsageError
-from fedtune.files import content, opened, printable, read_lines, write_text
+from fedtune.files import content, finite, opened, printable, read_lines, write_text
 from fedtune.runs.building import fit
 from fedtune.runs.callbacks import FederatedCallback
 from fedtune.runtimes.environment import has_others
@@ -23,6 +24,7 @@ from fedtune.runtimes.processes import voice
 from fedtune.storage import checks
 from fedtune.storage.directory import writing
 from fedtune.storage.locks import Busy, locked
+from fedtune.storage.summary import last_evaluated
 from fedtune.sweeps.hyperband import Stopping
 
 if TYPE_CHECKING:
@@ -43,7 +45,8 @@ def status(folder: Path) -> dict[str, Any]:
             return {}
         if found["state"] == "finished":
             checks.checked(found, {"seconds": checks.not_negative, "metrics": checks.measured_by_name})
-            found["metrics"] = {name: value for name, value in found["metrics"].items() if value is not None}
+            metrics = found["metrics"].items()
+            found["metrics"] = {name: value for name, value in metrics if value is not None and math.isfinite(value)}
         return found
     except (OSError, ValueError, RecursionError):
         return {}
@@ -130,11 +133,15 @@ def _run(arguments: Arguments, folder: Path, setting: Mapping[str, Any], line: C
 
 def recorded(arguments: Arguments, folder: Path, **where: Any) -> FederatedLoop:
     """Run, and keep in status.json how it ended: "finished" with `metrics`, or "failed" with `error`; and its `seconds`.
+    The metrics are those of the last evaluated round.
+
+    A finished run that a refused command did not take up is still finished.
 
     Raises:
         UsageError, RunError: as `options.fit`.
     """
     with locked(folder):
+        earlier, config = status(folder), _bytes(folder / "config.yaml")
         with writing(folder / "status.json"):
             (folder / "status.json").unlink(missing_ok=True)
         before, began = 0.0, time.perf_counter()
@@ -142,19 +149,35 @@ def recorded(arguments: Arguments, folder: Path, **where: Any) -> FederatedLoop:
         try:
             before = sum(checks.not_negative("seconds", one.get("seconds", 0)) for one in _records(folder))
             loop = fit(arguments, run_dir=str(folder), **where)
-            ended = {"state": "finished", "metrics": loop.history[-1].metrics}
+            last = last_evaluated(loop.history)
+            ended = {"state": "finished", "metrics": last.metrics if last else {}}
             reasons = [one.reason for one in loop.callbacks if isinstance(one, Stopping) and one.reason is not None]
             ended |= {"stopped": reasons[0]} if reasons else {}
             return loop
         except Exception as error:
             kind = "" if isinstance(error, (UsageError, RunError)) else f"{type(error).__name__}: "
             ended = {"state": "failed", "error": kind + printable(error)}
+            if (
+                isinstance(error, UsageError)
+                and earlier.get("state") == "finished"
+                and _bytes(folder / "config.yaml") == config
+            ):
+                ended = earlier
             raise
         finally:
             if ended:  # an interrupted run has no status
-                ended["seconds"] = before + time.perf_counter() - began
+                ended = {"seconds": before + time.perf_counter() - began} | ended
                 with writing(folder / "status.json"):
-                    write_text(folder / "status.json", json.dumps(ended, indent=1, ensure_ascii=False) + "\n")
+                    text = json.dumps(finite(ended), indent=1, ensure_ascii=False, allow_nan=False)
+                    write_text(folder / "status.json", text + "\n")
+
+
+def _bytes(file: Path) -> bytes | None:
+    """What a file has; None where it is not there, or cannot be read."""
+    try:
+        return content(file)
+    except (OSError, RunError):
+        return None
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:
