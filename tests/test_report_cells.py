@@ -333,7 +333,7 @@ def test_names_come_back_from_a_spreadsheet_as_they_were(tmp_path: Path, task: s
         ("seeds", "0", "its seeds is '0', where a whole number belongs"),
         ("rounds", "many", "its rounds is 'many', where a whole number belongs"),
         ("clients", "many", "its clients is 'many', where a whole number belongs"),
-        ("clients", "", "its clients is nan, where a whole number belongs"),
+        ("clients", "", "its clients is '', where a whole number belongs"),
         ("mode", "maximum", "its mode is 'maximum', where max or min belongs"),
         ("accuracy", "nan", "its accuracy is 'nan', where a number belongs"),
         ("monitor", "7", None),

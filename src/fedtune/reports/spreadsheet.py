@@ -108,7 +108,8 @@ def _numbers(cells: DataFrame) -> dict[str, Any]:
             is_wrong |= values.isna() & (name != "rounds")
         if is_wrong.any():
             allowed = "a whole number" if name in _WHOLE else "a number"
-            raise ValueError(f"its {name} is {shown(cells[name][is_wrong].iloc[0])}, where {allowed} belongs")
+            came = cells[name][is_wrong].fillna("").iloc[0]
+            raise ValueError(f"its {name} is {shown(came)}, where {allowed} belongs")
         found[name] = values.astype(int) if name in _WHOLE and values.notna().all() else values
     return found
 
