@@ -78,7 +78,7 @@ def read_cells(file: Path) -> DataFrame:
     if missing or not len(cells):
         raise UsageError("runs_dir", str(file), f"a tables.csv that a report wrote (it has no {', '.join(missing) or 'row'})")
     for name, value in _DEFAULTS.items():
-        cells[name] = cells[name].fillna(value) if name in cells else value
+        cells[name] = cells[name].astype(object).where(cells[name].notna(), value) if name in cells else value
     other = settings(cells)
     try:
         cells = cells.assign(**{name: _setting(cells[name]) for name in other}, **_numbers(cells))
@@ -94,7 +94,7 @@ def read_cells(file: Path) -> DataFrame:
 
 def _numbers(cells: DataFrame) -> dict[str, Any]:
     """The columns of numbers, as such. Raises `ValueError` where one is something else, or a mode is none."""
-    from pandas import to_numeric
+    from pandas import isna, to_numeric
 
     wrong = next((mode for mode in cells["mode"] if mode not in MODES), None)
     if wrong is not None:
@@ -108,7 +108,8 @@ def _numbers(cells: DataFrame) -> dict[str, Any]:
             is_wrong |= values.isna() & (name != "rounds")
         if is_wrong.any():
             allowed = "a whole number" if name in _WHOLE else "a number"
-            came = cells[name][is_wrong].fillna("").iloc[0]
+            first = cells[name][is_wrong].iloc[0]
+            came = "" if isna(first) else first
             raise ValueError(f"its {name} is {shown(came)}, where {allowed} belongs")
         found[name] = values.astype(int) if name in _WHOLE and values.notna().all() else values
     return found
