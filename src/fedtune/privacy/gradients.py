@@ -108,7 +108,7 @@ def _hooks() -> Callable[..., Any]:
             "privacy", "no package opacus", "after: pip install 'fedtune[privacy]' (the package opacus)"
         ) from error
 
-    of_norm = GradSampleHooks.GRAD_SAMPLERS[nn.LayerNorm]
+    of_norm, of_embedding = (GradSampleHooks.GRAD_SAMPLERS[kind] for kind in (nn.LayerNorm, nn.Embedding))
 
     def of_any_norm(layer: nn.LayerNorm, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
         if layer.bias is not None:
@@ -117,8 +117,14 @@ def _hooks() -> Callable[..., Any]:
         normed = F.layer_norm(activations[0], layer.normalized_shape, eps=layer.eps)  # without a bias opacus' own fails
         return {layer.weight: sum_over_all_but_batch_and_last_n(normed * backprops, layer.weight.dim())}
 
+    def of_any_embedding(layer: nn.Embedding, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+        found: dict[nn.Parameter, Tensor] = of_embedding(layer, activations, backprops)
+        if layer.padding_idx is not None and layer.weight in found:
+            found[layer.weight][:, layer.padding_idx] = 0  # torch trains no padding, also where it is read as text
+        return found
+
     class Hooks(GradSampleHooks):
-        GRAD_SAMPLERS = GradSampleHooks.GRAD_SAMPLERS | {nn.LayerNorm: of_any_norm}
+        GRAD_SAMPLERS = GradSampleHooks.GRAD_SAMPLERS | {nn.LayerNorm: of_any_norm, nn.Embedding: of_any_embedding}
 
         def __init__(self, module: nn.Module, by_example: Callable[[Tensor], Tensor]) -> None:
             super().__init__(module, loss_reduction="mean")
