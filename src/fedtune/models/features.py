@@ -5,7 +5,8 @@ Legend: n texts, B texts of a batch, C classes, H width of what the last layer r
 At the start the logits are nearly the same for all texts, so what there is to learn is r = (frequencies of the classes) - (the
 class of the text as a unit vector), of mean square 1 - sum of squared frequencies. A small step of plain gradient descent of
 rate e changes the mean loss by -e |g|^2 with g = mean of r^T df/dweights. `speed` is |g|^2 / mean |r|^2: the share of r that
-is learned by a step, divided by the rate; 1 / speed is of the order of (rate x steps) that a classifier needs to leave chance.
+is learned by a step, divided by the rate. Where only the last layer learns, a loss that is lower by d needs rate x steps of
+d / (speed x mean |r|^2); where all of the network does, its features grow, and a slow classifier needs less.
 It is the Rayleigh quotient of the neural tangent kernel (Jacot et al. 2018) at the labels, a sum over parts of the network.
 """
 
