@@ -183,6 +183,7 @@ def failing(folder: Path, *whats: str) -> list[Any]:
         own = int(os.environ["RANK"])
         callbacks = [Failing(what)] if what in ("raise", "sleep", "kill") else []
         changes: dict[str, Any] = {"seed": own} if what == "seeds" else {}
+        changes |= {"max_rounds": 3 + own} if what == "rounds" else {}
         changes |= {"algorithm": "ditto", "run_dir": None} if what == "memory" else {}
         changes |= {"faults": [{"name": "Alie", "clients": [0]}]} if what == "lie" else {}
         loop = make_loop(**({"max_rounds": 3, "run_dir": str(folder / what), "callbacks": callbacks} | changes))
@@ -195,7 +196,7 @@ def failing(folder: Path, *whats: str) -> list[Any]:
 
 
 def test_an_error_of_one_rank_ends_all_and_the_next_run_works(tmp_path: Path) -> None:
-    whats = ("raise", "seeds", "memory", "lie", "calm")
+    whats = ("raise", "seeds", "rounds", "memory", "lie", "calm")
     found = ranks(3, failing, tmp_path, *whats)
     by_what = {what: [answer[place] for answer in found] for place, what in enumerate(whats)}
     here = [text for elsewhere, text in by_what["raise"] if not elsewhere]
@@ -204,7 +205,8 @@ def test_an_error_of_one_rank_ends_all_and_the_next_run_works(tmp_path: Path) ->
     (rank,) = (place for place, (elsewhere, _) in enumerate(by_what["raise"]) if not elsewhere)
     others = [text for elsewhere, text in by_what["raise"] if elsewhere]
     assert others == [f"rank {rank}: {here[0]}"] * 2
-    assert [one for one in by_what["seeds"] if "loop.seed on rank" in one[1] and "all ranks do one run" in one[1]]
+    for what, name in (("seeds", "loop.seed"), ("rounds", "loop.max_rounds")):
+        assert [text for _, text in by_what[what] if f"{name} on rank" in text and "all ranks do one run" in text]
     assert all("a run_dir, in a folder that all ranks see" in text for _, text in by_what["memory"])
     assert all("faults: got 'Alie'" in text for _, text in by_what["lie"])
     assert {what for what, _ in by_what["calm"]} == {"ended"}

@@ -24,6 +24,8 @@ KEPT |= {"loop.options.imports"}  # what they register is named where it is used
 # what may differ between the start of a run and its continuation: no number of a finished round depends on it
 _FREE = {"run_dir", "logger", "loop.max_rounds", "loop.baselines", "loop.options.local_clients"} | KEPT
 _FREE |= {"content.label_names", "content.privacy"}  # who exports the run has the names, who reads it what may be said of it
+# what the processes of one run may have each for itself
+_OF_A_PROCESS = KEPT | {"run_dir", "logger", "content.label_names"}
 _DEEPEST = 50  # levels of a configuration
 
 # what runs of earlier versions have not written
@@ -133,8 +135,14 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def comparable(config: Mapping[str, Any]) -> dict[str, str]:
-    """What must be the same in all processes of a run, by name; not what has no name but an address."""
-    values = {key: value for key, value in dotted(config).items() if key not in _FREE and not key.startswith("versions")}
+    """What must be the same in all processes of a run, by name; not what has no name but an address.
+
+    >>> comparable({"run_dir": "here", "loop": {"max_rounds": 2}})
+    {'loop.max_rounds': '2'}
+    """
+    values = {
+        key: value for key, value in dotted(config).items() if key not in _OF_A_PROCESS and not key.startswith("versions")
+    }
     return {
         key: _written(value) for key, value in values.items() if not any(isinstance(one, Unnamed) for one in _within(value))
     }
