@@ -641,6 +641,7 @@ WRONG: list[tuple[type[Mechanism], dict[str, Any], str]] = [
     (Gaussian, {"epsilon": 10**400}, "a number (float)"),
     (Gaussian, {"delta": "x"}, "a number (float)"),
     (Gaussian, {"clip": [1.0]}, "a number (float)"),
+    (Gaussian, {"clip": 1e31}, "a number above 0, 1e-30 to 1e30"),
     (Gaussian, {"sampling": 3}, "text"),
     (AdaptiveGaussian, {"clip_rate": "much"}, "a number (float)"),
     (AdaptiveGaussian, {"clip_rate": math.inf}, "a number from 0 to 10"),

@@ -78,8 +78,8 @@ class Budget:
             yield UsageError("epsilon", self.epsilon, "a number above 0, or 0 where it is not given")
         if not 0 < self.delta < 1:
             yield UsageError("delta", self.delta, f"a number above 0 and below 1 / {self.units}")
-        if not 0 < self.clip < math.inf:
-            yield UsageError("clip", self.clip, "a number above 0")
+        if not 1e-30 <= self.clip <= 1e30:  # beyond, products in fp32 would be infinite, or nothing
+            yield UsageError("clip", self.clip, "a number above 0, 1e-30 to 1e30")
         yield from self._too_small(0, "rounds")
         if self.accountant not in ("", *self.accountants):
             yield one_of("accountant", self.accountant, self.accountants)
