@@ -119,8 +119,9 @@ def _hooks() -> Callable[..., Any]:
 
     def of_any_embedding(layer: nn.Embedding, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
         found: dict[nn.Parameter, Tensor] = of_embedding(layer, activations, backprops)
-        if layer.padding_idx is not None and layer.weight in found:
-            found[layer.weight][:, layer.padding_idx] = 0  # torch trains no padding, also where it is read as text
+        if layer.padding_idx is not None:
+            for rows in found.values():
+                rows[:, layer.padding_idx] = 0  # torch trains no padding, also where it is read as text
         return found
 
     class Hooks(GradSampleHooks):
