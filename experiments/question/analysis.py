@@ -121,10 +121,10 @@ def alone(runs: Sequence[Run]) -> list[Run]:
 def clients(one: Sequence[Run], runs: Sequence[Run]) -> None:
     """Many clients."""
     many = [*one, *(run for run in runs if run["steps"] is None)]
-    columns = {"log K": log_of("clients"), **BOTH}
-    steps = Fit(many, columns)
+    most = max(run["clients"] for run in many)
+    steps = Fit(many, {"log K": log_of("clients"), **BOTH})
     rows = [
-        _row("slope of log T (steps of a client) on log K, 1 to 32 clients", steps, "log K"),
+        _row(f"slope of log T (steps of a client) on log K, 1 to {most} clients", steps, "log K"),
         _row("T of distilbert over that of pooler", steps, "distilbert", power=True),
     ]
     two = [run for run in runs if run["client_steps"] == 2]
