@@ -63,9 +63,9 @@ def dose(runs: Sequence[Run]) -> None:
 def laws(parts: Mapping[str, Sequence[Run]]) -> None:
     """What a head brings, and rate x T."""
     known = parts["dose"]
-    power, growth = Power(known), Growth(known)
+    square, power, growth = Power(known, "square"), Power(known), Growth(known)
     found: dict[str, tuple[Power | Growth, str]] = {
-        "(gamma squared x mean square)^b": (square := Power(known, "square"), f"b {square.fit.said('log size')}"),
+        "(gamma squared x mean square)^b": (square, f"b {square.fit.said('log size')}"),
         "(gamma squared x speed)^b": (power, f"b {power.fit.said('log size')}"),
         "growth": (growth, f"k {growth.k:.2f}"),
     }

@@ -15,7 +15,7 @@ class Cell:
     """A run.
 
     Args:
-        part: of the design, as in README.md.
+        part: of the design, as in plan.md.
         head: of `heads.HEADS` on BERT's encoder; "distilbert", "orthogonal" on DistilBERT's.
         rate: the learning rate.
         gamma: scale of the features.
